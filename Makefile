@@ -1,0 +1,42 @@
+# The commands of the project. `make quickstart` and `make test` need only Python >= 3.10, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Nothing here phones home, and nothing looks for a model hub.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := true
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# The stamp is written only after a complete installation, so an interrupted one is simply continued.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off --quiet --editable '.[test]'
+	touch $@
+
+install: $(VENV)/.installed ## Make .venv and install the project with its tests into it.
+
+quickstart: $(VENV)/.installed ## Human ratings -> preferences -> a trained critic -> an export that plain transformers loads.
+	$(BIN)/python -m jobs.quickstart
+
+lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## Everything: lint, types, the whole test suite.
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.installed ## Rewrite the code in the house format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment, the cache and the runs.
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,1 @@
+"""What runs inside Ray actors. Imports ``rlhf_critic``; never ``jobs``."""

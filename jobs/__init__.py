@@ -1,0 +1,1 @@
+"""Entry points: ``python -m jobs.<name>``, on one machine or through ``ray job submit``."""

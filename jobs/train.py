@@ -1,0 +1,108 @@
+"""``python -m jobs.train``: fits a critic to preferences with Ray Train and DeepSpeed.
+
+Runs alone (it starts a local Ray) or as a Ray job:
+``ray job submit --working-dir . -- python -m jobs.train --config FILE.yaml``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from actors.run_directory import absolute_storage_path, run_exists
+from actors.train_worker import TrainOutcome, train_loop
+from jobs.cli import run_job
+from rlhf_critic.config import TrainJobConfig, parse_command_line
+from rlhf_critic.errors import ConfigError
+
+
+def main() -> None:
+    """Reads the options, runs the job and says where the critic is."""
+    config = parse_command_line(TrainJobConfig, prog="python -m jobs.train")
+    result = train(config)
+    outcome: TrainOutcome = result.return_value
+    print(f"\nfitted {outcome.steps} steps; the critic is in {result.checkpoint.path}")
+    if outcome.evaluation:
+        print(
+            f"validation accuracy {outcome.evaluation.accuracy} (95% interval), log-loss {outcome.evaluation.log_loss}"
+        )
+    print(f"next: python -m jobs.export {result.checkpoint.path} OUT")
+
+
+def train(config: TrainJobConfig) -> Result:
+    """Runs a training job to its end.
+
+    Returns:
+        Ray Train's result: ``checkpoint`` is the last one, ``return_value`` a `TrainOutcome`.
+
+    Raises:
+        CriticError: The options, the data or the model are wrong, or the loss became NaN.
+        TrainingFailedError: Workers were lost more often than ``run.max_failures``, or could not be placed in time.
+    """
+    config.require_complete()
+    config = with_absolute_paths(config)
+    run = config.run
+    if run_exists(run.storage_path, run.name) and not config.resume:
+        raise ConfigError(
+            f"there is a run named {run.name!r} in {run.storage_path}: continue it with --resume, or choose another "
+            "--run.name"
+        )
+    # Ray Train's own limit is a minute, after which it tries again without end; an autoscaler needs longer, and a
+    # user wants to be told.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(run.start_timeout_s)
+    if not ray.is_initialized():
+        ray.init(logging_level="WARNING", log_to_driver=True)
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=config.model_dump(mode="json"),
+        torch_config=TorchConfig(backend="nccl" if run.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=run.num_workers,
+            use_gpu=run.use_gpu,
+            resources_per_worker={"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=run.storage_path,
+            failure_config=FailureConfig(max_failures=run.max_failures, controller_failure_limit=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    result = trainer.fit()
+    outcome = result.return_value
+    if outcome.error is not None:
+        raise outcome.error
+    return result
+
+
+def with_absolute_paths(config: TrainJobConfig) -> TrainJobConfig:
+    """Local paths made absolute: actors may have another working directory than the driver."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(path) if "://" not in path and Path(path).exists() else path
+
+    data = config.data.model_copy(
+        update={
+            "train": absolute(config.data.train),
+            "validation": config.data.validation and absolute(config.data.validation),
+            "cache_dir": os.path.abspath(config.data.cache_dir),
+        }
+    )
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+            "encoding": config.encoding.model_copy(update={"chat_template": absolute(config.encoding.chat_template)}),
+            "data": data,
+            "run": config.run.model_copy(update={"storage_path": absolute_storage_path(config.run.storage_path)}),
+        }
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, TrainingFailedError)

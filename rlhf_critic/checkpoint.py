@@ -1,0 +1,265 @@
+"""A critic directory on disk: what is in it, how it is written whole, checked and exported.
+
+A critic directory is a Hugging Face model directory (the family's own ``*ForSequenceClassification`` names, in
+safetensors) plus ``critic.json``. A training checkpoint is a critic directory with a ``resume`` folder and a manifest
+of every file. Knows nothing of optimizers, Ray or how a critic is fitted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rlhf_critic import modeling
+from rlhf_critic.critic import Critic
+from rlhf_critic.encoding import Encoder, load_tokenizer
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.factory import create_critic_model
+from rlhf_critic.weights import save_weights
+
+CARD_NAME = "critic.json"
+RESUME_FOLDER = "resume"
+MANIFEST_PATTERN = "manifest-{node}-of-{nodes}.json"
+
+# For each model type the modeling file that `auto_map` names, and the class in it.
+AUTO_MAP_CLASSES = {"llama": ("modeling_llama_reward", "LlamaRewardModel")}
+
+
+class EncoderCard(BaseModel):
+    """What ``critic.json`` says of the encoder; the tokenizer itself lies beside it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    fingerprint: str
+    max_length: int
+
+
+class CriticCard(BaseModel):
+    """The contents of ``critic.json``.
+
+    Attributes:
+        format_version: Of this file.
+        version: Names these weights, for example ``run@step``.
+        encoder: How texts become ids.
+        num_padding_at_beginning: See `rlhf_critic.critic.Critic`.
+        reward_mean: Mean reward on the validation data, None where it was not measured.
+        reward_std: Its standard deviation.
+        training: How it was fitted: options, step, data, evaluation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format_version: Literal[1] = 1
+    version: str
+    encoder: EncoderCard
+    num_padding_at_beginning: int = 0
+    reward_mean: float | None = None
+    reward_std: float | None = None
+    training: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class LoadedCritic:
+    """A critic with all that is needed to score a text."""
+
+    critic: Critic
+    encoder: Encoder
+    card: CriticCard
+
+
+def save_critic(
+    directory: str | Path, critic: Critic, encoder: Encoder, card: CriticCard, is_main: bool = True
+) -> None:
+    """Writes a critic directory. ``critic.json`` comes last: without it the directory is not a critic.
+
+    Under ZeRO-3 all ranks must call; only the one with ``is_main`` writes.
+
+    Raises:
+        CheckpointError: The pad token could end a sequence.
+    """
+    directory = Path(directory)
+    tokenizer = encoder.tokenizer
+    config = critic.model.config
+    if config.pad_token_id != tokenizer.pad_token_id:
+        raise CheckpointError(
+            f"the model's pad_token_id is {config.pad_token_id}, the tokenizer's {tokenizer.pad_token_id}; build the "
+            "critic with the tokenizer of its encoder"
+        )
+    if is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+    save_weights(critic.model, directory, is_main)
+    if not is_main:
+        return
+    config = type(config).from_dict(config.to_dict())
+    config.architectures = [type(critic.model).__name__]
+    config.dtype = next(critic.model.parameters()).dtype
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    write_text_atomically(directory / CARD_NAME, card.model_dump_json(indent=2))
+
+
+def read_card(directory: str | Path) -> CriticCard:
+    """Reads ``critic.json``.
+
+    Raises:
+        CheckpointError: It is missing (the directory is not a critic, or was not written to its end) or not valid.
+    """
+    path = Path(directory) / CARD_NAME
+    try:
+        return CriticCard.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{directory}: no {CARD_NAME}: not a critic directory, or one that was not written to its end"
+        ) from error
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise CheckpointError(f"{path}: not a valid critic card: {error}") from error
+
+
+def load_critic(directory: str | Path) -> LoadedCritic:
+    """Loads a critic directory on this process, in evaluation mode.
+
+    Raises:
+        CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was fitted with.
+    """
+    card = read_card(directory)
+    encoder = load_encoder(directory, card)
+    critic = create_critic_model(
+        str(directory), encoder.tokenizer, None, card.num_padding_at_beginning, rlhf_training=True, disable_dropout=True
+    )
+    return LoadedCritic(critic.eval(), encoder, card)
+
+
+def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
+    """Loads the encoder of a critic directory.
+
+    Raises:
+        CheckpointError: Its fingerprint differs from the card's.
+    """
+    encoder = Encoder(load_tokenizer(str(directory)), card.encoder.max_length)
+    if encoder.fingerprint != card.encoder.fingerprint:
+        raise CheckpointError(
+            f"{directory}: the tokenizer or chat template is not the one this critic was fitted with: fingerprint "
+            f"{encoder.fingerprint[:12]}, {CARD_NAME} says {card.encoder.fingerprint[:12]}. Restore the tokenizer "
+            "files, or fit the critic again with the new ones."
+        )
+    return encoder
+
+
+def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> CriticCard:
+    """Copies a critic directory without what only a resumed run needs, in one step: whole or not at all.
+
+    Args:
+        source: A critic directory or training checkpoint.
+        out: A directory that does not exist yet.
+        auto_map: Whether to ship a modeling file, so that ``trust_remote_code=True`` gives values too.
+
+    Returns:
+        The card of the exported critic.
+
+    Raises:
+        CheckpointError: The source is no critic, ``out`` exists, or the family has no modeling file.
+    """
+    source = Path(source)
+    card = read_card(source)
+    with whole_directory(out) as building:
+        shutil.copytree(source, building, dirs_exist_ok=True, ignore=_ignore_resume_state)
+        if auto_map:
+            _add_auto_map(building)
+    return card
+
+
+def _ignore_resume_state(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if name == RESUME_FOLDER or name.startswith("manifest-")]
+
+
+def _add_auto_map(directory: Path) -> None:
+    config_path = directory / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    if config["model_type"] not in AUTO_MAP_CLASSES:
+        raise CheckpointError(
+            f"there is no auto_map modeling file for model type {config['model_type']!r} (only for "
+            f"{', '.join(sorted(AUTO_MAP_CLASSES))}); export without --auto-map: plain transformers loads that too"
+        )
+    module, class_name = AUTO_MAP_CLASSES[config["model_type"]]
+    shutil.copy(Path(modeling.__file__).parent / f"{module}.py", directory)
+    config["architectures"] = [class_name]
+    config["auto_map"] = {"AutoModelForSequenceClassification": f"{module}.{class_name}"}
+    write_text_atomically(config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def whole_directory(path: str | Path) -> Iterator[Path]:
+    """A directory that appears at ``path`` when the block ends well, and never otherwise.
+
+    Raises:
+        CheckpointError: There is something at ``path`` already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} exists already; give a new directory or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        yield building
+        building.chmod(0o755)
+        os.rename(building, path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a file that readers see whole, old or new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_manifest(directory: str | Path, node: int, nodes: int) -> None:
+    """Records the size and CRC-32 of every file this node wrote into a checkpoint; the last thing to be written."""
+    directory = Path(directory)
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    write_text_atomically(directory / MANIFEST_PATTERN.format(node=node, nodes=nodes), json.dumps(files, indent=1))
+
+
+def verify_manifest(directory: str | Path) -> None:
+    """Checks a checkpoint against its manifests.
+
+    Raises:
+        CheckpointError: A manifest is missing, or a file is missing, cut short or changed.
+    """
+    directory = Path(directory)
+    manifests = sorted(directory.glob(MANIFEST_PATTERN.format(node="*", nodes="*")))
+    nodes = int(manifests[0].stem.rsplit("-", 1)[1]) if manifests else 1
+    if len(manifests) != nodes:
+        raise CheckpointError(
+            f"{directory}: {len(manifests)} of {nodes} manifests: this checkpoint was not written whole"
+        )
+    for manifest in manifests:
+        for name, recorded in json.loads(manifest.read_text(encoding="utf-8")).items():
+            path = directory / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing; this checkpoint is not whole. Use an earlier one.")
+            if path.stat().st_size != recorded["bytes"] or _crc32(path) != recorded["crc32"]:
+                raise CheckpointError(f"{path}: damaged (size or checksum differs). Use an earlier checkpoint.")
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

@@ -1,0 +1,198 @@
+"""Every option of the project: typed, documented with its unit, validated; from a YAML file and the command line.
+
+A config file has the sections below as its top-level keys. On the command line the same options are dotted
+(``--train.learning-rate 1e-5``) and win over the file. Knows nothing of what the options do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from rlhf_critic.errors import ConfigError
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The base model and how the critic is made of it."""
+
+    path: str = Field("", description="Base model: a Hugging Face directory or hub id (required).")
+    num_layers: PositiveInt | None = Field(None, description="Keep only the first layers of the body; None keeps all.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of parameters and activations. The head is computed in float32 all the same."
+    )
+    head_init: Literal["normal", "zero"] = Field("normal", description="New head: N(0, 1/sqrt(hidden + 1)) or zero.")
+    disable_dropout: bool = Field(True, description="Set every dropout probability to 0, as rewards want.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention kernel of transformers. flash_attention_2 needs a GPU and its own package."
+    )
+
+
+class EncodingConfig(_Section):
+    """How a prompt and a response become token ids."""
+
+    chat_template: str = Field(
+        "auto",
+        description="'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the path of a Jinja "
+        "file.",
+    )
+    max_length: PositiveInt = Field(1024, description="Most tokens of a sequence; longer ones lose their beginning.")
+
+
+class DataConfig(_Section):
+    """Where preferences come from."""
+
+    train: str = Field("", description="Preferences to fit: a .jsonl or .jsonl.gz path or URI (required).")
+    validation: str | None = Field(None, description="Preferences to validate on, same format; None skips validation.")
+    cache_dir: str = Field(".cache", description="Local directory for encoded data. Safe to delete.")
+
+
+class TrainConfig(_Section):
+    """The optimization."""
+
+    global_batch_size: PositiveInt = Field(64, description="Preferences per optimizer step, over all ranks together.")
+    epochs: PositiveFloat = Field(1.0, description="How often each preference is seen; fractions are fine.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Stop after this many optimizer steps, whatever epochs say."
+    )
+    learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
+    warmup_fraction: Fraction = Field(0.05, description="Fraction of all steps over which the rate rises from 0.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled decay, on matrices only.")
+    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the first moment.")
+    adam_beta2: Fraction = Field(0.95, description="AdamW's decay of the second moment.")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's denominator offset.")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip the global gradient norm here; 0 does not clip.")
+    token_budget: PositiveInt = Field(
+        4096, description="Most padded tokens of a micro-batch. Changes speed and memory, never results."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="What DeepSpeed shards: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."
+    )
+    seed: NonNegativeInt = Field(0, description="Of data order, a new head and dropout.")
+    validate_every: NonNegativeInt = Field(0, description="Steps between validations; 0 validates at the end only.")
+    checkpoint_every: NonNegativeInt = Field(100, description="Steps between checkpoints; 0 saves at the end only.")
+
+
+class RunConfig(_Section):
+    """Where and on what the job runs."""
+
+    name: str = Field("critic", description="Name of the run; its directory is STORAGE_PATH/NAME.")
+    storage_path: str = Field("runs", description="Local path, shared path or URI (s3://, gs://) for checkpoints.")
+    num_workers: PositiveInt = Field(1, description="Ray Train workers, each holding one shard of the critic.")
+    use_gpu: bool = Field(False, description="One GPU per worker and NCCL, instead of CPUs and Gloo.")
+    cpus_per_worker: PositiveInt = Field(
+        1, description="CPUs that Ray reserves per worker, and torch threads if no GPU."
+    )
+    max_failures: NonNegativeInt = Field(3, description="How often lost workers are replaced before the job gives up.")
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept in the run's directory.")
+    start_timeout_s: PositiveFloat = Field(
+        1800.0, description="Seconds to wait for workers to be placed (an autoscaler may have to add nodes)."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _one_path_component(cls, name: str) -> str:
+        if not name or name in {".", ".."} or any(character in name for character in "/\\"):
+            raise ValueError("must be a single directory name")
+        return name
+
+
+class TrainJobConfig(_Section):
+    """Fits a critic to preferences with Ray Train and DeepSpeed.
+
+    Example:
+        python -m jobs.train --model.path MODEL --data.train prefs.jsonl --run.num-workers 2
+    """
+
+    model: ModelConfig = ModelConfig()
+    encoding: EncodingConfig = EncodingConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+    resume: bool = Field(False, description="Continue the run of this name from its last checkpoint.")
+
+    def require_complete(self) -> None:
+        """Checks what has no default.
+
+        Raises:
+            ConfigError: Names the option that is missing.
+        """
+        for option, value in (("model.path", self.model.path), ("data.train", self.data.train)):
+            if not value:
+                flag = option.replace("_", "-")
+                raise ConfigError(f"{option} is required: give --{flag} VALUE, or set it in the --config file")
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | None = None, prog: str = "") -> ConfigT:
+    """Reads ``--config FILE.yaml`` and dotted options into a config; options win over the file.
+
+    Args:
+        config_class: A pydantic model whose fields all have defaults.
+        arguments: Default: the command line of this process.
+        prog: The command as a user types it, for ``--help``.
+
+    Raises:
+        ConfigError: The file cannot be read, or an option in it is unknown or out of range.
+        SystemExit: tyro's, for a wrong command line (exit code 2) or ``--help``.
+    """
+    only_config = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config", metavar="FILE.yaml")
+    known, remaining = only_config.parse_known_args(arguments)
+    default = load_config_file(config_class, known.config) if known.config else config_class()
+    description = f"{config_class.__doc__ or ''}\n\n--config FILE.yaml sets options from a file; those given here win."
+    return tyro.cli(config_class, default=default, args=remaining, prog=prog or None, description=description)
+
+
+def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:
+    """Reads and validates a YAML config file.
+
+    Raises:
+        ConfigError: Names the file, the line and the option at fault.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    try:
+        return config_class.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        line = _line_of(tree, first["loc"])
+        option = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{path}:{line}: {option}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _line_of(tree: yaml.Node | None, location: tuple[Any, ...]) -> int:
+    """The line (from 1) of the deepest key of ``location`` that the file has."""
+    line, node = 1, tree
+    for part in location:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        for key, value in node.value:
+            if key.value == part:
+                line, node = key.start_mark.line + 1, value
+                break
+        else:
+            break
+    return line

@@ -1,0 +1,308 @@
+"""One rank's DeepSpeed engine around the critic: train, score, save, load.
+
+Every method is collective: all ranks call it with the same arguments, in the same order, and get the same result.
+Which rank computes what is decided inside, so a caller cannot make ranks disagree. The caller initialises
+``torch.distributed`` first. Knows nothing of Ray, text or who calls it.
+
+Shape legend: P preferences of a micro-batch, G of a global batch, S sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from rlhf_critic.batching import IntArray, plan_micro_batches, plan_sequences
+from rlhf_critic.checkpoint import RESUME_FOLDER, CriticCard, save_critic, write_text_atomically
+from rlhf_critic.config import ModelConfig, TrainConfig
+from rlhf_critic.critic import Critic, PaddedBatch, forward_micro_batches
+from rlhf_critic.encoding import Encoder
+from rlhf_critic.errors import CheckpointError, NonFiniteLossError
+from rlhf_critic.evaluation import Evaluation, evaluate_rewards
+from rlhf_critic.factory import DTYPE_OF, create_critic_model
+from rlhf_critic.losses import bradley_terry_loss
+from rlhf_critic.preferences import EncodedPreferences
+from rlhf_critic.weights import full_shape
+
+STATE_NAME = "engine.json"
+STATE_TAG = "state"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step did, over all ranks.
+
+    Attributes:
+        step: Steps done, this one included.
+        loss: Mean loss of the global batch, before the step.
+        accuracy: Share of its preferences whose chosen side had the higher reward, a tie half.
+        margin: Mean of chosen minus rejected reward.
+        grad_norm: Global gradient norm before clipping.
+        learning_rate: The rate the step was taken with.
+        tokens: Real tokens of the global batch.
+        padded_tokens: Tokens computed for it, padding and dummies included.
+        micro_batches: Micro-batches per rank.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    margin: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    padded_tokens: int
+    micro_batches: int
+
+
+def deepspeed_config(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration for our options.
+
+    The engine decides itself when a step ends (`CriticEngine.train_step`), so DeepSpeed is told that every micro-batch
+    is a batch.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": model.dtype == "bfloat16"},
+        "checkpoint": {"use_node_local_storage": True},
+        "steps_per_print": 10**9,
+    }
+
+
+class CriticEngine:
+    """A critic, its optimizer and its schedule, sharded by DeepSpeed over the ranks of ``torch.distributed``.
+
+    Args:
+        critic: Built with the ``ds_config`` of the same options (under ZeRO-3 it is partitioned already).
+        model: Options of the model.
+        train: Options of the optimization.
+        total_steps: Optimizer steps of the whole run; the schedule ends there.
+    """
+
+    def __init__(self, critic: Critic, model: ModelConfig, train: TrainConfig, total_steps: int) -> None:
+        self.critic = critic
+        self.options = train
+        self.step = 0
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(critic, train.weight_decay),
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=critic,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: _schedule(wrapped, train, total_steps),
+            config=deepspeed_config(model, train),
+        )
+        self.device = self._engine.device
+
+    @classmethod
+    def from_pretrained(
+        cls, encoder: Encoder, model: ModelConfig, train: TrainConfig, total_steps: int
+    ) -> CriticEngine:
+        """Builds the critic from a base model, on all ranks with the same head.
+
+        Raises:
+            CheckpointError: See `rlhf_critic.factory.create_hf_model`.
+        """
+        torch.manual_seed(train.seed)
+        critic = create_critic_model(
+            model.path,
+            encoder.tokenizer,
+            deepspeed_config(model, train),
+            disable_dropout=model.disable_dropout,
+            num_layers=model.num_layers,
+            head_init=model.head_init,
+            dtype=DTYPE_OF[model.dtype],
+            attn_implementation=model.attn_implementation,
+        )
+        return cls(critic, model, train, total_steps)
+
+    def train_step(self, preferences: EncodedPreferences, rows_G: IntArray) -> StepMetrics:
+        """Takes one optimizer step on the mean loss of a global batch.
+
+        Args:
+            preferences: The table that ``rows_G`` index.
+            rows_G: The rows of the global batch, the same on every rank.
+
+        Raises:
+            NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
+        """
+        plan = plan_micro_batches(preferences.lengths_N2[rows_G], self.world_size, self.options.token_budget)
+        mine = plan[self.rank]
+        # Dropout draws from (seed, step, rank), so a step that is run again after a failure draws the same.
+        torch.manual_seed(int(np.random.SeedSequence([self.options.seed, self.step, self.rank]).generate_state(1)[0]))
+        learning_rate = float(self._engine.get_lr()[0])
+        self._engine.train()
+        totals = torch.zeros(5, dtype=torch.float64, device=self.device)
+        losses: list[tuple[list[int], Tensor]] = []
+        for index, micro_batch in enumerate(mine):
+            is_last = index == len(mine) - 1
+            self._engine.set_gradient_accumulation_boundary(is_last)
+            rows = [int(rows_G[unit]) for unit in micro_batch.units]
+            batch, rewards_2P = self._forward_pairs(preferences, rows)
+            loss_P = bradley_terry_loss(rewards_2P[0], rewards_2P[1])
+            losses.append((rows, loss_P.detach()))
+            if micro_batch.weight:
+                totals[:4] += _sums(batch, loss_P.detach(), rewards_2P.detach())
+            totals[4] += batch.input_ids_SL.numel()
+            if is_last:
+                dist.all_reduce(totals)
+                self._refuse_non_finite(float(totals[0]), losses, preferences)
+            # DeepSpeed averages gradients over ranks; this makes the sum over ranks a mean over the global batch.
+            self._engine.backward(loss_P.sum() * (micro_batch.weight * self.world_size / len(rows_G)))
+            self._engine.step()
+        grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
+        self._refuse_non_finite(grad_norm, losses, preferences)
+        self.step += 1
+        loss_sum, right_sum, margin_sum, tokens, padded_tokens = totals.tolist()
+        return StepMetrics(
+            step=self.step,
+            loss=loss_sum / len(rows_G),
+            accuracy=right_sum / len(rows_G),
+            margin=margin_sum / len(rows_G),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            tokens=int(tokens),
+            padded_tokens=int(padded_tokens),
+            micro_batches=len(mine),
+        )
+
+    def rewards(self, sequences: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """The reward of each sequence of token ids, fp32 ``[S]``.
+
+        Raises:
+            ValueError: There is no sequence, or an empty one.
+        """
+        rewards_S = torch.zeros(len(sequences), dtype=torch.float32, device=self.device)
+        for units, batch, values_SL in self._forward_sequences(sequences):
+            rewards_S[list(units)] = batch.at_end(values_SL)
+        dist.all_reduce(rewards_S)
+        return rewards_S.cpu().numpy()
+
+    def values(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """The value at every token of each sequence of token ids: ``S`` arrays, fp32, as long as the sequences.
+
+        Raises:
+            ValueError: There is no sequence, or an empty one.
+        """
+        ends = np.cumsum([len(sequence) for sequence in sequences])
+        flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self.device)
+        for units, batch, values_SL in self._forward_sequences(sequences):
+            for row, unit in enumerate(units):
+                length = len(sequences[unit])
+                flat[int(ends[unit]) - length : int(ends[unit])] = values_SL[row, :length]
+        dist.all_reduce(flat)
+        return np.split(flat.cpu().numpy(), ends[:-1])
+
+    def evaluate(self, preferences: EncodedPreferences) -> Evaluation:
+        """Scores both sides of all preferences and compares them."""
+        pairs = [preferences[row] for row in range(len(preferences))]
+        rewards_2N = self.rewards([p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]).reshape(2, -1)
+        return evaluate_rewards(rewards_2N[0], rewards_2N[1], preferences.lengths_N2)
+
+    def save(self, directory: str | Path, encoder: Encoder, card: CriticCard) -> None:
+        """Writes a critic directory and beside it, in ``resume``, what a continued run needs.
+
+        Every node needs the same path; on each, ranks write their own files into it.
+        """
+        directory = Path(directory)
+        save_critic(directory, self.critic, encoder, card, is_main=self.rank == 0)
+        self._engine.save_checkpoint(str(directory / RESUME_FOLDER), tag=STATE_TAG)
+        if self.rank == 0:
+            state = {"step": self.step, "world_size": self.world_size, "zero_stage": self.options.zero_stage}
+            write_text_atomically(directory / RESUME_FOLDER / STATE_NAME, json.dumps(state))
+        dist.barrier()
+
+    def load(self, directory: str | Path) -> None:
+        """Continues from what `save` wrote: weights, optimizer, schedule and step.
+
+        DeepSpeed unpickles this state, so load only what this project wrote.
+
+        Raises:
+            CheckpointError: It is not there, or was saved with another world size or ZeRO stage.
+        """
+        resume = Path(directory) / RESUME_FOLDER
+        try:
+            state = json.loads((resume / STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{directory}: no state to resume from: {error}") from error
+        for option, here in (("world_size", self.world_size), ("zero_stage", self.options.zero_stage)):
+            if state[option] != here:
+                raise CheckpointError(
+                    f"{directory}: saved with {option}={state[option]}, now {here}; resume with the same"
+                )
+        self._engine.load_checkpoint(str(resume), tag=STATE_TAG)
+        self.step = int(state["step"])
+
+    def _forward_pairs(self, preferences: EncodedPreferences, rows: Sequence[int]) -> tuple[PaddedBatch, Tensor]:
+        pairs = [preferences[row] for row in rows]
+        sequences = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+        batch = PaddedBatch.from_sequences(sequences, self.critic.pad_token_id, self.device)
+        return batch, batch.at_end(self._engine(batch)).view(2, -1)
+
+    def _forward_sequences(
+        self, sequences: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], PaddedBatch, Tensor]]:
+        """This rank's part of the sequences, micro-batch by micro-batch."""
+        self._engine.eval()
+        plan = plan_sequences(sequences, self.world_size, self.options.token_budget)
+        return forward_micro_batches(self._engine, sequences, plan[self.rank], self.critic.pad_token_id, self.device)
+
+    def _refuse_non_finite(
+        self, value: float, losses: Sequence[tuple[list[int], Tensor]], preferences: EncodedPreferences
+    ) -> None:
+        """Raises on all ranks if ``value``, the same on all ranks, is not finite; names the rows that caused it."""
+        if isfinite(value):
+            return
+        mine = [
+            row
+            for rows, loss_P in losses
+            for row, loss in zip(rows, loss_P.tolist(), strict=True)
+            if not isfinite(loss)
+        ]
+        # A gradient can be infinite where every loss is finite: then any row of the batch may be the cause.
+        of_ranks: list[list[list[int]]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(of_ranks, [mine, [row for rows, _ in losses for row in rows]])
+        rows = {row for found, _ in of_ranks for row in found} or {row for _, rows in of_ranks for row in rows}
+        raise NonFiniteLossError(self.step, [preferences.origin(row) for row in sorted(rows)])
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: decay applies to matrices, not to norms and biases; empty groups are left out."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if len(full_shape(parameter)) > 1]
+    others = [parameter for parameter in trainable if len(full_shape(parameter)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> Any:
+    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    warmup_steps = round(train.warmup_fraction * total_steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+
+
+def _sums(batch: PaddedBatch, loss_P: Tensor, rewards_2P: Tensor) -> Tensor:
+    """Sums over a micro-batch: loss, right orders (a tie half), margins, real tokens; float64 ``[4]``."""
+    margin_P = rewards_2P[0] - rewards_2P[1]
+    right_P = (margin_P.sign() + 1) / 2
+    return torch.stack([loss_P.sum(), right_P.sum(), margin_P.sum(), batch.attention_mask_SL.sum()]).double()

@@ -1,0 +1,54 @@
+"""The errors this project raises on purpose.
+
+Each message names what is at fault (option, file, line, key) and says what to do. The classes take plain arguments
+only, so that they survive pickling on their way out of an actor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CriticError(Exception):
+    """Base of every error raised on purpose by this project."""
+
+
+class ConfigError(CriticError):
+    """An option is unknown, missing or out of range."""
+
+
+class DataError(CriticError):
+    """A preference file cannot be read; the message names file, line and field."""
+
+
+class EncodingError(CriticError):
+    """A text cannot be turned into token ids that have an unambiguous end."""
+
+
+class CheckpointError(CriticError):
+    """A model or checkpoint directory is missing, incomplete, damaged or does not fit."""
+
+
+class NonFiniteLossError(CriticError):
+    """The loss or the gradient became NaN or infinite; the optimizer step was not taken.
+
+    Args:
+        step: The optimizer step (from 0) that failed.
+        rows: Where the offending preferences come from, as ``file:line``.
+    """
+
+    MAX_ROWS_SHOWN = 16
+
+    def __init__(self, step: int, rows: Sequence[str]) -> None:
+        super().__init__(step, list(rows))
+        self.step = step
+        self.rows = list(rows)
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.rows[: self.MAX_ROWS_SHOWN])
+        more = len(self.rows) - self.MAX_ROWS_SHOWN
+        return (
+            f"loss or gradient is not finite at step {self.step}; no optimizer step was taken. "
+            f"Preferences: {shown}{f' and {more} more' if more > 0 else ''}. "
+            "Lower the learning rate, look at these rows, or resume from the last checkpoint."
+        )

@@ -1,0 +1,245 @@
+"""Builds models: from a pretrained directory or hub id to a critic whose vocabulary is padded and whose head is new.
+
+`create_hf_model` and `create_critic_model` take the arguments of DeepSpeed-Chat's factories in the same order, so code
+written against those runs unchanged; what they lack is keyword-only. Models are built from their config with the final
+vocabulary size and then filled tensor by tensor. Under ZeRO-3 every parameter is partitioned the moment it is made.
+Knows nothing of data, training or critic directories.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+from transformers.integrations import HfDeepSpeedConfig
+
+from rlhf_critic.critic import Critic
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.weights import WeightReader, full_shape, gathered, is_writer, load_weights
+
+VOCABULARY_MULTIPLE = 8
+HeadInit = Literal["normal", "zero"]
+HEAD_NAME = "score.weight"
+# Every spelling of dropout in the configs of transformers' decoder families, e.g. attn_pdrop, attention_dropout,
+# hidden_dropout, hidden_dropout_prob, classifier_dropout, dropout, layerdrop.
+DROPOUT_FIELD = re.compile(r"(^|_)(p?drop|dropout)(_prob|_rate|_p)?$|^layerdrop$")
+DTYPE_OF = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def padded_vocabulary_size(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """The least multiple of 8 that holds both the tokenizer's ids and the rows the model has; never fewer rows."""
+    rows = max(len(tokenizer), config.get_text_config().vocab_size)
+    return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def create_hf_model(
+    model_class: Any,
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ds_config: dict[str, Any] | None = None,
+    rlhf_training: bool = False,
+    disable_dropout: bool = False,
+    *,
+    num_layers: int | None = None,
+    head_init: HeadInit = "normal",
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Builds a Hugging Face model with padded vocabulary and loads its weights.
+
+    Args:
+        model_class: An ``AutoModel*`` class or a concrete model class.
+        model_name_or_path: A directory or hub id with a config and weights (safetensors or a legacy ``.bin``).
+        tokenizer: Decides how many rows the embedding needs, and the pad and EOS ids.
+        ds_config: DeepSpeed's configuration. At ZeRO stage 3 the model is partitioned from the start, and
+            ``torch.distributed`` must be initialised; other stages change nothing.
+        rlhf_training: Whether the weights are a trained critic's: then a missing head is an error. Otherwise a model
+            without a ``score`` head gets a new one.
+        disable_dropout: Sets every dropout probability of the config to 0.
+        num_layers: Keep only the first layers of the body.
+        head_init: A new head is drawn from N(0, 1 / sqrt(d + 1)), as in OpenAI's lm-human-preferences, or is zero.
+        dtype: Of parameters. Default: as ``ds_config`` says (bf16, fp16), else fp32.
+        attn_implementation: Passed to transformers, which chooses by itself where it is None.
+
+    Returns:
+        The model, in training mode, on the device DeepSpeed gives it (ZeRO-3) or the CPU.
+
+    Raises:
+        CheckpointError: There is no config or no weights, they do not fit, or the options do not fit the model.
+    """
+    ds_config = ds_config or {}
+    config = _load_config(model_name_or_path)
+    if num_layers is not None:
+        _keep_layers(config, num_layers)
+    if disable_dropout:
+        silence_dropout(config)
+    text_config = config.get_text_config()
+    text_config.vocab_size = padded_vocabulary_size(tokenizer, config)
+    config.pad_token_id = text_config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = text_config.eos_token_id = tokenizer.eos_token_id
+    dtype = dtype or _dtype_of(ds_config)
+    construct = getattr(model_class, "from_config", None) or model_class._from_config
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _zero3_construction(ds_config), no_init_weights():
+        model = construct(config, dtype=dtype, **attention)
+    reader = WeightReader(model_name_or_path)
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+    missing = load_weights(
+        model,
+        reader,
+        prefix=f"{model.base_model_prefix}.",
+        may_be_missing=lambda name: name == HEAD_NAME and not rlhf_training,
+        may_be_unexpected=lambda key: (
+            key.startswith("lm_head.")
+            or (num_layers is not None and _layer_number(key) >= num_layers)
+            or any(pattern.search(key) for pattern in ignored)
+        ),
+        may_have_fewer_rows=_vocabulary_names(model).__contains__,
+    )
+    if HEAD_NAME in missing:
+        init_head(model.score.weight, head_init)
+    return model.train()
+
+
+def create_critic_model(
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ds_config: dict[str, Any] | None,
+    num_padding_at_beginning: int = 0,
+    rlhf_training: bool = False,
+    disable_dropout: bool = False,
+    *,
+    num_layers: int | None = None,
+    head_init: HeadInit = "normal",
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> Critic:
+    """Builds a `Critic` around the family's sequence-classification model; the arguments are `create_hf_model`'s.
+
+    Args:
+        model_name_or_path: A base model (the head is new) or, with ``rlhf_training``, a trained critic.
+        tokenizer: See `create_hf_model`.
+        ds_config: See `create_hf_model`.
+        num_padding_at_beginning: See `Critic`.
+        rlhf_training: See `create_hf_model`.
+        disable_dropout: See `create_hf_model`.
+        num_layers: See `create_hf_model`.
+        head_init: See `create_hf_model`.
+        dtype: See `create_hf_model`.
+        attn_implementation: See `create_hf_model`.
+
+    Raises:
+        CheckpointError: See `create_hf_model`.
+    """
+    model = create_hf_model(
+        AutoModelForSequenceClassification,
+        model_name_or_path,
+        tokenizer,
+        ds_config,
+        rlhf_training,
+        disable_dropout,
+        num_layers=num_layers,
+        head_init=head_init,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+    return Critic(model, num_padding_at_beginning)
+
+
+def silence_dropout(config: PreTrainedConfig) -> None:
+    """Sets every dropout probability in a config, whatever its family calls it, to 0."""
+    for name, value in vars(config).items():
+        if DROPOUT_FIELD.search(name) and isinstance(value, (int, float)):
+            setattr(config, name, 0.0)
+        elif isinstance(value, PreTrainedConfig):
+            silence_dropout(value)
+
+
+def init_head(weight_1D: nn.Parameter, how: HeadInit) -> None:
+    """Initialises a scalar head in place, under ZeRO-3 on all ranks alike.
+
+    ``normal`` is N(0, 1 / sqrt(d + 1)), Ziegler et al., "Fine-tuning language models from human preferences" (2019);
+    ``zero`` gives every text the reward 0 at first.
+    """
+    with torch.no_grad(), gathered(weight_1D, modify=True):
+        if not is_writer(weight_1D):
+            return
+        if how == "zero":
+            weight_1D.zero_()
+        else:
+            weight_1D.normal_(0.0, (weight_1D.shape[-1] + 1) ** -0.5)
+
+
+def _load_config(model_name_or_path: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model_name_or_path}: no model config could be loaded: {error}") from error
+    config.num_labels = 1
+    return config
+
+
+def _keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
+    """Cuts a config to its first layers; per-layer lists (``layer_types``) are cut with it."""
+    text_config = config.get_text_config()
+    available = text_config.num_hidden_layers
+    if not 1 <= num_layers <= available:
+        raise CheckpointError(
+            f"num_layers is {num_layers}, but the model has {available} layers: choose 1 to {available}"
+        )
+    for name, value in list(vars(text_config).items()):
+        if isinstance(value, list) and len(value) == available:
+            setattr(text_config, name, value[:num_layers])
+    text_config.num_hidden_layers = num_layers
+
+
+def _layer_number(key: str) -> int:
+    """The number of the layer a weight belongs to: the first whole number in its name."""
+    numbers = re.findall(r"(?:^|\.)(\d+)\.", key)
+    return int(numbers[0]) if numbers else -1
+
+
+def _vocabulary_names(model: PreTrainedModel) -> set[str]:
+    """The names of the tensors that have a row per token id."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    rows_per_token = {id(module) for module in (embedding, output) if module is not None}
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if id(module) in rows_per_token
+        for parameter, tensor in module.named_parameters(recurse=False)
+        if full_shape(tensor)[0] == model.config.get_text_config().vocab_size
+    }
+
+
+def _dtype_of(ds_config: dict[str, Any]) -> torch.dtype:
+    if ds_config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    if ds_config.get("fp16", {}).get("enabled"):
+        return torch.float16
+    return torch.float32
+
+
+@contextmanager
+def _zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within the block transformers partitions what it constructs, if ``ds_config`` asks for ZeRO stage 3."""
+    if ds_config.get("zero_optimization", {}).get("stage") != 3:
+        yield
+        return
+    # transformers holds this object by a weak reference only: without a name of its own it would be gone at once and
+    # the model be built whole on every rank.
+    keep_alive = HfDeepSpeedConfig(ds_config)
+    yield
+    del keep_alive

@@ -1,0 +1,102 @@
+"""Llama with a scalar reward head, for ``AutoModelForSequenceClassification.from_pretrained(trust_remote_code=True)``.
+
+Needs transformers and nothing else. The weights have the names of ``LlamaForSequenceClassification`` with one label, so
+the same directory also loads without this file; what this file adds is a value at every token, ends of sequences found
+from the attention mask, positions that left padding does not shift, and a head computed in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class RewardModelOutput(ModelOutput):
+    """What `LlamaRewardModel` returns.
+
+    Attributes:
+        loss: Mean squared error against ``labels``, where those were given.
+        logits: The reward of each sequence, its value at the last real token, fp32 ``[batch, 1]``.
+        values: The value at every token, fp32 ``[batch, length]``; meaningless at padding.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    values: torch.FloatTensor | None = None
+
+
+class LlamaRewardModel(LlamaPreTrainedModel):
+    """A Llama backbone and a linear head with one output and no bias."""
+
+    config_class = LlamaConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = 1
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.model.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> RewardModelOutput | tuple:
+        """Scores sequences padded on either side.
+
+        Args:
+            input_ids: ``[batch, length]``.
+            attention_mask: 1 at real tokens, ``[batch, length]``. Without it, everything from the first to the last
+                token that is not ``config.pad_token_id`` counts as real.
+            position_ids: ``[batch, length]``. Default: counted from each row's first real token.
+            inputs_embeds: Instead of ``input_ids``, ``[batch, length, hidden]``.
+            labels: Target rewards ``[batch]`` for a regression loss.
+            return_dict: False returns a tuple.
+            **kwargs: Passed to the backbone.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        columns = torch.arange(inputs.shape[1], device=inputs.device)
+        if attention_mask is not None:
+            real = attention_mask.long()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = (input_ids != self.config.pad_token_id).long()
+        else:
+            real = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+        first = real.argmax(dim=1, keepdim=True)
+        last = (real * (columns + 1)).argmax(dim=1, keepdim=True)
+        # A pad token within a text is part of it, as in the classes of transformers.
+        real = ((columns >= first) & (columns <= last)).long()
+        if position_ids is None:
+            position_ids = (columns - first).clamp(min=0)
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=real,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **{**kwargs, "use_cache": False},
+        ).last_hidden_state
+        values = F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+        rewards = values.gather(1, last)
+        loss = None if labels is None else F.mse_loss(rewards.squeeze(-1), labels.float().view(-1))
+        output = RewardModelOutput(loss=loss, logits=rewards, values=values)
+        return output if return_dict is not False else output.to_tuple()

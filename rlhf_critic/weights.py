@@ -1,0 +1,238 @@
+"""Named tensors in files, to and from the parameters of a module, whichever ZeRO stage holds them.
+
+Reading and writing go tensor by tensor: under ZeRO-3 a parameter is gathered, copied and partitioned again before the
+next one, so no rank ever holds the whole model. Nothing is skipped in silence: keys that are missing, unexpected or of
+another shape are one error that lists them. Knows nothing of heads, tokenizers or training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from rlhf_critic.errors import CheckpointError
+
+SAFETENSORS_PATTERN = "model{suffix}.safetensors"
+MAX_FILE_BYTES = 5 * 10**9
+
+
+class WeightReader:
+    """Reads named tensors from a model directory or hub id, one at a time.
+
+    Prefers safetensors, single or split; else takes a legacy ``pytorch_model.bin``, unpickled with
+    ``weights_only=True``, which runs no code.
+
+    Args:
+        name_or_path: A directory or hub id.
+
+    Raises:
+        CheckpointError: There are no weights, or a file is damaged or missing.
+    """
+
+    def __init__(self, name_or_path: str) -> None:
+        self.source = name_or_path
+        self._file_of: dict[str, Path] = {}
+        self._open_files: dict[Path, Any] = {}
+        for name, is_index in (
+            (SAFE_WEIGHTS_INDEX_NAME, True),
+            (SAFE_WEIGHTS_NAME, False),
+            (WEIGHTS_INDEX_NAME, True),
+            (WEIGHTS_NAME, False),
+        ):
+            path = self._resolve(name)
+            if path is not None:
+                self._index(path) if is_index else self._add_file(path)
+                return
+        raise CheckpointError(
+            f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, split or not. "
+            "Give a directory that save_pretrained wrote, or a hub id that can be reached."
+        )
+
+    def _resolve(self, name: str) -> Path | None:
+        found = cached_file(
+            self.source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        return None if found is None else Path(found)
+
+    def _index(self, index: Path) -> None:
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            path = self._resolve(name)
+            if path is None:
+                raise CheckpointError(f"{self.source}: {name} is missing, which {index.name} names")
+            self._add_file(path)
+
+    def _add_file(self, path: Path) -> None:
+        try:
+            if path.suffix == ".safetensors":
+                opened = safe_open(str(path), framework="pt")
+            else:
+                opened = _Unpickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: damaged or not a weights file: {error}") from error
+        self._open_files[path] = opened
+        self._file_of.update(dict.fromkeys(opened.keys(), path))
+
+    def keys(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._file_of)
+
+    def shape(self, key: str) -> torch.Size:
+        """The shape of a tensor, without reading it."""
+        return torch.Size(self._open_files[self._file_of[key]].get_slice(key).get_shape())
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, on the CPU."""
+        return self._open_files[self._file_of[key]].get_tensor(key)
+
+
+class _Unpickled:
+    """A dictionary of tensors with the three methods of an open safetensors file that `WeightReader` calls."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, key: str) -> _Unpickled._Shape:
+        return self._Shape(self._tensors[key].shape)
+
+    def get_tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    class _Shape:
+        def __init__(self, shape: torch.Size) -> None:
+            self._shape = shape
+
+        def get_shape(self) -> list[int]:
+            return list(self._shape)
+
+
+def gathered(parameter: Tensor, modify: bool = False) -> AbstractContextManager[Any]:
+    """Makes a ZeRO-3 parameter whole within the block; does nothing to one that is whole already.
+
+    Every rank must enter. With ``modify``, what rank 0 writes becomes the parameter on all ranks.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modify else None)
+
+
+def is_writer(parameter: Tensor) -> bool:
+    """Whether this rank should write into a parameter made whole by ``gathered(parameter, modify=True)``."""
+    return not hasattr(parameter, "ds_id") or deepspeed.comm.get_rank() == 0
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where this rank holds only a shard."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a module by the names of its state dict, shared ones once."""
+    in_state_dict = set(module.state_dict(keep_vars=True))
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor for name, tensor in named if name in in_state_dict}
+
+
+def load_weights(
+    module: nn.Module,
+    reader: WeightReader,
+    *,
+    prefix: str,
+    may_be_missing: Callable[[str], bool],
+    may_be_unexpected: Callable[[str], bool],
+    may_have_fewer_rows: Callable[[str], bool],
+) -> set[str]:
+    """Copies a file's tensors into a module of any ZeRO stage.
+
+    Args:
+        module: Receives the weights; under ZeRO-3 all ranks must call.
+        reader: Gives the weights.
+        prefix: The name of the backbone within the module (``"model."``). A file of the bare backbone, whose keys lack
+            it, fits too.
+        may_be_missing: Whether a name of the module may be absent from the file; it is then left untouched.
+        may_be_unexpected: Whether a name of the file may be absent from the module.
+        may_have_fewer_rows: Whether a tensor of the file may be shorter in its first dimension (an embedding before
+            the vocabulary was padded); the rows it lacks become zero.
+
+    Returns:
+        The names of the module that the file did not have.
+
+    Raises:
+        CheckpointError: Lists every missing, unexpected and mis-shaped key.
+    """
+    targets = persistent_tensors(module)
+    key_of = {(key if key in targets else f"{prefix}{key}"): key for key in reader.keys()}
+    missing = {name for name in targets if name not in key_of}
+    problems = [f"missing: {name}" for name in sorted(missing) if not may_be_missing(name)]
+    problems += [
+        f"unexpected: {key}" for name, key in key_of.items() if name not in targets and not may_be_unexpected(key)
+    ]
+    for name in targets.keys() & key_of.keys():
+        found, wanted = reader.shape(key_of[name]), full_shape(targets[name])
+        shorter = found[1:] == wanted[1:] and found[0] < wanted[0] and may_have_fewer_rows(name)
+        if found != wanted and not shorter:
+            problems.append(f"shape: {name}: {tuple(found)} in the file, {tuple(wanted)} in the model")
+    if problems:
+        raise CheckpointError(f"{reader.source}: the weights do not fit the model:\n  " + "\n  ".join(problems))
+    for name, tensor in targets.items():
+        if name in missing:
+            continue
+        with torch.no_grad(), gathered(tensor, modify=True):
+            if is_writer(tensor):
+                source = reader.read(key_of[name])
+                tensor[: len(source)].copy_(source) if source.dim() else tensor.copy_(source)
+                if source.dim():
+                    tensor[len(source) :].zero_()
+    return missing
+
+
+def save_weights(module: nn.Module, directory: Path, is_main: bool) -> list[str]:
+    """Writes a module's weights as safetensors, split as the Hugging Face hub splits them, file by file.
+
+    Under ZeRO-3 all ranks must call; the ranks that are not ``is_main`` take part in the gathering and keep nothing.
+
+    Returns:
+        The names of the files, the index included where there is one.
+    """
+    tensors = persistent_tensors(module)
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: full_shape(tensor).numel() * tensor.element_size(),
+        filename_pattern=SAFETENSORS_PATTERN,
+        max_shard_size=MAX_FILE_BYTES,
+    )
+    for filename, names in split.filename_to_tensors.items():
+        in_file: dict[str, Tensor] = {}
+        for name in names:
+            with gathered(tensors[name]):
+                if is_main:
+                    in_file[name] = tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
+        if is_main:
+            save_file(in_file, directory / filename, metadata={"format": "pt"})
+    if is_main and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
+    return [*split.filename_to_tensors, *([SAFE_WEIGHTS_INDEX_NAME] if split.is_sharded else [])]
