@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import datasets
 import deepspeed
 import ray.train
 import torch
@@ -70,7 +69,6 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
     config = TrainJobConfig.model_validate(loop_config)
     if not config.run.use_gpu:
         torch.set_num_threads(config.run.cpus_per_worker)
-    datasets.disable_progress_bars()
     deepspeed.init_distributed(dist_backend="nccl" if config.run.use_gpu else "gloo", auto_mpi_discovery=False)
     try:
         return _TrainingRun(config).run()

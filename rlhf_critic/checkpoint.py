@@ -86,11 +86,10 @@ def save_critic(
         CheckpointError: The pad token could end a sequence.
     """
     directory = Path(directory)
-    tokenizer = encoder.tokenizer
-    config = critic.model.config
-    if config.pad_token_id != tokenizer.pad_token_id:
+    config, pad_token_id = critic.model.config, encoder.tokenizer.pad_token_id
+    if config.pad_token_id != pad_token_id:
         raise CheckpointError(
-            f"the model's pad_token_id is {config.pad_token_id}, the tokenizer's {tokenizer.pad_token_id}; build the "
+            f"the model's pad_token_id is {config.pad_token_id}, the tokenizer's {pad_token_id}; build the "
             "critic with the tokenizer of its encoder"
         )
     if is_main:
@@ -104,7 +103,7 @@ def save_critic(
     if hasattr(config, "auto_map"):
         del config.auto_map
     config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    encoder.save(directory)
     write_text_atomically(directory / CARD_NAME, card.model_dump_json(indent=2))
 
 

@@ -7,6 +7,7 @@ A config file has the sections below as its top-level keys. On the command line 
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -114,8 +115,7 @@ class RunConfig(_Section):
 class TrainJobConfig(_Section):
     """Fits a critic to preferences with Ray Train and DeepSpeed.
 
-    Example:
-        python -m jobs.train --model.path MODEL --data.train prefs.jsonl --run.num-workers 2
+    For example: python -m jobs.train --model.path MODEL --data.train prefs.jsonl --run.num-workers 2
     """
 
     model: ModelConfig = ModelConfig()
@@ -137,6 +137,26 @@ class TrainJobConfig(_Section):
                 raise ConfigError(f"{option} is required: give --{flag} VALUE, or set it in the --config file")
 
 
+class EvaluateJobConfig(_Section):
+    """Scores preferences with a critic and says how well the two agree. Runs on this machine, without Ray."""
+
+    checkpoint: tyro.conf.Positional[str] = Field(description="A critic directory, training checkpoint or export.")
+    data: tyro.conf.Positional[str] = Field(description="Preferences: a .jsonl or .jsonl.gz path or URI.")
+    token_budget: PositiveInt = Field(4096, description="Most padded tokens scored at once. Changes speed only.")
+    cache_dir: str = Field(".cache", description="Local directory for encoded data. Safe to delete.")
+    json_output: bool = Field(False, description="Print one JSON object instead of a table.")
+
+
+class ExportJobConfig(_Section):
+    """Copies a critic out of a run, without the state that only a resumed run needs."""
+
+    checkpoint: tyro.conf.Positional[str] = Field(description="A critic directory or training checkpoint.")
+    out: tyro.conf.Positional[str] = Field(description="The directory to make.")
+    auto_map: bool = Field(
+        False, description="Ship a modeling file: trust_remote_code=True then gives a value at every token too."
+    )
+
+
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
@@ -144,7 +164,7 @@ def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | N
     """Reads ``--config FILE.yaml`` and dotted options into a config; options win over the file.
 
     Args:
-        config_class: A pydantic model whose fields all have defaults.
+        config_class: A pydantic model of sections and options.
         arguments: Default: the command line of this process.
         prog: The command as a user types it, for ``--help``.
 
@@ -155,9 +175,9 @@ def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | N
     only_config = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     only_config.add_argument("--config", metavar="FILE.yaml")
     known, remaining = only_config.parse_known_args(arguments)
-    default = load_config_file(config_class, known.config) if known.config else config_class()
-    description = f"{config_class.__doc__ or ''}\n\n--config FILE.yaml sets options from a file; those given here win."
-    return tyro.cli(config_class, default=default, args=remaining, prog=prog or None, description=description)
+    default = {"default": load_config_file(config_class, known.config)} if known.config else {}
+    description = f"{inspect.cleandoc(config_class.__doc__ or '')}\n\n--config FILE.yaml sets options; those given here win."
+    return tyro.cli(config_class, args=remaining, prog=prog or None, description=description, **default)
 
 
 def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:

@@ -13,12 +13,15 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlhf_critic.batching import MicroBatch
+from rlhf_critic.batching import MicroBatch, plan_sequences
 
 
 @dataclass(frozen=True)
@@ -158,3 +161,29 @@ def forward_micro_batches(
         values_SL = module(batch)
         if micro_batch.weight:
             yield micro_batch.units, batch, values_SL
+
+
+def score_sequences(critic: Critic, sequences: Sequence[Sequence[int]], token_budget: int) -> NDArray[np.float32]:
+    """The reward of each sequence, computed by a whole critic on this process; shows its progress on a terminal.
+
+    Args:
+        critic: In evaluation mode.
+        sequences: Token ids.
+        token_budget: The most padded tokens that go through the critic at once.
+
+    Returns:
+        fp32 ``[S]``, in the order of ``sequences``.
+
+    Raises:
+        ValueError: There is no sequence, or an empty one.
+    """
+    device = next(critic.parameters()).device
+    (micro_batches,) = plan_sequences(sequences, 1, token_budget)
+    rewards_S = torch.zeros(len(sequences), dtype=torch.float32)
+    with tqdm(total=len(sequences), desc="scoring", unit="text", disable=None) as bar:
+        for units, batch, values_SL in forward_micro_batches(
+            critic, sequences, micro_batches, critic.pad_token_id, device
+        ):
+            rewards_S[list(units)] = batch.at_end(values_SL).cpu()
+            bar.update(len(units))
+    return rewards_S.numpy()

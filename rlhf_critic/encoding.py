@@ -57,7 +57,7 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         EncodingError: There is no tokenizer, it is not a fast one, it has no EOS, or the template cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="right", truncation_side="left")
     except (OSError, ValueError) as error:
         raise EncodingError(f"no tokenizer could be loaded from {name_or_path!r}: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -72,8 +72,6 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         # those who forget add_special_tokens=False.
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     tokenizer.chat_template = _resolve_template(tokenizer, chat_template, begins_with_bos)
-    tokenizer.padding_side = "right"
-    tokenizer.truncation_side = "left"
     return tokenizer
 
 
@@ -129,7 +127,6 @@ class Encoder:
                 "the tokenizer has no pad token of its own, so plain transformers would misread where a sequence "
                 "ends; load it with rlhf_critic.encoding.load_tokenizer"
             )
-        tokenizer.model_max_length = max_length
         self.tokenizer = tokenizer
         self.max_length = max_length
 
@@ -169,6 +166,11 @@ class Encoder:
                 raise EncodingError(f"a text must have tokens and must not end with the pad token: {text[-80:]!r}")
             encoded.append(Encoded(ids[-self.max_length :], truncated=len(ids) > self.max_length))
         return encoded
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the tokenizer, with its template and length limit, where `load_tokenizer` and transformers find it."""
+        self.tokenizer.model_max_length = self.max_length
+        self.tokenizer.save_pretrained(directory)
 
     @cached_property
     def fingerprint(self) -> str:

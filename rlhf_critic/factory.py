@@ -80,6 +80,8 @@ def create_hf_model(
         CheckpointError: There is no config or no weights, they do not fit, or the options do not fit the model.
     """
     ds_config = ds_config or {}
+    # Drawn now: how many numbers construction takes from the global generator depends on the ZeRO stage.
+    head_seed = int(torch.randint(2**62, ()))
     config = _load_config(model_name_or_path)
     if num_layers is not None:
         _keep_layers(config, num_layers)
@@ -94,6 +96,7 @@ def create_hf_model(
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _zero3_construction(ds_config), no_init_weights():
         model = construct(config, dtype=dtype, **attention)
+    model.tie_weights()  # part of what the block above leaves out
     reader = WeightReader(model_name_or_path)
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     missing = load_weights(
@@ -109,7 +112,7 @@ def create_hf_model(
         may_have_fewer_rows=_vocabulary_names(model).__contains__,
     )
     if HEAD_NAME in missing:
-        init_head(model.score.weight, head_init)
+        init_head(model.score.weight, head_init, head_seed)
     return model.train()
 
 
@@ -167,7 +170,7 @@ def silence_dropout(config: PreTrainedConfig) -> None:
             silence_dropout(value)
 
 
-def init_head(weight_1D: nn.Parameter, how: HeadInit) -> None:
+def init_head(weight_1D: nn.Parameter, how: HeadInit, seed: int) -> None:
     """Initialises a scalar head in place, under ZeRO-3 on all ranks alike.
 
     ``normal`` is N(0, 1 / sqrt(d + 1)), Ziegler et al., "Fine-tuning language models from human preferences" (2019);
@@ -179,7 +182,9 @@ def init_head(weight_1D: nn.Parameter, how: HeadInit) -> None:
         if how == "zero":
             weight_1D.zero_()
         else:
-            weight_1D.normal_(0.0, (weight_1D.shape[-1] + 1) ** -0.5)
+            generator = torch.Generator().manual_seed(seed)
+            drawn_1D = torch.randn(weight_1D.shape, generator=generator) * (weight_1D.shape[-1] + 1) ** -0.5
+            weight_1D.copy_(drawn_1D)
 
 
 def _load_config(model_name_or_path: str) -> PreTrainedConfig:

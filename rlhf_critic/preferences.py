@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,8 +85,9 @@ def _parse_line(path: str, number: int, line: bytes) -> Preference:
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{number}: not JSON: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "(the line)"
+        # Of the alternatives of a union, the one that got furthest is what the writer meant.
+        first = max(error.errors(), key=lambda found: len(found["loc"]))
+        field = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "(the line)"
         raise DataError(f"{path}:{number}: field {field!r}: {first['msg']}") from error
 
 
@@ -235,8 +237,21 @@ def _encode_file(path: str, encoder: Encoder, directory: Path) -> None:
             "line": datasets.Value("int64"),
         }
     )
-    datasets.Dataset.from_list(records, features=features).save_to_disk(str(directory))
+    with _quiet_datasets():
+        datasets.Dataset.from_list(records, features=features).save_to_disk(str(directory))
     (directory / "report.json").write_text(json.dumps(asdict(report)))
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without the progress bar of datasets, which would be a second one for the same work."""
+    showed_bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if showed_bars:
+            datasets.enable_progress_bars()
 
 
 def _locate_encoding_error(path: str, encoder: Encoder, chunk: list[tuple[int, Preference]]) -> Exception:

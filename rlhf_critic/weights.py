@@ -93,7 +93,8 @@ class WeightReader:
         self._open_files[path] = opened
         self._file_of.update(dict.fromkeys(opened.keys(), path))
 
-    def keys(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
         """The names of all tensors."""
         return list(self._file_of)
 
@@ -170,8 +171,8 @@ def load_weights(
     Args:
         module: Receives the weights; under ZeRO-3 all ranks must call.
         reader: Gives the weights.
-        prefix: The name of the backbone within the module (``"model."``). A file of the bare backbone, whose keys lack
-            it, fits too.
+        prefix: The name of the backbone within the module (``"model."``). A file whose keys lack it, or that has it
+            where the module is the bare backbone, fits too.
         may_be_missing: Whether a name of the module may be absent from the file; it is then left untouched.
         may_be_unexpected: Whether a name of the file may be absent from the module.
         may_have_fewer_rows: Whether a tensor of the file may be shorter in its first dimension (an embedding before
@@ -184,7 +185,13 @@ def load_weights(
         CheckpointError: Lists every missing, unexpected and mis-shaped key.
     """
     targets = persistent_tensors(module)
-    key_of = {(key if key in targets else f"{prefix}{key}"): key for key in reader.keys()}
+
+    def name_in_module(key: str) -> str:
+        """Files of the bare backbone lack the prefix that the model has, and the other way round."""
+        candidates = (key, f"{prefix}{key}", key.removeprefix(prefix))
+        return next((name for name in candidates if name in targets), key)
+
+    key_of = {name_in_module(key): key for key in reader.names}
     missing = {name for name in targets if name not in key_of}
     problems = [f"missing: {name}" for name in sorted(missing) if not may_be_missing(name)]
     problems += [

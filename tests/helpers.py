@@ -1,0 +1,161 @@
+"""What tests make their worlds of: tiny models, data, groups of ranks, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = (
+    "please thank you very kindly for the helpful answer of course I am glad to explain how this works "
+    "no whatever go away that is a stupid question and nobody cares about it 1 2 3 4 , . ! ? naïve café"
+).split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+)
+RANK_TIMEOUT_S = 240
+
+
+def save_tiny_tokenizer(
+    directory: Path, *, pad_is_eos: bool = False, adds_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
+) -> str:
+    """A byte-level BPE tokenizer trained on a handful of words."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=333, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=4096
+    )
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def tiny_config(vocab_size: int, **changes: Any) -> LlamaConfig:
+    """A two-layer Llama with grouped queries."""
+    options = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    return LlamaConfig(**{**options, **changes})
+
+
+def save_tiny_model(directory: Path, *, tie_word_embeddings: bool, pad_is_eos: bool = False, **changes: Any) -> str:
+    """A causal language model as a user would bring it."""
+    save_tiny_tokenizer(directory, pad_is_eos=pad_is_eos)
+    vocab_size = len(PreTrainedTokenizerFast.from_pretrained(directory))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(vocab_size, tie_word_embeddings=tie_word_embeddings, **changes))
+    # A fresh Llama is nearly constant; larger weights make rewards differ enough to compare.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.15)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+def make_preferences(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Preferences in which the polite answer wins; lengths from a word to some forty."""
+    rng = random.Random(seed)
+
+    def words(pool: list[str]) -> str:
+        return " ".join(rng.choice(pool) for _ in range(rng.randint(1, 40)))
+
+    polite, rude = WORDS[:20], WORDS[20:]
+    return [{"prompt": words(WORDS), "chosen": words(polite), "rejected": words(rude)} for _ in range(count)]
+
+
+def write_preferences(path: Path, count: int, seed: int = 0) -> str:
+    """Writes `make_preferences` as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_preferences(count, seed)), encoding="utf-8")
+    return str(path)
+
+
+@ray.remote(num_cpus=0.1, max_restarts=0)
+class _Rank:
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        torch.set_num_threads(1)
+
+    def join(self, store_directory: str) -> None:
+        import deepspeed
+        import torch.distributed as dist
+
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.rank))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store_directory}/store", rank=self.rank, world_size=self.world_size
+        )
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        return function(*arguments)
+
+
+class RankGroup:
+    """Real ranks in real processes: a function runs on all of them, as it would in a training job."""
+
+    def __init__(self, world_size: int) -> None:
+        import tempfile
+
+        self._actors = [_Rank.remote(rank, world_size) for rank in range(world_size)]  # type: ignore[attr-defined]
+        store = tempfile.mkdtemp()
+        ray.get([actor.join.remote(store) for actor in self._actors], timeout=RANK_TIMEOUT_S)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Runs ``function(*arguments)`` on every rank; returns what each returned."""
+        return ray.get([actor.run.remote(function, arguments) for actor in self._actors], timeout=RANK_TIMEOUT_S)
+
+    def shutdown(self) -> None:
+        """Ends the processes."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def run_command(
+    arguments: list[str], cwd: Path | str, env: Mapping[str, str] | None = None, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python ARGUMENTS`` as a user would, and returns how it ended."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
+    """Waits for a condition, and says what it was if it does not come true."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout} s for {what}")
+        time.sleep(0.05)
