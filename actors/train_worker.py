@@ -25,11 +25,11 @@ from ray.train import Checkpoint
 
 from actors.run_directory import HistoryDirectory
 from rlhf_critic.batching import global_batch, steps_in
-from rlhf_critic.checkpoint import CriticCard, EncoderCard, verify_manifest, write_manifest
+from rlhf_critic.checkpoint import CriticCard, EncoderCard, read_card, verify_manifest, write_manifest
 from rlhf_critic.config import TrainConfig, TrainJobConfig
 from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.engine import CriticEngine, StepMetrics
-from rlhf_critic.errors import CriticError
+from rlhf_critic.errors import ConfigError, CriticError
 from rlhf_critic.evaluation import Evaluation
 from rlhf_critic.metrics import MetricsLog
 from rlhf_critic.preferences import EncodedPreferences, load_preferences
@@ -92,7 +92,7 @@ class _TrainingRun:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as directory:
-                agree(lambda: verify_manifest(directory))
+                agree(lambda: self._check_resumable(directory))
                 self.engine.load(directory)
 
     def _load_data(self) -> _Data:
@@ -101,6 +101,21 @@ class _TrainingRun:
         encoder = Encoder(tokenizer, self.config.encoding.max_length)
         validation = load_preferences(options.validation, encoder, options.cache_dir) if options.validation else None
         return _Data(encoder, load_preferences(options.train, encoder, options.cache_dir), validation)
+
+    def _check_resumable(self, directory: str) -> None:
+        verify_manifest(directory)
+        trained = read_card(directory).training
+        changed = changed_options(TrainJobConfig.model_validate(trained["options"]), self.config)
+        if changed:
+            raise ConfigError(
+                f"the run {self.config.run.name!r} cannot continue with other options: {'; '.join(changed)}. Restore "
+                "them, or start a run with another --run.name"
+            )
+        if trained["train_data"] != asdict(self.data.train.report):
+            raise ConfigError(
+                f"the run {self.config.run.name!r} cannot continue with other preferences: it had "
+                f"{trained['train_data']}, {self.config.data.train} has {asdict(self.data.train.report)}"
+            )
 
     def run(self) -> TrainOutcome:
         """Steps to the end; a run that is complete already is only evaluated again."""
@@ -191,6 +206,23 @@ class _History:
     def save(self) -> None:
         self._log.flush()
         self._directory.copy_up(now=True)
+
+
+def changed_options(before: TrainJobConfig, now: TrainJobConfig) -> list[str]:
+    """What differs between two configs among the options that decide the weights, as ``section.option: old -> new``.
+
+    Paths may differ (data is compared by contents), and so may what only changes speed or how often something is kept.
+    """
+    free = {"path", "token_budget", "validate_every", "checkpoint_every"}
+    changed = []
+    for section in ("model", "encoding", "train"):
+        old, new = getattr(before, section).model_dump(), getattr(now, section).model_dump()
+        changed += [
+            f"{section}.{name}: {old[name]} -> {new[name]}"
+            for name in old
+            if old[name] != new[name] and name not in free
+        ]
+    return changed
 
 
 def total_steps(num_preferences: int, options: TrainConfig) -> int:

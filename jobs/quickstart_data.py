@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from rlhf_critic.checkpoint import whole_directory, write_text_atomically
 from rlhf_critic.errors import CriticError
@@ -41,6 +42,8 @@ TRAIN_PREFERENCES = 1600
 HELD_OUT_PREFERENCES = 500
 GROUP_BY_LENGTH = 32  # a text meets another among so many of about its own length
 SEED = 0
+
+Row: TypeAlias = dict[str, object]
 
 
 class QuickstartError(CriticError):
@@ -86,8 +89,10 @@ def convert_gguf(source: Path, gguf_name: str, out: Path) -> None:
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_name)
     sample = "It's 3 o'clock: naïve café, <|im_end|>"
-    if tokenizer.eos_token != "<|im_end|>" or not tokenizer.chat_template or (
-        tokenizer.decode(tokenizer(sample)["input_ids"]) != sample
+    if (
+        tokenizer.eos_token != "<|im_end|>"
+        or not tokenizer.chat_template
+        or (tokenizer.decode(tokenizer(sample)["input_ids"]) != sample)
     ):
         raise QuickstartError(f"{gguf_name}: the tokenizer did not survive its conversion; try another transformers")
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_name, dtype=torch.float32)
@@ -138,7 +143,9 @@ def read_ratings(sdist: Path) -> dict[str, list[RatedText]]:
     return collections
 
 
-def make_preferences(collections: dict[str, list[RatedText]]) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+def make_preferences(
+    collections: dict[str, list[RatedText]],
+) -> tuple[list[Row], list[Row]]:
     """Pairs rated texts into training and held-out preferences that share no text.
 
     Texts are paired with others of about their length, so that length says little about which is preferred.
@@ -147,8 +154,8 @@ def make_preferences(collections: dict[str, list[RatedText]]) -> tuple[list[dict
         Training and held-out rows with ``prompt``, ``chosen``, ``rejected``, ``margin`` and ``subset``.
     """
     rng = random.Random(SEED)
-    train: list[dict[str, object]] = []
-    held_out: list[dict[str, object]] = []
+    train: list[Row] = []
+    held_out: list[Row] = []
     for collection, texts in collections.items():
         # One of each text, so that the same words cannot stand on both sides of the split.
         unique = list({rated.text: rated for rated in texts if len(rated.text) in TEXT_LENGTHS}.values())
@@ -161,10 +168,10 @@ def make_preferences(collections: dict[str, list[RatedText]]) -> tuple[list[dict
     return train[:TRAIN_PREFERENCES], held_out[:HELD_OUT_PREFERENCES]
 
 
-def _pair(texts: Sequence[RatedText], collection: str) -> list[dict[str, object]]:
+def _pair(texts: Sequence[RatedText], collection: str) -> list[Row]:
     """Pairs the texts of each group of like length: the best rated with the middling, the middling with the worst."""
     by_length = sorted(texts, key=lambda rated: (len(rated.text), rated.text))
-    preferences: list[dict[str, object]] = []
+    preferences: list[Row] = []
     for start in range(0, len(by_length), GROUP_BY_LENGTH):
         by_rating = sorted(by_length[start : start + GROUP_BY_LENGTH], key=lambda rated: rated.rating, reverse=True)
         half = len(by_rating) // 2

@@ -55,8 +55,13 @@ def train(config: TrainJobConfig) -> Result:
     # Ray Train's own limit is a minute, after which it tries again without end; an autoscaler needs longer, and a
     # user wants to be told.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(run.start_timeout_s)
+    # Train's wrapper around print() would tear the lines apart that the progress bar travels in.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    worker_environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}
+    if not run.use_gpu:
+        worker_environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"] = "cpu"
     if not ray.is_initialized():
-        ray.init(logging_level="WARNING", log_to_driver=True)
+        ray.init(logging_level="WARNING")
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=config.model_dump(mode="json"),
@@ -72,6 +77,7 @@ def train(config: TrainJobConfig) -> Result:
             failure_config=FailureConfig(max_failures=run.max_failures, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=run.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": worker_environment},
         ),
     )
     result = trainer.fit()

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import AutoConfig
 
 from rlhf_critic import modeling
 from rlhf_critic.critic import Critic
 from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.factory import create_critic_model
-from rlhf_critic.weights import save_weights
+from rlhf_critic.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
@@ -125,7 +126,7 @@ def read_card(directory: str | Path) -> CriticCard:
 
 
 def load_critic(directory: str | Path) -> LoadedCritic:
-    """Loads a critic directory on this process, in evaluation mode.
+    """Loads a critic directory on this process, in the dtype it was saved in and in evaluation mode.
 
     Raises:
         CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was fitted with.
@@ -133,7 +134,13 @@ def load_critic(directory: str | Path) -> LoadedCritic:
     card = read_card(directory)
     encoder = load_encoder(directory, card)
     critic = create_critic_model(
-        str(directory), encoder.tokenizer, None, card.num_padding_at_beginning, rlhf_training=True, disable_dropout=True
+        str(directory),
+        encoder.tokenizer,
+        None,
+        card.num_padding_at_beginning,
+        rlhf_training=True,
+        disable_dropout=True,
+        dtype=AutoConfig.from_pretrained(directory).dtype,
     )
     return LoadedCritic(critic.eval(), encoder, card)
 
@@ -170,8 +177,12 @@ def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> Critic
     """
     source = Path(source)
     card = read_card(source)
+    if (source / RESUME_FOLDER).exists():
+        verify_manifest(source)
     with whole_directory(out) as building:
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=_ignore_resume_state)
+        load_encoder(building, card)
+        WeightReader(str(building))  # refuses a file that was cut short
         if auto_map:
             _add_auto_map(building)
     return card

@@ -175,9 +175,14 @@ def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | N
     only_config = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     only_config.add_argument("--config", metavar="FILE.yaml")
     known, remaining = only_config.parse_known_args(arguments)
-    default = {"default": load_config_file(config_class, known.config)} if known.config else {}
-    description = f"{inspect.cleandoc(config_class.__doc__ or '')}\n\n--config FILE.yaml sets options; those given here win."
-    return tyro.cli(config_class, args=remaining, prog=prog or None, description=description, **default)
+    purpose = inspect.cleandoc(config_class.__doc__ or "")
+    return tyro.cli(
+        config_class,
+        args=remaining,
+        default=load_config_file(config_class, known.config) if known.config else tyro.MISSING_NONPROP,
+        prog=prog or None,
+        description=f"{purpose}\n\n--config FILE.yaml sets options from a file; those given here win.",
+    )
 
 
 def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:

@@ -206,7 +206,7 @@ class CriticEngine:
         """
         ends = np.cumsum([len(sequence) for sequence in sequences])
         flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self.device)
-        for units, batch, values_SL in self._forward_sequences(sequences):
+        for units, _, values_SL in self._forward_sequences(sequences):
             for row, unit in enumerate(units):
                 length = len(sequences[unit])
                 flat[int(ends[unit]) - length : int(ends[unit])] = values_SL[row, :length]

@@ -84,6 +84,7 @@ class WeightReader:
 
     def _add_file(self, path: Path) -> None:
         try:
+            opened: Any
             if path.suffix == ".safetensors":
                 opened = safe_open(str(path), framework="pt")
             else:

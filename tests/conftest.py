@@ -27,7 +27,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama with untied embeddings, a BPE tokenizer without pad token, and a vocabulary that is no multiple of 8."""
+    """A random Llama: untied embeddings, a tokenizer without pad token, a vocabulary that is no multiple of 8."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "untied", tie_word_embeddings=False)
 
 
@@ -51,7 +51,7 @@ def preference_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """One Ray for the whole session, with the Jobs API; its resources are more than the machine's, for placement only."""
+    """One Ray for the whole session, with the Jobs API; it offers more CPUs than there are, for placement only."""
     context = ray.init(num_cpus=6, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()

@@ -36,7 +36,10 @@ def save_tiny_tokenizer(
     backend.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<unk>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=333, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=333,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator([" ".join(WORDS)] * 4, trainer)
     if adds_bos:

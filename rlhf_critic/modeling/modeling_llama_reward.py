@@ -8,6 +8,7 @@ from the attention mask, positions that left padding does not shift, and a head 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,9 @@ class RewardModelOutput(ModelOutput):
         values: The value at every token, fp32 ``[batch, length]``; meaningless at padding.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    values: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
 
 class LlamaRewardModel(LlamaPreTrainedModel):
@@ -54,14 +55,14 @@ class LlamaRewardModel(LlamaPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
-    ) -> RewardModelOutput | tuple:
+        **kwargs: Any,
+    ) -> RewardModelOutput | tuple[Any, ...]:
         """Scores sequences padded on either side.
 
         Args:
@@ -73,8 +74,13 @@ class LlamaRewardModel(LlamaPreTrainedModel):
             labels: Target rewards ``[batch]`` for a regression loss.
             return_dict: False returns a tuple.
             **kwargs: Passed to the backbone.
+
+        Raises:
+            ValueError: Neither ``input_ids`` nor ``inputs_embeds`` is given.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise ValueError("give input_ids or inputs_embeds")
         columns = torch.arange(inputs.shape[1], device=inputs.device)
         if attention_mask is not None:
             real = attention_mask.long()

@@ -30,7 +30,8 @@ def test_ranks_get_about_the_same_number_of_tokens(lengths, world_size):
     lengths_U2 = np.array(lengths)
     plan = plan_micro_batches(lengths_U2, world_size, 600)
     tokens = [
-        sum(int(lengths_U2[unit].sum()) for mb in micro_batches if mb.weight for unit in mb.units) for micro_batches in plan
+        sum(int(lengths_U2[unit].sum()) for mb in micro_batches if mb.weight for unit in mb.units)
+        for micro_batches in plan
     ]
     # Greedy placement never leaves two ranks further apart than one unit.
     assert max(tokens) - min(tokens) <= lengths_U2.sum(axis=1).max()

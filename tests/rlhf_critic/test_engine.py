@@ -26,7 +26,9 @@ OPTIONS = TrainConfig(
 )
 
 
-def make(source: str, data: str, cache: str, stage: int, dtype: str = "float32") -> tuple[CriticEngine, EncodedPreferences, Encoder]:
+def make(
+    source: str, data: str, cache: str, stage: int, dtype: str = "float32"
+) -> tuple[CriticEngine, EncodedPreferences, Encoder]:
     """What every rank of a job builds."""
     encoder = Encoder(load_tokenizer(source), max_length=64)
     options = OPTIONS.model_copy(update={"zero_stage": stage})
@@ -40,7 +42,9 @@ def rows_of(preferences: EncodedPreferences, step: int) -> np.ndarray:
 
 def train(engine: CriticEngine, preferences: EncodedPreferences, until: int) -> list[dict]:
     """Steps, and returns the metrics of each."""
-    return [asdict(engine.train_step(preferences, rows_of(preferences, engine.step))) for _ in range(engine.step, until)]
+    return [
+        asdict(engine.train_step(preferences, rows_of(preferences, engine.step))) for _ in range(engine.step, until)
+    ]
 
 
 def whole_weights(engine: CriticEngine) -> dict[str, torch.Tensor]:
@@ -53,11 +57,14 @@ def whole_weights(engine: CriticEngine) -> dict[str, torch.Tensor]:
 
 def optimizer_state(engine: CriticEngine) -> list[torch.Tensor]:
     """This rank's shard of the moments, in a fixed order."""
-    state = engine._engine.optimizer.optimizer.state if hasattr(engine._engine.optimizer, "optimizer") else engine._engine.optimizer.state
+    optimizer = engine._engine.optimizer  # at stage 0 ours, else DeepSpeed's around ours
+    state = getattr(optimizer, "optimizer", optimizer).state
     return [entry[name].detach().clone() for entry in state.values() for name in ("exp_avg", "exp_avg_sq")]
 
 
-def train_and_score(source: str, data: str, cache: str, stage: int, dtype: str = "float32") -> tuple[list[dict], np.ndarray, list]:
+def train_and_score(
+    source: str, data: str, cache: str, stage: int, dtype: str = "float32"
+) -> tuple[list[dict], np.ndarray, list]:
     engine, preferences, _ = make(source, data, cache, stage, dtype)
     metrics = train(engine, preferences, STEPS)
     sequences = [preferences[row].chosen_ids for row in range(7)]
@@ -83,7 +90,9 @@ def reference(tiny_model, preference_file, cache) -> list[float]:
     matrices = [p for p in critic.parameters() if p.dim() > 1]
     others = [p for p in critic.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=3e-3, betas=(0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+        lr=3e-3,
+        betas=(0.9, 0.95),
     )
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=4, num_training_steps=STEPS)
     losses = []
@@ -130,7 +139,9 @@ def test_bf16_trains_with_the_head_in_fp32(ranks, tiny_model, preference_file, c
 
 
 def card_of(encoder: Encoder) -> CriticCard:
-    return CriticCard(version="test@1", encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length))
+    return CriticCard(
+        version="test@1", encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length)
+    )
 
 
 def straight(source: str, data: str, cache: str, stage: int) -> tuple[list[dict], dict, list]:
@@ -160,7 +171,9 @@ def test_stopping_and_resuming_changes_nothing(ranks, tiny_model, preference_fil
     for rank in range(2):
         metrics, weights, moments = resumed[rank]
         expected_metrics, expected_weights, expected_moments = undisturbed[rank]
-        assert [m["learning_rate"] for m in first_half[rank] + metrics] == [m["learning_rate"] for m in expected_metrics]
+        assert [m["learning_rate"] for m in first_half[rank] + metrics] == [
+            m["learning_rate"] for m in expected_metrics
+        ]
         np.testing.assert_allclose(
             [m["loss"] for m in first_half[rank] + metrics], [m["loss"] for m in expected_metrics], rtol=1e-6
         )
@@ -205,8 +218,6 @@ def test_a_saved_critic_scores_what_the_engine_scored(ranks, request, preference
     assert (tmp_path / "saved" / RESUME_FOLDER).is_dir()
 
 
-
-
 def poison_and_step(source: str, data: str, cache: str, stage: int) -> tuple[int, list[str], int, bool]:
     engine, preferences, _ = make(source, data, cache, stage)
     train(engine, preferences, 1)
@@ -214,7 +225,10 @@ def poison_and_step(source: str, data: str, cache: str, stage: int) -> tuple[int
     rows = rows_of(preferences, 1)
     # A token that only one preference of the batch holds becomes not a number.
     ids = [set(preferences[row].chosen_ids + preferences[row].rejected_ids) for row in rows]
-    own = [(row, mine - set().union(*(other for other in ids if other is not mine))) for row, mine in zip(rows, ids, strict=True)]
+    own = [
+        (row, mine - set().union(*(other for other in ids if other is not mine)))
+        for row, mine in zip(rows, ids, strict=True)
+    ]
     row, tokens = next((row, tokens) for row, tokens in own if tokens)
     embedding = engine.critic.model.get_input_embeddings().weight
     with gathered(embedding, modify=True), torch.no_grad():

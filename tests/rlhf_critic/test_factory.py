@@ -88,7 +88,10 @@ def test_the_causal_model_computes_the_same_logits(tiny_model):
         (BloomConfig(hidden_dropout=0.1, attention_dropout=0.1), ["hidden_dropout", "attention_dropout"]),
         (Phi3Config(resid_pdrop=0.1, attention_dropout=0.1), ["resid_pdrop", "embd_pdrop", "attention_dropout"]),
         (AutoConfig.for_model("bert", classifier_dropout=0.1), ["hidden_dropout_prob", "classifier_dropout"]),
-        (AutoConfig.for_model("gpt_neox", hidden_dropout=0.2), ["hidden_dropout", "attention_dropout", "classifier_dropout"]),
+        (
+            AutoConfig.for_model("gpt_neox", hidden_dropout=0.2),
+            ["hidden_dropout", "attention_dropout", "classifier_dropout"],
+        ),
     ],
 )
 def test_dropout_is_silenced_under_every_name(config, names):

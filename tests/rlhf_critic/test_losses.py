@@ -10,7 +10,9 @@ from rlhf_critic.losses import bradley_terry_loss
 
 def test_equals_the_definition():
     chosen, rejected = torch.tensor([1.0, -2.0, 0.3]), torch.tensor([0.5, 1.0, 0.3])
-    expected = [-math.log(1 / (1 + math.exp(-(c - r)))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    expected = [
+        -math.log(1 / (1 + math.exp(-(c - r)))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)
+    ]
     assert bradley_terry_loss(chosen, rejected).tolist() == pytest.approx(expected, rel=1e-6)
 
 

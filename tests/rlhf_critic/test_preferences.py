@@ -49,7 +49,9 @@ def test_gzip_reads_like_plain(encoder, tmp_path):
     (tmp_path / "a.jsonl").write_text(text)
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(text)
-    plain, packed = (load_preferences(str(tmp_path / n), encoder, str(tmp_path / "cache")) for n in ("a.jsonl", "b.jsonl.gz"))
+    plain, packed = (
+        load_preferences(str(tmp_path / n), encoder, str(tmp_path / "cache")) for n in ("a.jsonl", "b.jsonl.gz")
+    )
     assert len(plain) == len(packed) == 700
     assert [plain[row] for row in range(700)] == [packed[row] for row in range(700)]
     np.testing.assert_array_equal(plain.lengths_N2, packed.lengths_N2)

@@ -1,0 +1,114 @@
+"""``make quickstart``: from human ratings to a critic that plain transformers loads, on one small machine.
+
+Every part is kept when it is whole and made again when it is not, so the command can be interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ray
+from ray.train.v2.api.exceptions import TrainingFailedError
+from rich.console import Console
+from rich.table import Table
+
+from actors.run_directory import run_exists
+from jobs.cli import run_job
+from jobs.quickstart_data import QuickstartError, bring_model, bring_preferences
+from jobs.train import train
+from rlhf_critic.checkpoint import CriticCard, export_critic, load_critic, read_card
+from rlhf_critic.config import TrainJobConfig, load_config_file
+from rlhf_critic.critic import score_sequences
+
+CONFIG = Path(__file__).with_name("quickstart.yaml")
+EXPORT_SUFFIX = "-critic"
+PLAIN_TIMEOUT_S = 300
+TEXTS = (
+    "What a wonderful film, I laughed and cried and would see it again tomorrow.",
+    "A decent film with a few good scenes.",
+    "The film is two hours long.",
+    "The plot is thin and the jokes are tired.",
+    "A dull, ugly, insulting waste of an evening.",
+    "My new phone arrived early and the screen is gorgeous!",
+    "The phone stopped working after a day and nobody answers my mails.",
+)
+
+
+def main() -> None:
+    """Brings what is needed, fits, exports and shows."""
+    console = Console()
+    config = load_config_file(TrainJobConfig, str(CONFIG))
+    export = Path(config.run.storage_path) / f"{config.run.name}{EXPORT_SUFFIX}"
+    bring_model(Path(config.model.path))
+    bring_preferences(Path(config.data.train), Path(str(config.data.validation)))
+    if not export.exists():
+        resume = run_exists(config.run.storage_path, config.run.name)
+        result = train(config.model_copy(update={"resume": resume}))
+        export_critic(result.checkpoint.path, export, auto_map=True)
+        ray.shutdown()
+    show(console, export)
+
+
+def show(console: Console, export: Path) -> None:
+    """Scores a few texts in a process of plain transformers, and says what was reached."""
+    card = read_card(export)
+    plain = plain_scores(export)
+    loaded = load_critic(export)
+    sequences = [encoded.ids for encoded in loaded.encoder.encode_batch([("", text) for text in TEXTS])]
+    here = score_sequences(loaded.critic, sequences, token_budget=4096)
+    table = Table(title="Scored by plain transformers, in a process of its own", title_justify="left")
+    table.add_column("score", justify="right")
+    table.add_column("text")
+    for score, text in sorted(zip(plain, TEXTS, strict=True), reverse=True):
+        table.add_row(f"{score:+.3f}", text)
+    console.print(table)
+    difference = max(abs(a - b) for a, b in zip(plain, here.tolist(), strict=True))
+    console.print(f"largest difference from the score computed by this project: {difference:.1e}")
+    console.print(summary(card))
+    console.print(f"the critic is in [bold]{export}[/bold]; next, try it on your own preferences:")
+    console.print(f"  .venv/bin/python -m jobs.evaluate {export} YOUR_PREFERENCES.jsonl", highlight=False)
+
+
+def plain_scores(export: Path) -> list[float]:
+    """The rewards of `TEXTS` as plain transformers computes them.
+
+    Raises:
+        QuickstartError: The process failed or took too long.
+    """
+    script = Path(__file__).with_name("load_anywhere.py")
+    try:
+        finished = subprocess.run(
+            # -I: neither this folder nor the environment is on the path of that process.
+            [sys.executable, "-I", str(script), str(export.resolve())],
+            input=json.dumps([["", text] for text in TEXTS]),
+            capture_output=True,
+            text=True,
+            timeout=PLAIN_TIMEOUT_S,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        raise QuickstartError(f"plain transformers could not score the export:\n{error.stderr}") from error
+    except subprocess.TimeoutExpired as error:
+        raise QuickstartError(f"plain transformers did not score {len(TEXTS)} texts in {PLAIN_TIMEOUT_S} s") from error
+    return list(json.loads(finished.stdout.splitlines()[-1]))
+
+
+def summary(card: CriticCard) -> str:
+    """What the critic reached on held-out preferences."""
+    evaluation = card.training["evaluation"]
+
+    def interval(name: str) -> str:
+        figure = evaluation[name]
+        return f"{figure['mean']:.3f} (95% interval {figure['low']:.3f} to {figure['high']:.3f})"
+
+    return (
+        f"accuracy on {evaluation['preferences']} held-out preferences: {interval('accuracy')}\n"
+        f"always preferring the longer text:        {interval('length_baseline')}"
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, TrainingFailedError)

@@ -1,0 +1,233 @@
+"""The training job as a user runs it: submitted, interrupted, resumed, refused; and what comes out of it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from jobs.train import train
+from rlhf_critic.checkpoint import load_critic
+from rlhf_critic.config import TrainJobConfig
+from rlhf_critic.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from tests.helpers import run_command, wait_until, write_preferences
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS, CHECKPOINT_EVERY, KILL_AFTER = 225, 50, 70
+
+
+@pytest.fixture(scope="module")
+def validation_file(tmp_path_factory) -> str:
+    return write_preferences(tmp_path_factory.mktemp("data") / "validation.jsonl", 40, seed=9)
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, preference_file, validation_file, tmp_path_factory) -> dict:
+    """A small real run: 2 shards, ZeRO-2, 15 epochs of 90 preferences."""
+    return {
+        "model": {"path": tiny_model},
+        "encoding": {"max_length": 64},
+        "data": {
+            "train": preference_file,
+            "validation": validation_file,
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        },
+        "train": {
+            "global_batch_size": 6,
+            "epochs": 15,
+            "learning_rate": 1e-3,
+            "token_budget": 300,
+            "checkpoint_every": CHECKPOINT_EVERY,
+            "validate_every": 100,
+        },
+        "run": {"num_workers": 2, "storage_path": f"file://{tmp_path_factory.mktemp('storage')}", "max_failures": 1},
+    }
+
+
+def config_of(options: dict, **changes: dict) -> TrainJobConfig:
+    """The options with changed sections."""
+    sections = {name: {**section, **changes.get(name, {})} for name, section in options.items()}
+    return TrainJobConfig.model_validate({**sections, "resume": changes.get("resume", False)})
+
+
+def storage_of(options: dict) -> Path:
+    return Path(options["run"]["storage_path"].removeprefix("file://"))
+
+
+def history_of(run: Path, kind: str = "train") -> list[dict]:
+    path = run / "history" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record["kind"] == kind]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Same weights, and every step once in the history with the same numbers."""
+    last = f"step-{STEPS:06d}"
+    weights, expected_weights = (load_file(directory / last / "model.safetensors") for directory in (run, expected))
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+    history, expected_history = history_of(run), history_of(expected)
+    assert [record["step"] for record in history] == list(range(1, STEPS + 1))
+    for record, other in zip(history, expected_history, strict=True):
+        record.pop("tokens_per_second")
+        other.pop("tokens_per_second")
+        assert record == pytest.approx(other, rel=1e-6)
+
+
+def train_workers(root: psutil.Process) -> list[psutil.Process]:
+    found = [process for process in root.children(recursive=True) if "RayTrainWorker" in " ".join(process.cmdline())]
+    return sorted(found, key=lambda process: process.pid)
+
+
+@pytest.fixture(scope="module")
+def submitted(options, ray_address) -> tuple[Path, str]:
+    """A run submitted through the Jobs API with a config file; its directory and what the user saw."""
+    config = storage_of(options) / "config.yaml"
+    config.write_text(json.dumps(options))  # JSON is YAML
+    dashboard = f"http://{ray.get_runtime_context().gcs_address.split(':')[0]}"
+    dashboard = "http://" + ray._private.worker.global_worker.node.address_info["webui_url"]
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", dashboard]
+    command = [sys.executable, "-m", "jobs.train", "--config", str(config), "--run.name", "submitted"]
+    finished = subprocess.run(
+        [*submit, "--working-dir", ".", "--", *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "RAY_ADDRESS": dashboard},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 0, output[-4000:]
+    return storage_of(options) / "submitted", output
+
+
+def test_a_submitted_job_trains_and_tells_the_user(submitted):
+    run, output = submitted
+    assert "succeeded" in output
+    assert f"fitted {STEPS} steps" in output
+    assert "fitting: loss" in output
+    accuracy = float(re.search(r"validation accuracy (\d\.\d+)", output).group(1))
+    assert accuracy > 0.9
+    assert [record["step"] for record in history_of(run, "validation")] == [100, 200, STEPS]
+    assert history_of(run, "validation")[-1]["accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    assert list((run / "history" / "tensorboard").glob("events.*"))
+    kept = sorted(path.name for path in run.glob("step-*"))
+    assert kept == ["step-000200", f"step-{STEPS:06d}"]
+    card = load_critic(run / kept[-1]).card
+    assert card.version == f"submitted@{STEPS}"
+    assert card.reward_std > 0
+    assert card.training["evaluation"]["accuracy"]["mean"] == pytest.approx(accuracy, abs=1e-3)
+
+
+def test_the_result_evaluates_and_exports_from_the_command_line(submitted, options, tmp_path):
+    run, _ = submitted
+    checkpoint = str(run / f"step-{STEPS:06d}")
+    evaluated = run_command(
+        ["-m", "jobs.evaluate", checkpoint, options["data"]["validation"], "--json-output", "--cache-dir", str(tmp_path)],
+        cwd=REPOSITORY,
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    recorded = history_of(run, "validation")[-1]
+    assert json.loads(evaluated.stdout)["log_loss"]["mean"] == pytest.approx(recorded["log_loss"], abs=1e-5)
+    exported = run_command(["-m", "jobs.export", checkpoint, str(tmp_path / "out"), "--auto-map"], cwd=REPOSITORY)
+    assert exported.returncode == 0, exported.stderr
+    assert "trust_remote_code=True" in exported.stdout
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "critic.json", "modeling_llama_reward.py"} <= files
+    again = run_command(["-m", "jobs.export", checkpoint, str(tmp_path / "out")], cwd=REPOSITORY)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert "exists already" in again.stderr
+
+
+def test_a_worker_killed_in_mid_step_changes_nothing(submitted, options):
+    run = storage_of(options) / "worker-killed"
+    finished: list[object] = []
+    job = threading.Thread(target=lambda: finished.append(train(config_of(options, run={"name": run.name}))))
+    job.start()
+    wait_until(lambda: len(history_of(run)) >= KILL_AFTER, f"{KILL_AFTER} steps")
+    victim = train_workers(psutil.Process())[-1]
+    victim.send_signal(signal.SIGKILL)
+    job.join(timeout=200)
+    assert finished, "the job did not survive a killed worker"
+    assert not victim.is_running()
+    assert_same_run(run, submitted[0])
+
+
+def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path):
+    run = storage_of(options) / "job-killed"
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(options))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    job = psutil.Popen(
+        [sys.executable, "-m", "jobs.train", "--config", str(config), "--run.name", run.name],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: len(history_of(run)) >= KILL_AFTER or job.poll() is not None, f"{KILL_AFTER} steps")
+    assert job.poll() is None, "the job ended before it could be killed"
+    descendants = job.children(recursive=True)
+    job.send_signal(signal.SIGKILL)
+    job.wait(30)
+    _, alive = psutil.wait_procs(descendants, timeout=60)
+    assert not alive, "a killed job left processes behind"
+    # What the machine's death in the middle of an upload would leave: a checkpoint that is not whole.
+    last = max(run.glob("step-*"))
+    half = run / f"step-{int(last.name.split('-')[1]) + CHECKPOINT_EVERY:06d}"
+    shutil.copytree(last, half)
+    os.truncate(half / "model.safetensors", 1000)
+    (half / "manifest-0-of-1.json").unlink()
+
+    with pytest.raises(ConfigError, match="continue it with --resume, or choose another"):
+        train(config_of(options, run={"name": run.name}))
+    with pytest.raises(ConfigError, match=r"train\.learning_rate: 0\.001 -> 0\.002"):
+        train(config_of(options, run={"name": run.name}, train={"learning_rate": 2e-3}, resume=True))
+    result = train(config_of(options, run={"name": run.name}, resume=True))
+    assert result.return_value.steps == STEPS
+    assert_same_run(run, submitted[0])
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(options):
+    exploding = {"learning_rate": 1e30, "schedule": "constant", "warmup_fraction": 0.0, "checkpoint_every": 1}
+    config = config_of(options, run={"name": "exploding"}, train=exploding)
+    with pytest.raises(NonFiniteLossError) as failed:
+        train(config)
+    run = storage_of(options) / "exploding"
+    assert failed.value.step == len(history_of(run)) >= 1
+    assert f"at step {failed.value.step}" in str(failed.value)
+    assert all(re.fullmatch(rf"{re.escape(options['data']['train'])}:\d+", row) for row in failed.value.rows)
+    last = max(run.glob("step-*"))
+    assert last.name == f"step-{failed.value.step:06d}"
+    load_critic(last)
+
+
+def test_wrong_data_and_wrong_models_end_the_run_without_another_try(options, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(DataError, match=rf"{bad}:1: field 'rejected'"):
+        train(config_of(options, run={"name": "bad-data"}, data={"train": str(bad)}))
+    with pytest.raises(CheckpointError, match="num_layers is 99"):
+        train(config_of(options, run={"name": "bad-model"}, model={"num_layers": 99}))
+
+
+def test_workers_that_cannot_be_placed_are_waited_for_with_a_deadline(options):
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    config = config_of(options, run={"name": "too-big", "num_workers": 64, "start_timeout_s": 3.0})
+    with pytest.raises(TrainingFailedError, match=r"(?s)64.*timeout|timeout.*64|64 workers"):
+        train(config)
