@@ -23,22 +23,27 @@ def absolute_storage_path(storage_path: str) -> str:
     return storage_path if "://" in storage_path else os.path.abspath(storage_path)
 
 
-def run_exists(storage_path: str, name: str) -> bool:
-    """Whether a run of this name has left anything at the storage path."""
-    filesystem, path = pafs.FileSystem.from_uri(f"{absolute_storage_path(storage_path)}/{name}")
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+def resolve_run(storage_path: str, name: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a run, and the run's directory on it."""
+    filesystem, path = pafs.FileSystem.from_uri(absolute_storage_path(storage_path))
+    return filesystem, f"{path}/{name}"
+
+
+def run_exists(filesystem: pafs.FileSystem, run_path: str) -> bool:
+    """Whether a run has left anything in its directory."""
+    return bool(filesystem.get_file_info(run_path).type != pafs.FileType.NotFound)
 
 
 class HistoryDirectory:
     """A local directory that stands for the ``history`` folder of a run.
 
     Args:
-        storage_path: Absolute path or URI.
-        name: The run's name.
+        filesystem: Of the run, as `resolve_run` gives it.
+        run_path: The run's directory on it.
     """
 
-    def __init__(self, storage_path: str, name: str) -> None:
-        self._filesystem, run_path = pafs.FileSystem.from_uri(f"{storage_path}/{name}")
+    def __init__(self, filesystem: pafs.FileSystem, run_path: str) -> None:
+        self._filesystem = filesystem
         self._stored = f"{run_path}/{HISTORY_FOLDER}"
         self._is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
         self._copied_at = time.monotonic()

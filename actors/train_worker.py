@@ -23,7 +23,7 @@ import torch.distributed as dist
 from ray.experimental import tqdm_ray
 from ray.train import Checkpoint
 
-from actors.run_directory import HistoryDirectory
+from actors.run_directory import HistoryDirectory, resolve_run
 from rlhf_critic.batching import global_batch, steps_in
 from rlhf_critic.checkpoint import CriticCard, EncoderCard, read_card, verify_manifest, write_manifest
 from rlhf_critic.config import TrainConfig, TrainJobConfig
@@ -177,7 +177,7 @@ class _History:
     """Rank 0's record of a run: the metrics log, its copy in storage and the progress bar."""
 
     def __init__(self, config: TrainJobConfig, step: int, total: int) -> None:
-        self._directory = HistoryDirectory(config.run.storage_path, config.run.name)
+        self._directory = HistoryDirectory(*resolve_run(config.run.storage_path, config.run.name))
         self._log = MetricsLog(self._directory.local, step)
         self._bar = tqdm_ray.tqdm(desc="fitting", total=total, unit="step")
         self._bar.update(step)

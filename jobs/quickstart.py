@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
-from actors.run_directory import run_exists
+from actors.run_directory import resolve_run, run_exists
 from jobs.cli import run_job
 from jobs.quickstart_data import QuickstartError, bring_model, bring_preferences
 from jobs.train import train
@@ -45,7 +45,7 @@ def main() -> None:
     bring_model(Path(config.model.path))
     bring_preferences(Path(config.data.train), Path(str(config.data.validation)))
     if not export.exists():
-        resume = run_exists(config.run.storage_path, config.run.name)
+        resume = run_exists(*resolve_run(config.run.storage_path, config.run.name))
         result = train(config.model_copy(update={"resume": resume}))
         export_critic(result.checkpoint.path, export, auto_map=True)
         ray.shutdown()

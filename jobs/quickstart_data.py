@@ -35,9 +35,9 @@ RATINGS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632
 RATINGS_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 COLLECTIONS = ("tweets", "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets")
 
-TEXT_LENGTHS = range(15, 111)  # characters: short texts keep the quickstart quick
+TEXT_LENGTHS = range(30, 81)  # characters: short texts keep the quickstart quick
 MIN_MARGIN = 1.0
-HELD_OUT_SHARE = 0.1
+HELD_OUT_SHARE = 0.15
 TRAIN_PREFERENCES = 1600
 HELD_OUT_PREFERENCES = 500
 GROUP_BY_LENGTH = 32  # a text meets another among so many of about its own length
@@ -156,9 +156,14 @@ def make_preferences(
     rng = random.Random(SEED)
     train: list[Row] = []
     held_out: list[Row] = []
+    seen: set[str] = set()
     for collection, texts in collections.items():
-        # One of each text, so that the same words cannot stand on both sides of the split.
-        unique = list({rated.text: rated for rated in texts if len(rated.text) in TEXT_LENGTHS}.values())
+        # One of each text over all collections, so that the same words cannot stand on both sides of the split.
+        unique = []
+        for rated in texts:
+            if len(rated.text) in TEXT_LENGTHS and rated.text not in seen:
+                seen.add(rated.text)
+                unique.append(rated)
         rng.shuffle(unique)
         cut = round(HELD_OUT_SHARE * len(unique))
         held_out += _pair(unique[:cut], collection)

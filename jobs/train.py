@@ -14,7 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, Ru
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from actors.run_directory import absolute_storage_path, run_exists
+from actors.run_directory import absolute_storage_path, resolve_run, run_exists
 from actors.train_worker import TrainOutcome, train_loop
 from jobs.cli import run_job
 from rlhf_critic.config import TrainJobConfig, parse_command_line
@@ -47,7 +47,7 @@ def train(config: TrainJobConfig) -> Result:
     config.require_complete()
     config = with_absolute_paths(config)
     run = config.run
-    if run_exists(run.storage_path, run.name) and not config.resume:
+    if run_exists(*resolve_run(run.storage_path, run.name)) and not config.resume:
         raise ConfigError(
             f"there is a run named {run.name!r} in {run.storage_path}: continue it with --resume, or choose another "
             "--run.name"

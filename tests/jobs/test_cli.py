@@ -1,0 +1,39 @@
+"""An error of ours is one message and an exit code; a bug keeps its traceback."""
+
+import pytest
+
+from jobs import export
+from jobs.cli import run_job
+from rlhf_critic.errors import DataError
+
+
+def fail(error: Exception):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_our_errors_exit_with_2_and_one_message(capsys):
+    with pytest.raises(SystemExit) as exited:
+        run_job(fail(DataError("prefs.jsonl:3: field 'chosen': Field required")))
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "error: prefs.jsonl:3: field 'chosen': Field required\n"
+
+
+def test_expected_failures_exit_with_1_and_bugs_are_not_hidden(capsys):
+    with pytest.raises(SystemExit) as exited:
+        run_job(fail(TimeoutError("waited 3 s for workers")), TimeoutError)
+    assert exited.value.code == 1
+    assert "waited 3 s for workers" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        run_job(fail(ZeroDivisionError()))
+
+
+def test_a_command_refuses_what_is_no_critic(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["export", str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as exited:
+        run_job(export.main)
+    assert exited.value.code == 2
+    assert "not a critic directory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

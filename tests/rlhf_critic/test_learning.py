@@ -1,0 +1,47 @@
+"""On real judgements of real answers, a few layers of a pretrained model learn something that carries over."""
+
+import gzip
+import math
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.quickstart_data import bring_model
+from rlhf_critic.batching import global_batch
+from rlhf_critic.config import ModelConfig, TrainConfig
+from rlhf_critic.encoding import Encoder, load_tokenizer
+from rlhf_critic.engine import CriticEngine
+from rlhf_critic.evaluation import Evaluation
+from rlhf_critic.preferences import load_preferences
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = REPOSITORY.parent / "shared" / "data"
+STEPS = 60
+HELD_OUT = 120
+
+
+def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
+    """Fits on this rank, then evaluates."""
+    torch.set_num_threads(2)
+    encoder = Encoder(load_tokenizer(model), max_length=64)
+    preferences, held_out = load_preferences(train, encoder, cache), load_preferences(validation, encoder, cache)
+    options = TrainConfig(global_batch_size=8, learning_rate=5e-5, warmup_fraction=0.1, zero_stage=1, token_budget=2048)
+    engine = CriticEngine.from_pretrained(encoder, ModelConfig(path=model, num_layers=4), options, STEPS)
+    for step in range(STEPS):
+        engine.train_step(preferences, global_batch(len(preferences), 8, 1.0, 0, step))
+    return engine.evaluate(held_out)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"real preferences are not at {DATA}")
+def test_sixty_steps_lower_the_log_loss_below_a_coins(ranks, tmp_path):
+    model = REPOSITORY / ".cache" / "quickstart" / "model"
+    bring_model(model)
+    with gzip.open(DATA / "assistant_prefs_test.jsonl.gz", "rt", encoding="utf-8") as lines:
+        (tmp_path / "test.jsonl").write_text("".join(islice(lines, HELD_OUT)), encoding="utf-8")
+    train, test = str(DATA / "assistant_prefs_train.jsonl.gz"), str(tmp_path / "test.jsonl")
+    (after,) = ranks(1).run(fit, str(model), train, test, str(tmp_path))
+    assert after.log_loss.mean < math.log(2)
+    assert after.accuracy.mean > 0.5
+    print(f"\nlog-loss {after.log_loss}, accuracy {after.accuracy}, longer wins {after.length_baseline}")
