@@ -17,7 +17,7 @@ help: ## Show this list.
 # The stamp is written only after a complete installation, so an interrupted one is simply continued.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --progress-bar off --quiet --editable '.[test]'
 	touch $@
 

@@ -33,6 +33,7 @@ from rlhf_critic.errors import ConfigError, CriticError
 from rlhf_critic.evaluation import Evaluation
 from rlhf_critic.metrics import MetricsLog
 from rlhf_critic.preferences import EncodedPreferences, load_preferences
+from rlhf_critic.weights import WeightReader
 
 T = TypeVar("T")
 
@@ -88,11 +89,16 @@ class _TrainingRun:
         agree(self._load_data if self.is_first_of_node else lambda: None)
         self.data = agree(self._load_data)
         self.total_steps = total_steps(len(self.data.train), config.train)
+        # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
+        agree(lambda: WeightReader(config.model.path))
+        if self.is_main:
+            for preferences in filter(None, (self.data.train, self.data.validation)):
+                tqdm_ray.safe_print(f"{preferences.source}: {preferences.report}")
         self.engine = CriticEngine.from_pretrained(self.data.encoder, config.model, config.train, self.total_steps)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as directory:
-                agree(lambda: self._check_resumable(directory))
+                agree(lambda: self._check_resumable(directory) if self.is_first_of_node else None)
                 self.engine.load(directory)
 
     def _load_data(self) -> _Data:
@@ -111,10 +117,11 @@ class _TrainingRun:
                 f"the run {self.config.run.name!r} cannot continue with other options: {'; '.join(changed)}. Restore "
                 "them, or start a run with another --run.name"
             )
-        if trained["train_data"] != asdict(self.data.train.report):
+        if trained["train_data"]["fingerprint"] != self.data.train.fingerprint:
             raise ConfigError(
-                f"the run {self.config.run.name!r} cannot continue with other preferences: it had "
-                f"{trained['train_data']}, {self.config.data.train} has {asdict(self.data.train.report)}"
+                f"the run {self.config.run.name!r} cannot continue with {self.config.data.train}: its preferences, "
+                "tokenizer, template or length limit are not those it began with. Restore them, or start a run with "
+                "another --run.name"
             )
 
     def run(self) -> TrainOutcome:
@@ -130,6 +137,7 @@ class _TrainingRun:
                 metrics = engine.train_step(self.data.train, rows)
                 if history:
                     history.trained(metrics, time.perf_counter() - started)
+                evaluation = None  # that of older weights is not theirs
                 is_last = engine.step == self.total_steps
                 if self.data.validation is not None and (is_last or is_due(engine.step, options.validate_every)):
                     evaluation = engine.evaluate(self.data.validation)
@@ -155,7 +163,7 @@ class _TrainingRun:
                 "step": step,
                 "total_steps": self.total_steps,
                 "options": self.config.model_dump(mode="json"),
-                "train_data": asdict(self.data.train.report),
+                "train_data": {"fingerprint": self.data.train.fingerprint, **asdict(self.data.train.report)},
                 "evaluation": evaluation.to_dict() if evaluation else None,
             },
         )
@@ -163,8 +171,8 @@ class _TrainingRun:
         try:
             self.engine.save(directory, self.data.encoder, card)
             checkpoint = None
+            nodes = _number_of_nodes(self.context.get_node_rank())
             if self.is_first_of_node:
-                nodes = self.context.get_world_size() // self.context.get_local_world_size()
                 write_manifest(directory, self.context.get_node_rank(), nodes)
                 checkpoint = Checkpoint.from_directory(str(directory))
             ray.train.report({"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:06d}")
@@ -211,11 +219,12 @@ class _History:
 def changed_options(before: TrainJobConfig, now: TrainJobConfig) -> list[str]:
     """What differs between two configs among the options that decide the weights, as ``section.option: old -> new``.
 
-    Paths may differ (data is compared by contents), and so may what only changes speed or how often something is kept.
+    Data and encoding are compared by fingerprint elsewhere. Paths may differ, and so may what only changes speed or how
+    often something is kept.
     """
     free = {"path", "token_budget", "validate_every", "checkpoint_every"}
     changed = []
-    for section in ("model", "encoding", "train"):
+    for section in ("model", "train"):
         old, new = getattr(before, section).model_dump(), getattr(now, section).model_dump()
         changed += [
             f"{section}.{name}: {old[name]} -> {new[name]}"
@@ -226,8 +235,14 @@ def changed_options(before: TrainJobConfig, now: TrainJobConfig) -> list[str]:
 
 
 def total_steps(num_preferences: int, options: TrainConfig) -> int:
-    """Optimizer steps of a whole run."""
+    """Optimizer steps of a whole run.
+
+    Raises:
+        ConfigError: There would be none.
+    """
     steps = steps_in(num_preferences, options.global_batch_size, options.epochs)
+    if steps == 0:
+        raise ConfigError(f"train.epochs is {options.epochs}: of {num_preferences} preferences that shows none")
     return min(steps, options.max_steps or steps)
 
 
@@ -253,6 +268,13 @@ def agree(action: Callable[[], T]) -> T:
     if first is not None:
         raise first
     return cast(T, result)
+
+
+def _number_of_nodes(node_rank: int) -> int:
+    """How many nodes the ranks are on; they may be spread unevenly."""
+    node_ranks = [0] * dist.get_world_size()
+    dist.all_gather_object(node_ranks, node_rank)
+    return len(set(node_ranks))
 
 
 def _same_on_all_ranks(make: Callable[[], str]) -> str:

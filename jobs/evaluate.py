@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from ray.train import Checkpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,8 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation, str]:
     Raises:
         CriticError: The checkpoint or the data cannot be read.
     """
-    loaded = load_critic(config.checkpoint)
+    with Checkpoint(config.checkpoint).as_directory() as directory:  # downloads what is not local
+        loaded = load_critic(directory)
     preferences = load_preferences(config.data, loaded.encoder, config.cache_dir)
     pairs = [preferences[row] for row in range(len(preferences))]
     sequences = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]

@@ -20,18 +20,23 @@ from jobs.cli import run_job
 from rlhf_critic.config import TrainJobConfig, parse_command_line
 from rlhf_critic.errors import ConfigError
 
+# Where Ray unpacks the working directory of a submitted job.
+RAY_PACKAGE_FOLDER = "working_dir_files"
+
 
 def main() -> None:
     """Reads the options, runs the job and says where the critic is."""
     config = parse_command_line(TrainJobConfig, prog="python -m jobs.train")
     result = train(config)
     outcome: TrainOutcome = result.return_value
-    print(f"\nfitted {outcome.steps} steps; the critic is in {result.checkpoint.path}")
+    run = with_absolute_paths(config).run
+    checkpoint = f"{run.storage_path}/{run.name}/{Path(result.checkpoint.path).name}"
+    print(f"\nfitted {outcome.steps} steps; the critic is in {checkpoint}")
     if outcome.evaluation:
         print(
             f"validation accuracy {outcome.evaluation.accuracy} (95% interval), log-loss {outcome.evaluation.log_loss}"
         )
-    print(f"next: python -m jobs.export {result.checkpoint.path} OUT")
+    print(f"next: python -m jobs.export {checkpoint} OUT")
 
 
 def train(config: TrainJobConfig) -> Result:
@@ -45,13 +50,17 @@ def train(config: TrainJobConfig) -> Result:
         TrainingFailedError: Workers were lost more often than ``run.max_failures``, or could not be placed in time.
     """
     config.require_complete()
+    refuse_storage_in_package(config.run.storage_path)
     config = with_absolute_paths(config)
     run = config.run
-    if run_exists(*resolve_run(run.storage_path, run.name)) and not config.resume:
+    exists = run_exists(*resolve_run(run.storage_path, run.name))
+    if exists and not config.resume:
         raise ConfigError(
             f"there is a run named {run.name!r} in {run.storage_path}: continue it with --resume, or choose another "
             "--run.name"
         )
+    if config.resume and not exists:
+        print(f"there is no run named {run.name!r} in {run.storage_path} yet: starting it")
     # Ray Train's own limit is a minute, after which it tries again without end; an autoscaler needs longer, and a
     # user wants to be told.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(run.start_timeout_s)
@@ -85,6 +94,19 @@ def train(config: TrainJobConfig) -> Result:
     if outcome.error is not None:
         raise outcome.error
     return result
+
+
+def refuse_storage_in_package(storage_path: str) -> None:
+    """Refuses to keep checkpoints in the copy of the working directory that Ray makes for a submitted job.
+
+    Raises:
+        ConfigError: The path is relative and this is such a copy, which Ray deletes when it likes.
+    """
+    if "://" not in storage_path and not os.path.isabs(storage_path) and RAY_PACKAGE_FOLDER in Path.cwd().parts:
+        raise ConfigError(
+            f"run.storage_path {storage_path!r} is relative, and a submitted job runs in a copy of the working "
+            "directory that Ray may delete: give --run.storage-path an absolute path or a URI"
+        )
 
 
 def with_absolute_paths(config: TrainJobConfig) -> TrainJobConfig:

@@ -30,6 +30,7 @@ from rlhf_critic.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
+EARLIER = "Start a new run from an earlier one: --model.path RUN/step-N"
 MANIFEST_PATTERN = "manifest-{node}-of-{nodes}.json"
 
 # For each model type the modeling file that `auto_map` names, and the class in it.
@@ -262,9 +263,9 @@ def verify_manifest(directory: str | Path) -> None:
         for name, recorded in json.loads(manifest.read_text(encoding="utf-8")).items():
             path = directory / name
             if not path.is_file():
-                raise CheckpointError(f"{path}: missing; this checkpoint is not whole. Use an earlier one.")
+                raise CheckpointError(f"{path}: missing; this checkpoint is not whole. {EARLIER}")
             if path.stat().st_size != recorded["bytes"] or _crc32(path) != recorded["crc32"]:
-                raise CheckpointError(f"{path}: damaged (size or checksum differs). Use an earlier checkpoint.")
+                raise CheckpointError(f"{path}: damaged (size or checksum differs). {EARLIER}")
 
 
 def _crc32(path: Path) -> int:

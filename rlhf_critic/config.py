@@ -21,6 +21,7 @@ from rlhf_critic.errors import ConfigError
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
@@ -73,8 +74,8 @@ class TrainConfig(_Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_fraction: Fraction = Field(0.05, description="Fraction of all steps over which the rate rises from 0.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled decay, on matrices only.")
-    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the first moment.")
-    adam_beta2: Fraction = Field(0.95, description="AdamW's decay of the second moment.")
+    adam_beta1: Decay = Field(0.9, description="AdamW's decay of the first moment.")
+    adam_beta2: Decay = Field(0.95, description="AdamW's decay of the second moment.")
     adam_epsilon: PositiveFloat = Field(1e-8, description="AdamW's denominator offset.")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="Clip the global gradient norm here; 0 does not clip.")
     token_budget: PositiveInt = Field(
@@ -140,7 +141,9 @@ class TrainJobConfig(_Section):
 class EvaluateJobConfig(_Section):
     """Scores preferences with a critic and says how well the two agree. Runs on this machine, without Ray."""
 
-    checkpoint: tyro.conf.Positional[str] = Field(description="A critic directory, training checkpoint or export.")
+    checkpoint: tyro.conf.Positional[str] = Field(
+        description="A critic directory: a checkpoint of a run, or an export; path or URI."
+    )
     data: tyro.conf.Positional[str] = Field(description="Preferences: a .jsonl or .jsonl.gz path or URI.")
     token_budget: PositiveInt = Field(4096, description="Most padded tokens scored at once. Changes speed only.")
     cache_dir: str = Field(".cache", description="Local directory for encoded data. Safe to delete.")
@@ -150,7 +153,9 @@ class EvaluateJobConfig(_Section):
 class ExportJobConfig(_Section):
     """Copies a critic out of a run, without the state that only a resumed run needs."""
 
-    checkpoint: tyro.conf.Positional[str] = Field(description="A critic directory or training checkpoint.")
+    checkpoint: tyro.conf.Positional[str] = Field(
+        description="A critic directory, such as a checkpoint of a run; path or URI."
+    )
     out: tyro.conf.Positional[str] = Field(description="The directory to make.")
     auto_map: bool = Field(
         False, description="Ship a modeling file: trust_remote_code=True then gives a value at every token too."

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
 
 from rlhf_critic.batching import IntArray, plan_micro_batches, plan_sequences
@@ -79,7 +80,6 @@ def deepspeed_config(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
         "gradient_clipping": train.max_grad_norm,
         "zero_optimization": {"stage": train.zero_stage},
         "bf16": {"enabled": model.dtype == "bfloat16"},
-        "checkpoint": {"use_node_local_storage": True},
         "steps_per_print": 10**9,
     }
 
@@ -169,9 +169,14 @@ class CriticEngine:
                 self._refuse_non_finite(float(totals[0]), losses, preferences)
             # DeepSpeed averages gradients over ranks; this makes the sum over ranks a mean over the global batch.
             self._engine.backward(loss_P.sum() * (micro_batch.weight * self.world_size / len(rows_G)))
+            if is_last and self.options.zero_stage == 0:
+                # Nothing is sharded: gradients are whole here, and DeepSpeed neither keeps their norm nor checks it.
+                grad_norm = float(get_total_norm([p.grad for p in self.critic.parameters() if p.grad is not None]))
+                self._refuse_non_finite(grad_norm, losses, preferences)
             self._engine.step()
-        grad_norm = float(self._engine.get_global_grad_norm() or 0.0)
-        self._refuse_non_finite(grad_norm, losses, preferences)
+        if self.options.zero_stage > 0:
+            grad_norm = float(self._engine.get_global_grad_norm())
+            self._refuse_non_finite(grad_norm, losses, preferences)
         self.step += 1
         loss_sum, right_sum, margin_sum, tokens, padded_tokens = totals.tolist()
         return StepMetrics(
@@ -214,17 +219,25 @@ class CriticEngine:
         return np.split(flat.cpu().numpy(), ends[:-1])
 
     def evaluate(self, preferences: EncodedPreferences) -> Evaluation:
-        """Scores both sides of all preferences and compares them."""
+        """Scores both sides of all preferences and compares them.
+
+        Raises:
+            NonFiniteLossError: A reward is NaN or infinite.
+        """
         pairs = [preferences[row] for row in range(len(preferences))]
         rewards_2N = self.rewards([p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]).reshape(2, -1)
+        bad_rows = np.flatnonzero(~np.isfinite(rewards_2N).all(axis=0))
+        if len(bad_rows):
+            raise NonFiniteLossError(self.step, [preferences.origin(int(row)) for row in bad_rows])
         return evaluate_rewards(rewards_2N[0], rewards_2N[1], preferences.lengths_N2)
 
     def save(self, directory: str | Path, encoder: Encoder, card: CriticCard) -> None:
         """Writes a critic directory and beside it, in ``resume``, what a continued run needs.
 
-        Every node needs the same path; on each, ranks write their own files into it.
+        Every node needs the same path, which need not be shared: each file is written by one rank, on its node.
         """
         directory = Path(directory)
+        (directory / RESUME_FOLDER / STATE_TAG).mkdir(parents=True, exist_ok=True)
         save_critic(directory, self.critic, encoder, card, is_main=self.rank == 0)
         self._engine.save_checkpoint(str(directory / RESUME_FOLDER), tag=STATE_TAG)
         if self.rank == 0:

@@ -29,11 +29,15 @@ class CheckpointError(CriticError):
     """A model or checkpoint directory is missing, incomplete, damaged or does not fit."""
 
 
+class NonFiniteRewardError(CriticError):
+    """A critic gives rewards that are NaN or infinite."""
+
+
 class NonFiniteLossError(CriticError):
-    """The loss or the gradient became NaN or infinite; the optimizer step was not taken.
+    """The loss, its gradient or a validation reward became NaN or infinite; nothing was saved after that.
 
     Args:
-        step: The optimizer step (from 0) that failed.
+        step: Optimizer steps done before.
         rows: Where the offending preferences come from, as ``file:line``.
     """
 
@@ -48,7 +52,8 @@ class NonFiniteLossError(CriticError):
         shown = ", ".join(self.rows[: self.MAX_ROWS_SHOWN])
         more = len(self.rows) - self.MAX_ROWS_SHOWN
         return (
-            f"loss or gradient is not finite at step {self.step}; no optimizer step was taken. "
-            f"Preferences: {shown}{f' and {more} more' if more > 0 else ''}. "
-            "Lower the learning rate, look at these rows, or resume from the last checkpoint."
+            f"the loss is not finite at step {self.step} (or its gradient, or a validation reward); the checkpoints "
+            f"saved before are untouched. Preferences: {shown}{f' and {more} more' if more > 0 else ''}. "
+            "Look at these rows, or start a new run with a lower --train.learning-rate; --model.path may be a "
+            "checkpoint of this one."
         )

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_critic.errors import NonFiniteRewardError
+
 FloatArray = NDArray[np.float64]
 BOOTSTRAP_RESAMPLES = 2000
 BOOTSTRAP_CHUNK = 100  # resamples drawn at a time, so that memory stays at 100 x P numbers
@@ -73,14 +75,17 @@ def evaluate_rewards(
         seed: Of the bootstrap.
 
     Raises:
-        ValueError: Shapes differ, there is no preference, or a reward is not finite.
+        ValueError: Shapes differ, or there is no preference.
+        NonFiniteRewardError: A reward is NaN or infinite.
     """
     rewards_P2 = np.stack([np.asarray(chosen_rewards), np.asarray(rejected_rewards)], axis=1).astype(np.float64)
     if rewards_P2.shape != lengths_P2.shape or not len(rewards_P2):
         raise ValueError(f"rewards {rewards_P2.shape} and lengths {lengths_P2.shape} must both be [P, 2] with P > 0")
-    if not np.isfinite(rewards_P2).all():
-        raise ValueError(
-            f"{int((~np.isfinite(rewards_P2)).any(axis=1).sum())} preferences have a reward that is not finite"
+    bad_rows = np.flatnonzero(~np.isfinite(rewards_P2).all(axis=1))
+    if len(bad_rows):
+        raise NonFiniteRewardError(
+            f"{len(bad_rows)} of {len(rewards_P2)} preferences have a reward that is not finite, the first is number "
+            f"{bad_rows[0] + 1}; this critic cannot be used"
         )
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     longer_P = (lengths_P2[:, 0] - lengths_P2[:, 1]).astype(np.float64)

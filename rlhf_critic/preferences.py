@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,9 @@ from rlhf_critic.errors import DataError, EncodingError
 
 CACHE_FORMAT = 1  # raise it when the cached columns change their meaning
 ENCODE_CHUNK = 512
+
+# Missing or broken files; archives that are cut or damaged; a protocol that is unknown or whose package is missing.
+UNREADABLE = (OSError, EOFError, zlib.error, ValueError, ImportError)
 
 Text = Annotated[StrictStr, Field(min_length=1)]
 
@@ -71,7 +75,7 @@ def read_preferences(path: str) -> Iterator[tuple[int, Preference]]:
                 if line.strip():
                     found = True
                     yield number, _parse_line(path, number, line)
-    except (OSError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if not found:
         raise DataError(f"{path}: there is no preference in this file")
@@ -129,13 +133,15 @@ class EncodedPreferences:
 
     Attributes:
         source: The file the preferences came from.
+        fingerprint: Of the file's contents and the encoder: the same ids in the same order.
         report: What was counted while encoding it.
         lengths_N2: Tokens of the chosen and rejected side, int64.
         subsets: The subset tag of each preference, ``""`` where it has none.
     """
 
-    def __init__(self, source: str, table: datasets.Dataset, report: EncodingReport) -> None:
+    def __init__(self, source: str, table: datasets.Dataset, report: EncodingReport, fingerprint: str) -> None:
         self.source = source
+        self.fingerprint = fingerprint
         self.report = report
         self._table = table.with_format(None)
         columns = table.with_format("numpy")
@@ -184,7 +190,7 @@ def load_preferences(path: str, encoder: Encoder, cache_dir: str) -> EncodedPref
         finally:
             shutil.rmtree(building, ignore_errors=True)
     report = EncodingReport(**json.loads((entry / "report.json").read_text()))
-    return EncodedPreferences(path, datasets.load_from_disk(str(entry), keep_in_memory=False), report)
+    return EncodedPreferences(path, datasets.load_from_disk(str(entry), keep_in_memory=False), report, key)
 
 
 def _content_hash(path: str) -> str:
@@ -193,7 +199,7 @@ def _content_hash(path: str) -> str:
         with fsspec.open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except OSError as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     return digest.hexdigest()
 

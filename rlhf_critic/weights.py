@@ -8,9 +8,11 @@ another shape are one error that lists them. Knows nothing of heads, tokenizers 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import deepspeed
@@ -88,8 +90,12 @@ class WeightReader:
             if path.suffix == ".safetensors":
                 opened = safe_open(str(path), framework="pt")
             else:
-                opened = _Unpickled(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+                # Files from before torch 1.6 are no zip archives and cannot be mapped.
+                mapped = zipfile.is_zipfile(path)
+                opened = _Unpickled(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        except UnpicklingError as error:
+            raise CheckpointError(f"{path}: refused, because it holds more than weights: {error}") from error
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
             raise CheckpointError(f"{path}: damaged or not a weights file: {error}") from error
         self._open_files[path] = opened
         self._file_of.update(dict.fromkeys(opened.keys(), path))

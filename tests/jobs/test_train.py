@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.train import train
-from rlhf_critic.checkpoint import load_critic
+from rlhf_critic.checkpoint import export_critic, load_critic, read_card
 from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.errors import ConfigError, DataError, NonFiniteLossError
+from rlhf_critic.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from tests.helpers import run_command, wait_until, write_preferences
 
 REPOSITORY = Path(__file__).parents[2]
@@ -117,6 +117,7 @@ def test_a_submitted_job_trains_and_tells_the_user(submitted):
     assert "succeeded" in output
     assert f"fitted {STEPS} steps" in output
     assert "fitting: loss" in output
+    assert "train.jsonl: 90 preferences" in output
     accuracy = float(re.search(r"validation accuracy (\d\.\d+)", output).group(1))
     assert accuracy > 0.9
     assert [record["step"] for record in history_of(run, "validation")] == [50, 100, STEPS]
@@ -127,6 +128,9 @@ def test_a_submitted_job_trains_and_tells_the_user(submitted):
     card = load_critic(run / kept[-1]).card
     assert card.version == f"submitted@{STEPS}"
     assert card.reward_std > 0
+    older = read_card(run / kept[0])  # step 90 was not validated, and does not borrow the figures of step 50
+    assert older.reward_std is None
+    assert older.training["evaluation"] is None
     assert card.training["evaluation"]["accuracy"]["mean"] == pytest.approx(accuracy, abs=1e-3)
 
 
@@ -198,10 +202,11 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
     os.truncate(half / "model.safetensors", 1000)
     (half / "manifest-0-of-1.json").unlink()
 
+    with pytest.raises(CheckpointError, match="manifests"):
+        export_critic(half, tmp_path / "out", auto_map=False)
+
     with pytest.raises(ConfigError, match="continue it with --resume, or choose another"):
         train(config_of(options, run={"name": run.name}))
-    with pytest.raises(ConfigError, match=r"train\.learning_rate: 0\.001 -> 0\.002"):
-        train(config_of(options, run={"name": run.name}, train={"learning_rate": 2e-3}, resume=True))
     result = train(config_of(options, run={"name": run.name}, resume=True))
     assert result.return_value.steps == STEPS
     assert_same_run(run, submitted[0])

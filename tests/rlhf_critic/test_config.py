@@ -64,3 +64,5 @@ def test_help_gives_every_option_with_its_default(capsys):
         for option, field in (options or {}).items():
             assert f"--{section}.{option.replace('_', '-')}" in text
             assert field.description
+            shown = "None" if field.default is None else str(field.default)
+            assert f"(default: {shown})" in " ".join(text.replace("│", " ").split()) or isinstance(field.default, str)

@@ -77,8 +77,8 @@ def cache(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model, preference_file, cache) -> list[float]:
-    """The losses of a plain loop: no engine, no DeepSpeed, no batches, one preference at a time."""
+def reference(tiny_model, preference_file, cache) -> tuple[list[float], list[float]]:
+    """The losses and gradient norms of a plain loop: no engine, no DeepSpeed, no batches, one preference at a time."""
     from transformers import get_scheduler
 
     from rlhf_critic.factory import create_critic_model
@@ -95,7 +95,7 @@ def reference(tiny_model, preference_file, cache) -> list[float]:
         betas=(0.9, 0.95),
     )
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=4, num_training_steps=STEPS)
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         rows = rows_of(preferences, step)
         total = 0.0
@@ -108,11 +108,11 @@ def reference(tiny_model, preference_file, cache) -> list[float]:
             loss.backward()
             total += loss.item()
         losses.append(total)
-        torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0).item())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return losses
+    return losses, norms
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -120,7 +120,9 @@ def reference(tiny_model, preference_file, cache) -> list[float]:
 def test_losses_are_those_of_a_plain_loop(ranks, tiny_model, preference_file, cache, reference, world_size, stage):
     of_ranks = ranks(world_size).run(train_and_score, tiny_model, preference_file, cache, stage)
     metrics, rewards, values = of_ranks[0]
-    np.testing.assert_allclose([step["loss"] for step in metrics], reference, rtol=1e-4)
+    losses, norms = reference
+    np.testing.assert_allclose([step["loss"] for step in metrics], losses, rtol=1e-4)
+    np.testing.assert_allclose([step["grad_norm"] for step in metrics], norms, rtol=1e-3)
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
     assert [step["step"] for step in metrics] == list(range(1, STEPS + 1))
     assert max(step["micro_batches"] for step in metrics) > 1
@@ -130,10 +132,12 @@ def test_losses_are_those_of_a_plain_loop(ranks, tiny_model, preference_file, ca
         np.testing.assert_array_equal(other_rewards, rewards)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_trains_with_the_head_in_fp32(ranks, tiny_model, preference_file, cache, reference, stage):
     (metrics, rewards, _), _ = ranks(2).run(train_and_score, tiny_model, preference_file, cache, stage, "bfloat16")
-    np.testing.assert_allclose([step["loss"] for step in metrics[:5]], reference[:5], rtol=0.1)
+    np.testing.assert_allclose([step["loss"] for step in metrics[:5]], reference[0][:5], rtol=0.1)
+    norms = [step["grad_norm"] for step in metrics[:5]]
+    np.testing.assert_allclose(norms, reference[1][:5], rtol=0.2)
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
     assert np.isfinite(rewards).all()
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from rlhf_critic.errors import NonFiniteRewardError
 from rlhf_critic.evaluation import bootstrap_mean, evaluate_rewards
 
 
@@ -37,7 +38,7 @@ def test_the_interval_covers_as_often_as_it_says():
 
 
 def test_bad_rewards_are_refused():
-    with pytest.raises(ValueError, match="1 preferences have a reward that is not finite"):
+    with pytest.raises(NonFiniteRewardError, match=r"1 of 2 preferences .* number 2"):
         evaluate_rewards([1.0, math.nan], [0.0, 0.0], np.ones((2, 2), dtype=np.int64))
     with pytest.raises(ValueError, match="P > 0"):
         evaluate_rewards([], [], np.ones((0, 2), dtype=np.int64))
