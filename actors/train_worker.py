@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import deepspeed
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.experimental import tqdm_ray
@@ -68,7 +69,10 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
         loop_config: A `TrainJobConfig` as plain values.
     """
     config = TrainJobConfig.model_validate(loop_config)
-    if not config.run.use_gpu:
+    if config.run.use_gpu:
+        # Not yet run on a GPU. NCCL's collectives use the current device, which is the first one unless it is set.
+        torch.cuda.set_device(ray.train.torch.get_device())
+    else:
         torch.set_num_threads(config.run.cpus_per_worker)
     deepspeed.init_distributed(dist_backend="nccl" if config.run.use_gpu else "gloo", auto_mpi_discovery=False)
     try:
