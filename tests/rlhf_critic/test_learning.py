@@ -19,18 +19,21 @@ from rlhf_critic.preferences import load_preferences
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
 STEPS = 60
+BATCH = 8
 HELD_OUT = 120
 
 
 def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
     """Fits on this rank, then evaluates."""
     torch.set_num_threads(2)
-    encoder = Encoder(load_tokenizer(model), max_length=64)
+    encoder = Encoder(load_tokenizer(model), max_length=48)
     preferences, held_out = load_preferences(train, encoder, cache), load_preferences(validation, encoder, cache)
-    options = TrainConfig(global_batch_size=8, learning_rate=5e-5, warmup_fraction=0.1, zero_stage=1, token_budget=2048)
+    options = TrainConfig(
+        global_batch_size=BATCH, learning_rate=5e-5, warmup_fraction=0.1, zero_stage=0, token_budget=2048
+    )
     engine = CriticEngine.from_pretrained(encoder, ModelConfig(path=model, num_layers=4), options, STEPS)
     for step in range(STEPS):
-        engine.train_step(preferences, global_batch(len(preferences), 8, 1.0, 0, step))
+        engine.train_step(preferences, global_batch(len(preferences), BATCH, 1.0, 0, step))
     return engine.evaluate(held_out)
 
 
@@ -38,10 +41,12 @@ def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
 def test_sixty_steps_lower_the_log_loss_below_a_coins(ranks, tmp_path):
     model = REPOSITORY / ".cache" / "quickstart" / "model"
     bring_model(model)
-    with gzip.open(DATA / "assistant_prefs_test.jsonl.gz", "rt", encoding="utf-8") as lines:
-        (tmp_path / "test.jsonl").write_text("".join(islice(lines, HELD_OUT)), encoding="utf-8")
-    train, test = str(DATA / "assistant_prefs_train.jsonl.gz"), str(tmp_path / "test.jsonl")
-    (after,) = ranks(1).run(fit, str(model), train, test, str(tmp_path))
+    files = {}
+    for split, rows in (("train", STEPS * BATCH), ("test", HELD_OUT)):
+        files[split] = tmp_path / f"{split}.jsonl"
+        with gzip.open(DATA / f"assistant_prefs_{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            files[split].write_text("".join(islice(lines, rows)), encoding="utf-8")
+    (after,) = ranks(1).run(fit, str(model), str(files["train"]), str(files["test"]), str(tmp_path))
     assert after.log_loss.mean < math.log(2)
     assert after.accuracy.mean > 0.5
     print(f"\nlog-loss {after.log_loss}, accuracy {after.accuracy}, longer wins {after.length_baseline}")
