@@ -24,7 +24,7 @@ WORDS = (
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
 )
-RANK_TIMEOUT_S = 240
+RANK_TIMEOUT_S = 600
 
 
 def save_tiny_tokenizer(

@@ -37,6 +37,7 @@ def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
     return engine.evaluate(held_out)
 
 
+@pytest.mark.timeout(900)  # a hang guard: in a fresh clone the model is brought and converted first
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"real preferences are not at {DATA}")
 def test_sixty_steps_lower_the_log_loss_below_a_coins(ranks, tmp_path):
     model = REPOSITORY / ".cache" / "quickstart" / "model"
