@@ -136,7 +136,6 @@ class EncodedPreferences:
         fingerprint: Of the file's contents and the encoder: the same ids in the same order.
         report: What was counted while encoding it.
         lengths_N2: Tokens of the chosen and rejected side, int64.
-        subsets: The subset tag of each preference, ``""`` where it has none.
     """
 
     def __init__(self, source: str, table: datasets.Dataset, report: EncodingReport, fingerprint: str) -> None:
@@ -149,7 +148,6 @@ class EncodedPreferences:
         self.lengths_N2 = np.stack(
             [np.asarray(columns["chosen_length"][:]), np.asarray(columns["rejected_length"][:])], axis=1
         ).astype(np.int64)
-        self.subsets: list[str] = list(self._table["subset"][:])
 
     def __len__(self) -> int:
         return len(self._table)

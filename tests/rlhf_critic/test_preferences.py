@@ -19,7 +19,7 @@ def encoder(tokenizer_dir):
     return Encoder(load_tokenizer(tokenizer_dir()), max_length=64)
 
 
-def test_rows_keep_their_order_ids_lines_and_tags(encoder, tmp_path):
+def test_rows_keep_their_order_ids_and_lines(encoder, tmp_path):
     rows = [
         {**GOOD, "margin": 0.5, "subset": "a", "judge": "left alone"},
         {"prompt": [{"role": "user", "content": "explain"}], "chosen": "glad", "rejected": "whatever"},
@@ -36,7 +36,6 @@ def test_rows_keep_their_order_ids_lines_and_tags(encoder, tmp_path):
         assert encoded.rejected_ids == encoder.encode(preference["prompt"], preference["rejected"]).ids
         assert preferences.origin(row) == f"{path}:{2 * row + 1}"
         assert list(preferences.lengths_N2[row]) == [len(encoded.chosen_ids), len(encoded.rejected_ids)]
-    assert preferences.subsets == ["a", "", "", ""]
     assert preferences.report.preferences == 4
     assert preferences.report.truncated == 1
     assert preferences.report.identical == 1
