@@ -1,14 +1,12 @@
-"""What all commands share: errors as one message and an exit code, instead of a traceback; directories anywhere."""
+"""What all commands share: errors as one message and an exit code, instead of a traceback."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
-from rlhf_critic.errors import CheckpointError, CriticError
+from rlhf_critic.errors import CriticError
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -31,21 +29,3 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
     except also_expected as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-
-
-@contextmanager
-def directory_at(path_or_uri: str) -> Iterator[Path]:
-    """A directory on this machine: the one at a path, or, within the block, a copy of the one at a URI.
-
-    Raises:
-        CheckpointError: There is no directory at the path.
-    """
-    if "://" in path_or_uri:
-        from ray.train import Checkpoint  # seconds of import that a local directory does not need
-
-        with Checkpoint(path_or_uri).as_directory() as copy:
-            yield Path(copy)
-    elif Path(path_or_uri).is_dir():
-        yield Path(path_or_uri)
-    else:
-        raise CheckpointError(f"{path_or_uri}: no such directory; check the path, or give a URI (s3://, gs://)")

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jobs.cli import directory_at, run_job
+from actors.directories import directory_at
+from jobs.cli import run_job
 from rlhf_critic.best_of_n import (
     BestOfNEvaluation,
     evaluate_best_of_n,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.cli import directory_at, run_job
+from actors.directories import directory_at
+from jobs.cli import run_job
 from rlhf_critic.checkpoint import CARD_NAME, RESUME_FOLDER, CriticCard, export_critic
 from rlhf_critic.config import ExportJobConfig, parse_command_line
 from rlhf_critic.errors import ConfigError

@@ -7,6 +7,7 @@ of every file. Knows nothing of optimizers, Ray or how a critic is fitted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -159,8 +160,33 @@ def load_critic(directory: str | Path) -> LoadedCritic:
         rlhf_training=True,
         disable_dropout=True,
         dtype=AutoConfig.from_pretrained(directory).dtype,
+        weights=WeightReader(str(directory), safetensors_only=True),
     )
     return LoadedCritic(critic.eval(), encoder, card)
+
+
+def weights_digest(directory: str | Path) -> str:
+    """A SHA-256 over a critic's card, config and weights: two critics of one name are told apart by it.
+
+    Raises:
+        CheckpointError: The directory has no weights, or a file cannot be read.
+    """
+    directory = Path(directory)
+    files = [directory / CARD_NAME, directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    if len(files) == 2:
+        raise CheckpointError(f"{directory}: no safetensors files: not a critic directory")
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error}; restore the file, or export the critic again"
+        ) from error
+    return digest.hexdigest()
 
 
 def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:

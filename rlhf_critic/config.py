@@ -33,11 +33,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Options that belong together: unknown names, NaN and infinity are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The base model and how the critic is made of it."""
 
     path: str = Field("", description="Base model: a Hugging Face directory or hub id (required).")
@@ -70,7 +72,7 @@ class ModelConfig(_Section):
     )
 
 
-class EncodingConfig(_Section):
+class EncodingConfig(Section):
     """How a prompt and a response become token ids."""
 
     chat_template: str = Field(
@@ -81,7 +83,7 @@ class EncodingConfig(_Section):
     max_length: PositiveInt = Field(1024, description="Most tokens of a sequence; longer ones lose their beginning.")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where preferences come from."""
 
     train: tuple[str, ...] = Field(
@@ -135,7 +137,7 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The optimization."""
 
     global_batch_size: PositiveInt = Field(64, description="Preferences per optimizer step, over all ranks together.")
@@ -209,7 +211,7 @@ class TrainConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where and on what the job runs."""
 
     name: str = Field("critic", description="Name of the run; its directory is STORAGE_PATH/NAME.")
@@ -241,7 +243,7 @@ class RunConfig(_Section):
         return name
 
 
-class TrainJobConfig(_Section):
+class TrainJobConfig(Section):
     """Fits a critic to preferences with Ray Train and DeepSpeed.
 
     For example: python -m jobs.train --model.path MODEL --data.train prefs.jsonl --run.num-workers 2
@@ -285,7 +287,7 @@ class TrainJobConfig(_Section):
                 raise ConfigError(f"{option} needs data to validate on: give --data.validation or a fraction of it")
 
 
-class InspectJobConfig(_Section):
+class InspectJobConfig(Section):
     """Reads preferences as a training job would, counts what is in them and shows some as the critic will see them.
 
     For example: python -m jobs.inspect prefs.jsonl --model MODEL
@@ -302,7 +304,7 @@ class InspectJobConfig(_Section):
     cache_dir: str = Field(".cache", description="Local directory for encoded data. Safe to delete.")
 
 
-class EvaluateJobConfig(_Section):
+class EvaluateJobConfig(Section):
     """Scores preferences with a critic and says how well the two agree. Runs on this machine, without Ray."""
 
     checkpoint: tyro.conf.Positional[str] = Field(
@@ -320,7 +322,7 @@ class EvaluateJobConfig(_Section):
     )
 
 
-class ExportJobConfig(_Section):
+class ExportJobConfig(Section):
     """Copies a critic out of a run, without what only a resumed run needs, or converts another system's reward model.
 
     For example: python -m jobs.export deepspeed-chat-output my-critic --base facebook/opt-350m

@@ -296,7 +296,7 @@ def forward_micro_batches(
     micro_batches: Sequence[MicroBatch],
     rewards_only: bool,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+) -> Iterator[tuple[tuple[int, ...], Tensor, int]]:
     """Runs planned micro-batches without gradients: the one way sequences are scored, in training and outside it.
 
     Args:
@@ -308,13 +308,13 @@ def forward_micro_batches(
         device: Where the module's inputs go.
 
     Yields:
-        The units of a micro-batch, and its rewards or values, fp32.
+        The units of a micro-batch, its rewards or values, fp32, and the tokens computed for it.
     """
     for micro_batch in micro_batches:
         batch = critic.batch_of([sequences[unit] for unit in micro_batch.units], device)
         output = module(batch, rewards_only=rewards_only)
         if micro_batch.weight:
-            yield micro_batch.units, output
+            yield micro_batch.units, output, batch.computed_tokens
 
 
 def score_sequences(critic: Critic, sequences: Sequence[TokenIds], token_budget: int) -> NDArray[np.float32]:
@@ -335,7 +335,7 @@ def score_sequences(critic: Critic, sequences: Sequence[TokenIds], token_budget:
     (micro_batches,) = plan_sequences(sequences, 1, token_budget, critic.prefix_tree)
     rewards_S = torch.zeros(len(sequences), dtype=torch.float32)
     with tqdm(total=len(sequences), desc="scoring", unit="text", disable=None) as bar:
-        for units, rewards_U in forward_micro_batches(critic, critic, sequences, micro_batches, True, device):
+        for units, rewards_U, _ in forward_micro_batches(critic, critic, sequences, micro_batches, True, device):
             rewards_S[list(units)] = rewards_U.cpu()
             bar.update(len(units))
     return rewards_S.numpy()

@@ -154,18 +154,31 @@ class Encoder:
         Raises:
             EncodingError: A text has no tokens, or ends with the pad token.
         """
-        if not pairs:
+        return [self.truncate(ids) for ids in self.tokenize([self.render(*pair) for pair in pairs])]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of finished texts, in full length.
+
+        Raises:
+            EncodingError: A text has no tokens, or ends with the pad token.
+        """
+        if not texts:
             return []
-        texts = [self.render(prompt, response) for prompt, response in pairs]
-        all_ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)[
-            "input_ids"
-        ]
-        encoded = []
+        all_ids: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=False, truncation=False, verbose=False
+        )["input_ids"]
         for text, ids in zip(texts, all_ids, strict=True):
             if not ids or ids[-1] == self.tokenizer.pad_token_id:
                 raise EncodingError(f"a text must have tokens and must not end with the pad token: {text[-80:]!r}")
-            encoded.append(Encoded(ids[-self.max_length :], truncated=len(ids) > self.max_length))
-        return encoded
+        return all_ids
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a piece of text by itself; it may be empty."""
+        return len(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+    def truncate(self, ids: list[int]) -> Encoded:
+        """The last ``max_length`` of a text's token ids: it loses its beginning, because its end is what is read."""
+        return Encoded(ids[-self.max_length :], truncated=len(ids) > self.max_length)
 
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer, with its template and length limit, where `load_tokenizer` and transformers find it."""

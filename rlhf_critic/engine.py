@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -23,23 +23,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
 
 from rlhf_critic.adapters import add_adapters
-from rlhf_critic.batching import plan_micro_batches, plan_sequences
+from rlhf_critic.batching import plan_micro_batches
 from rlhf_critic.checkpoint import RESUME_FOLDER, CriticCard, save_critic, write_text_atomically
 from rlhf_critic.config import ModelConfig, TrainConfig
-from rlhf_critic.critic import Critic, forward_micro_batches
+from rlhf_critic.critic import Critic
 from rlhf_critic.encoding import Encoder
 from rlhf_critic.errors import CheckpointError, DataError, NonFiniteLossError
 from rlhf_critic.evaluation import Evaluation, evaluate_rewards
 from rlhf_critic.factory import DTYPE_OF, create_critic_model, freeze_first_layers, require_positions
+from rlhf_critic.inference import InferenceEngine
 from rlhf_critic.objective import judge, needs_values
 from rlhf_critic.preference_table import EncodedPreferences
-from rlhf_critic.prefix_tree import IntArray, TokenIds
+from rlhf_critic.prefix_tree import IntArray
 from rlhf_critic.token_budget import ActivationMeter, Measurement, probe_token_budget
 from rlhf_critic.weights import full_shape
 
@@ -102,7 +102,7 @@ def deepspeed_config(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     }
 
 
-class CriticEngine:
+class CriticEngine(InferenceEngine):
     """A critic, its optimizer and its schedule, sharded by DeepSpeed over the ranks of ``torch.distributed``.
 
     Args:
@@ -113,11 +113,8 @@ class CriticEngine:
     """
 
     def __init__(self, critic: Critic, model: ModelConfig, train: TrainConfig, total_steps: int) -> None:
-        self.critic = critic
         self.options = train
         self.step = 0
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
         self._embedding_gradient: EmbeddingGradient | None = None
         if train.gradient_checkpointing:
             critic.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -128,12 +125,13 @@ class CriticEngine:
             eps=train.adam_epsilon,
             fused=True,  # one pass over memory instead of six
         )
-        self._engine, *_ = deepspeed.initialize(
+        engine, *_ = deepspeed.initialize(
             model=critic,
             optimizer=optimizer,
             lr_scheduler=lambda wrapped: _schedule(wrapped, train, total_steps),
             config=deepspeed_config(model, train),
         )
+        super().__init__(critic, engine, token_budget=0)  # see `token_budget`
         if self.world_size == 1 and train.zero_stage == 0:
             # DeepSpeed would flatten all gradients, reduce them over one rank and copy them back.
             self._engine.enable_backward_allreduce = False
@@ -141,7 +139,6 @@ class CriticEngine:
                 embedding = critic.model.get_input_embeddings()
                 if isinstance(embedding, nn.Embedding) and embedding.weight.requires_grad:
                     self._embedding_gradient = EmbeddingGradient(embedding)
-        self.device = self._engine.device
 
     @classmethod
     def from_pretrained(
@@ -260,33 +257,6 @@ class CriticEngine:
             micro_batches=len(mine),
         )
 
-    def rewards(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]:
-        """The reward of each sequence of token ids, fp32 ``[S]``.
-
-        Raises:
-            ValueError: There is no sequence, or an empty one.
-        """
-        rewards_S = torch.zeros(len(sequences), dtype=torch.float32, device=self.device)
-        for units, rewards_U in self._forward_sequences(sequences, rewards_only=True):
-            rewards_S[list(units)] = rewards_U
-        dist.all_reduce(rewards_S)
-        return rewards_S.cpu().numpy()
-
-    def values(self, sequences: Sequence[TokenIds]) -> list[NDArray[np.float32]]:
-        """The value at every token of each sequence of token ids: ``S`` arrays, fp32, as long as the sequences.
-
-        Raises:
-            ValueError: There is no sequence, or an empty one.
-        """
-        ends = np.cumsum([len(sequence) for sequence in sequences])
-        flat = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=self.device)
-        for units, values_SL in self._forward_sequences(sequences, rewards_only=False):
-            for row, unit in enumerate(units):
-                length = len(sequences[unit])
-                flat[int(ends[unit]) - length : int(ends[unit])] = values_SL[row, :length]
-        dist.all_reduce(flat)
-        return np.split(flat.cpu().numpy(), ends[:-1])
-
     def evaluate(self, preferences: EncodedPreferences) -> Evaluation:
         """Scores both sides of all preferences and compares them.
 
@@ -367,14 +337,6 @@ class CriticEngine:
         agreed = torch.tensor(float(number), dtype=torch.float64, device=self.device)
         dist.all_reduce(agreed, how)
         return agreed.item()
-
-    def _forward_sequences(
-        self, sequences: Sequence[TokenIds], rewards_only: bool
-    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """This rank's part of the sequences, micro-batch by micro-batch."""
-        plan = plan_sequences(sequences, self.world_size, self.token_budget, self.critic.prefix_tree)
-        self._engine.eval()  # after the plan: the probe of the token budget trains
-        return forward_micro_batches(self.critic, self._engine, sequences, plan[self.rank], rewards_only, self.device)
 
     def _refuse_non_finite(
         self, value: float, losses: Sequence[tuple[list[int], Tensor]], preferences: EncodedPreferences

@@ -37,6 +37,39 @@ class NonFiniteRewardError(CriticError):
     """A critic gives rewards that are NaN or infinite."""
 
 
+class ComponentError(CriticError):
+    """A component of a reward that the user wrote failed, or did not return numbers."""
+
+
+class ScorerRejected(CriticError):
+    """A scorer cannot score what it was asked to, and would not the next time either.
+
+    Args:
+        kind: A word for what is at fault, the same for every message about it, such as ``too_many_items``.
+        message: What is at fault and what to do.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ScorerUnavailable(CriticError):
+    """No scorer answered before the deadline: none is there, all are busy, or those that were asked died."""
+
+
+class ScorerFailed(CriticError):
+    """A scorer failed while it was scoring, for a reason that lies neither in what it was asked nor in its absence."""
+
+
+class VersionMismatch(CriticError):
+    """The scorers serve another version of the critic than the one that was asked for, or several at once."""
+
+
 class NonFiniteLossError(CriticError):
     """The loss, its gradient or a validation reward became NaN or infinite; nothing was saved after that.
 

@@ -44,12 +44,13 @@ class WeightReader:
 
     Args:
         name_or_path: A directory or hub id.
+        safetensors_only: Read no pickle at all, not even as weights only.
 
     Raises:
         CheckpointError: There are no weights, or a file is damaged or missing.
     """
 
-    def __init__(self, name_or_path: str) -> None:
+    def __init__(self, name_or_path: str, *, safetensors_only: bool = False) -> None:
         self.source = name_or_path
         self._place_of: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its key there
         self._open_files: dict[Path, Any] = {}
@@ -60,9 +61,15 @@ class WeightReader:
             (WEIGHTS_NAME, False),
         ):
             path = self._resolve(name)
-            if path is not None:
-                self._index(path) if is_index else self._add_file(path)
-                return
+            if path is None:
+                continue
+            if safetensors_only and name in {WEIGHTS_INDEX_NAME, WEIGHTS_NAME}:
+                raise CheckpointError(
+                    f"{path}: a critic's weights are read from safetensors only, and this is a pickle: save the model "
+                    "again, or convert it with jobs.export"
+                )
+            self._index(path) if is_index else self._add_file(path)
+            return
         raise CheckpointError(
             f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, split or not. "
             "Give a directory that save_pretrained wrote, or a hub id that can be reached."

@@ -1,0 +1,288 @@
+"""One scorer: a published critic, loaded and warm, that answers many callers at once and can be swapped while it does.
+
+A plain class: Ray Serve makes replicas of it (`actors.serving`), Ray Data pools of it (`jobs.score`), and anyone may
+make one by hand. Each call is answered whole by one version of the critic, the one that was there when it came; a swap
+loads the next version beside the serving one and never stops it. Knows nothing of Serve, HTTP or how it is reached.
+
+Shape legend: S items.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from actors.directories import directory_at
+from rlhf_critic.batching import MicroBatch
+from rlhf_critic.checkpoint import CriticCard, load_critic, weights_digest
+from rlhf_critic.critic import forward_micro_batches
+from rlhf_critic.encoding import Encoded, Encoder
+from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
+from rlhf_critic.prefix_tree import TokenIds
+from rlhf_critic.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
+from rlhf_critic.reward_components import RewardComponents
+from rlhf_critic.scorer_config import ScorerConfig
+from rlhf_critic.scoring import Item, Limits, Scores, encode_items
+
+if TYPE_CHECKING:
+    from actors.shard_group import ShardGroup
+
+logger = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 600.0
+DIGITS_OF_VERSION = 8
+
+
+class Observer:
+    """Is told what a scorer does; this one does not listen."""
+
+    def on_batch(self, batch: BatchRecord) -> None:
+        """After every micro-batch."""
+
+
+@dataclass(frozen=True)
+class ScorerInfo:
+    """What a scorer says of itself.
+
+    Attributes:
+        model_version: The critic it serves; every answer names it.
+        checkpoint: Where that was loaded from.
+        fingerprint: Of its encoding.
+        max_length: The most tokens of a sequence that it reads.
+        limits: What a call may ask.
+        normalized: Whether the critic's rewards are put on the scale of its reference responses.
+        components: What a reward is the weighted sum of, by name, with weights.
+    """
+
+    model_version: str
+    checkpoint: str
+    fingerprint: str
+    max_length: int
+    limits: Limits
+    normalized: bool
+    components: dict[str, float]
+
+
+class LocalCritic:
+    """A whole critic on this process's device; has the attributes and methods of `actors.shard_group.ShardGroup`."""
+
+    def __init__(self, checkpoint: str, token_budget: int) -> None:
+        with directory_at(checkpoint) as directory:
+            loaded = load_critic(directory)
+        self.card: CriticCard = loaded.card
+        self.encoder: Encoder = loaded.encoder
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._critic = loaded.critic.to(self._device)
+        self.prefix_tree = self._critic.prefix_tree
+        self.tokens_at_once = token_budget
+
+    def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
+        """Computes one micro-batch; see `rlhf_critic.request_batcher.RequestBatcher`."""
+        whole = [MicroBatch(tuple(range(len(sequences))))]
+        ((_, output, tokens),) = forward_micro_batches(
+            self._critic, self._critic, sequences, whole, rewards_only, self._device
+        )
+        rows = output.float().cpu().numpy()
+        if rewards_only:
+            return Computed(list(rows[:, None]), tokens)
+        return Computed([row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)], tokens)
+
+    def require_whole(self) -> None:
+        """It cannot lose a part."""
+
+    def close(self) -> None:
+        """Its memory goes with the object."""
+
+
+class _Version:
+    """One published critic: loaded, warm and with a queue of its own, so that no call sees two of them."""
+
+    def __init__(
+        self, config: ScorerConfig, backend: LocalCritic | ShardGroup, digest: str, observer: Observer
+    ) -> None:
+        self.config = config
+        self.backend = backend
+        self.encoder = backend.encoder
+        self.components = RewardComponents(config.components, backend.encoder)
+        self.name = _version_name(backend.card.version, digest, config)
+        self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
+        self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
+        if config.normalize:
+            backend.card.normalize(np.zeros(1))  # raises where it cannot be done
+        self._warm_up()
+        self.batcher = RequestBatcher(
+            backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=observer.on_batch
+        )
+
+    def encode(self, items: Sequence[Item]) -> list[Encoded]:
+        with self._encoding:
+            return encode_items(items, self.encoder, self.limits)
+
+    def scores(self, items: Sequence[Item], encoded: Sequence[Encoded], outputs: Outputs, values: bool) -> Scores:
+        critic_S = np.array([output[-1] for output in outputs], dtype=np.float32)
+        if self.config.normalize:
+            critic_S = self.backend.card.normalize(critic_S).astype(np.float32)
+        rewards_S, components = self.components.combine(items, critic_S)
+        return Scores(
+            rewards_S=rewards_S,
+            model_version=self.name,
+            truncated_S=np.array([one.truncated for one in encoded]),
+            tokens_S=np.array([len(one.ids) for one in encoded]),
+            components=components,
+            values=tuple(outputs) if values else None,
+        )
+
+    def close(self) -> None:
+        if not self.batcher.close(DRAIN_TIMEOUT_S):
+            logger.warning("%s: calls were left unanswered after %.0f s", self.name, DRAIN_TIMEOUT_S)
+        self.backend.close()
+
+    def _warm_up(self) -> None:
+        """Runs both kinds of forward pass once, which allocates what they need, and looks at what comes out."""
+        ids = list(self.encoder.encode("warm-up", "warm-up").ids)
+        for rewards_only in (True, False):
+            (output,) = self.backend.forward([ids], rewards_only).outputs
+            if not np.isfinite(output).all():
+                raise CheckpointError(
+                    f"{self.config.checkpoint}: this critic gives rewards that are NaN or infinite: publish another"
+                )
+
+
+class Scorer:
+    """One replica.
+
+    Args:
+        config: What to serve.
+        shards: Actors that share the critic; 1 keeps it in this process.
+        cpus_per_shard: CPUs that Ray reserves for each of them, where there are several.
+        use_gpu: Whether each of them has a GPU.
+        observer: Is told what happens, for metrics.
+
+    Raises:
+        CheckpointError: The critic is not whole, not the one with ``config.digest``, has another encoding than it was
+            fitted with, holds a pickle, or lacks the mean and deviation that ``config.normalize`` needs.
+        ConfigError: A component cannot be made.
+    """
+
+    def __init__(
+        self,
+        config: ScorerConfig,
+        shards: int = 1,
+        cpus_per_shard: float = 1.0,
+        use_gpu: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        self._shards, self._cpus_per_shard, self._use_gpu = shards, cpus_per_shard, use_gpu
+        self._observer = observer or Observer()
+        self._publishing = threading.Lock()
+        self._version = self._load(config)
+
+    def score(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
+        """Scores items, and answers when they are done. May be called by many threads at once.
+
+        Args:
+            items: What to score.
+            values: Whether to give the value at every token too.
+            version: Answer only if this is the version that is served.
+
+        Raises:
+            ScorerRejected: An item cannot be scored.
+            VersionMismatch: Another version is served.
+            ScorerUnavailable: A shard was lost, or the scorer is shutting down.
+            CriticError: The critic's output is not finite, or a component failed.
+        """
+        served, encoded, future = self._begin(items, values, version)
+        return served.scores(items, encoded, future.result(), values)
+
+    async def score_async(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
+        """`score` for an event loop; cancelling it takes the items out of the queue."""
+        served, encoded, future = await asyncio.to_thread(self._begin, items, values, version)
+        outputs = await asyncio.wrap_future(future)
+        return await asyncio.to_thread(served.scores, items, encoded, outputs, values)
+
+    def publish(self, config: ScorerConfig) -> None:
+        """Serves ``config`` from now on. Returns when calls that came before have been answered by what was there.
+
+        Raises:
+            CriticError: As at the start; then nothing has changed.
+        """
+        with self._publishing:
+            if config == self._version.config:
+                return
+            previous, self._version = self._version, self._load(config)
+        previous.close()
+
+    def info(self) -> ScorerInfo:
+        """What is served."""
+        served = self._version
+        return ScorerInfo(
+            model_version=served.name,
+            checkpoint=served.config.checkpoint,
+            fingerprint=served.encoder.fingerprint,
+            max_length=served.encoder.max_length,
+            limits=served.limits,
+            normalized=served.config.normalize,
+            components={component.name: component.weight for component in served.config.components},
+        )
+
+    def require_whole(self) -> None:
+        """Checks that it can answer.
+
+        Raises:
+            ScorerUnavailable: A shard was lost.
+        """
+        self._version.backend.require_whole()
+
+    def close(self) -> None:
+        """Answers what is waiting and lets go of the critic."""
+        self._version.close()
+
+    def _begin(
+        self, items: Sequence[Item], values: bool, version: str | None
+    ) -> tuple[_Version, list[Encoded], Future[Outputs]]:
+        while True:
+            served = self._version
+            if version is not None and version != served.name:
+                raise VersionMismatch(f"version {version} was asked for, this scorer serves {served.name}")
+            encoded = served.encode(items)
+            sequences = [np.asarray(one.ids, dtype=np.int64) for one in encoded]
+            try:
+                return served, encoded, served.batcher.submit(sequences, rewards_only=not values)
+            except ScorerUnavailable:
+                if served is self._version:
+                    raise
+                # It was replaced since: ask its successor.
+
+    def _load(self, config: ScorerConfig) -> _Version:
+        with directory_at(config.checkpoint) as directory:
+            digest = weights_digest(directory)
+        if config.digest not in {None, digest}:
+            raise CheckpointError(
+                f"{config.checkpoint}: its files are not those that were published (SHA-256 {digest[:12]} instead of "
+                f"{str(config.digest)[:12]}): do not change a published critic, publish the new one under another path"
+            )
+        if self._shards == 1:
+            return _Version(config, LocalCritic(config.checkpoint, config.token_budget), digest, self._observer)
+        from actors.shard_group import ShardGroup
+
+        group = ShardGroup(config.checkpoint, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu)
+        try:
+            return _Version(config, group, digest, self._observer)
+        except BaseException:
+            group.close()
+            raise
+
+
+def _version_name(version: str, digest: str, config: ScorerConfig) -> str:
+    """Names what decides a reward: the critic, and a hash of its files and of how rewards are made of its output."""
+    how = config.model_dump_json(include={"normalize", "components"})
+    return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:DIGITS_OF_VERSION]}"

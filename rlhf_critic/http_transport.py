@@ -1,0 +1,75 @@
+"""The way to scorers from anywhere: HTTP under a `rlhf_critic.scorer_client.ScorerClient`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from rlhf_critic.errors import ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.http_schema import ErrorResponse, ScoreRequest, ScoreResponse
+from rlhf_critic.scorer_client import ScorerClient
+from rlhf_critic.scoring import Item, Scores
+
+VERSION_MISMATCH = 409
+TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})  # 500: from Serve's proxy, when a replica died under a request
+
+
+class HttpTransport:
+    """Calls ``POST /score``.
+
+    Args:
+        url: Of the pool, without a path: ``http://127.0.0.1:8000``.
+        token: The bearer token, where the pool wants one.
+    """
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        self._url, self._token = url.rstrip("/"), token
+        self._client: httpx.AsyncClient | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HttpTransport, (self._url, self._token)
+
+    async def ask(self, items: list[Item], values: bool, version: str | None, timeout_s: float) -> Scores:
+        """See `rlhf_critic.scorer_client.Transport`."""
+        if self._client is None:
+            headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+            self._client = httpx.AsyncClient(headers=headers, limits=httpx.Limits(max_connections=None))
+        try:
+            body = ScoreRequest.of(items, values, version)
+            response = await self._client.post(f"{self._url}/score", json=body, timeout=timeout_s)
+        except httpx.HTTPError as error:
+            raise ScorerUnavailable(f"{self._url}: {type(error).__name__}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ScorerRejected("not_text", f"an item cannot be written as JSON: {error}") from error
+        if response.status_code == httpx.codes.OK:
+            return ScoreResponse.model_validate_json(response.content).to_scores()
+        _raise(self._url, response)
+        raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        """Closes connections."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+
+def connect_http(url: str, token: str | None = None, **options: Any) -> ScorerClient:
+    """A client of the pool at a URL; see `rlhf_critic.scorer_client.ScorerClient` for the options."""
+    return ScorerClient(HttpTransport(url, token), **options)
+
+
+def _raise(url: str, response: httpx.Response) -> None:
+    try:
+        detail = ErrorResponse.model_validate_json(response.content).error
+        kind, message = detail.kind, detail.message
+    except ValidationError:
+        kind, message = "", f"{url}: HTTP {response.status_code}: {response.text[:200]}"
+    if response.status_code == VERSION_MISMATCH:
+        raise VersionMismatch(message)
+    if response.status_code in TRY_AGAIN and kind != "failed":
+        raise ScorerUnavailable(message)
+    if kind == "failed":
+        raise ScorerFailed(message)
+    raise ScorerRejected(kind or f"http_{response.status_code}", message)

@@ -1,0 +1,209 @@
+"""What can be asked of a critic and what it answers: items to score, their encoding within limits, scores.
+
+An item is a conversation (a prompt and a response), a finished text, or token ids. Training encodes conversations;
+`encode_items` encodes all three with the same `Encoder`, so that the same text has the same ids and the same reward
+whichever way it comes. What a critic must not be asked is refused here, with a word for each reason. Knows nothing of
+models, networks or Ray.
+
+Shape legend: S items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_critic.encoding import Encoded, Encoder, Prompt
+from rlhf_critic.errors import EncodingError, ScorerRejected
+from rlhf_critic.prefix_tree import TokenIds
+
+
+class Conversation(NamedTuple):
+    """A prompt (a text, or turns with ``role`` and ``content``) and the assistant's response to it.
+
+    The response may be empty: a policy that says nothing has said something.
+    """
+
+    prompt: Prompt
+    response: str
+
+
+class Text(NamedTuple):
+    """A finished text, tokenised as it stands: what `Encoder.render` makes of a conversation.
+
+    Attributes:
+        text: The whole text.
+        response: The end of it that is the response, where that is known; components other than the critic need it.
+    """
+
+    text: str
+    response: str | None = None
+
+
+Item: TypeAlias = "Conversation | Text | TokenIds"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may ask.
+
+    Attributes:
+        max_items: Items of a call.
+        max_text_bytes: UTF-8 bytes of an item's text, prompt included.
+        max_tokens: Tokens of an item's text. Between the encoder's ``max_length`` and this it loses its beginning, as
+            in training, and that is reported; beyond, it is refused.
+    """
+
+    max_items: int = 1024
+    max_text_bytes: int = 512 * 1024
+    max_tokens: int = 32768
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The answer to one call.
+
+    Attributes:
+        rewards_S: Rewards, fp32; the weighted sum where there are several components.
+        model_version: Which critic gave them.
+        truncated_S: Whether an item lost its beginning to the critic's length limit, bool.
+        tokens_S: Tokens of each item that the critic read, int64.
+        components: Each component by itself, fp32 ``[S]``, before its weight; empty where the critic is the only one.
+        values: Where they were asked for, the value at every token of each item, fp32; never normalised.
+    """
+
+    rewards_S: NDArray[np.float32]
+    model_version: str
+    truncated_S: NDArray[np.bool_]
+    tokens_S: NDArray[np.int64]
+    components: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    values: tuple[NDArray[np.float32], ...] | None = None
+
+
+def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Conversation]:
+    """Pairs prompts with their responses.
+
+    Raises:
+        ScorerRejected: There are not as many of one as of the other, or one is a single text instead of a list.
+    """
+    if isinstance(prompts, str) or isinstance(responses, str):
+        raise ScorerRejected(
+            "not_a_list", "prompts and responses must be lists of equal length; put a single one in []"
+        )
+    if len(prompts) != len(responses):
+        raise ScorerRejected(
+            "unequal_lengths", f"{len(prompts)} prompts and {len(responses)} responses: give one prompt a response"
+        )
+    return [Conversation(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> list[Encoded]:
+    """Token ids of items; those of an item do not depend on its neighbours.
+
+    Raises:
+        ScorerRejected: There is no item, or too many; or one of them is of an unknown kind, empty, too long, refused by
+            the chat template, or has ids that the vocabulary has not. Names the item by its index.
+    """
+    if len(items) == 0:
+        raise ScorerRejected("no_items", "there is nothing to score: give at least one item")
+    if len(items) > limits.max_items:
+        raise ScorerRejected(
+            "too_many_items", f"{len(items)} items in one call, at most {limits.max_items} are taken: split the call"
+        )
+    texts: dict[int, str] = {}
+    encoded: dict[int, Encoded] = {}
+    for index, item in enumerate(items):
+        if isinstance(item, Conversation):
+            texts[index] = _render(index, item, encoder, limits)
+        elif isinstance(item, Text):
+            _check_text(index, item.text, limits)
+            texts[index] = item.text
+        else:
+            encoded[index] = Encoded(_check_ids(index, item, encoder), truncated=False)
+    try:
+        all_ids = encoder.tokenize(list(texts.values()))
+    except EncodingError as error:
+        raise ScorerRejected("no_end", str(error)) from error
+    for index, ids in zip(texts, all_ids, strict=True):
+        if len(ids) > limits.max_tokens:
+            raise ScorerRejected(
+                "too_many_tokens",
+                f"item {index} has {len(ids)} tokens, at most {limits.max_tokens} are taken: shorten it; this critic "
+                f"reads its last {encoder.max_length}",
+            )
+        encoded[index] = encoder.truncate(ids)
+    return [encoded[index] for index in range(len(items))]
+
+
+def _render(index: int, item: Conversation, encoder: Encoder, limits: Limits) -> str:
+    said = item.prompt if isinstance(item.prompt, str) else "".join(_contents(index, item.prompt))
+    if not isinstance(item.response, str):
+        raise ScorerRejected("not_text", f"item {index}: a response is a text, this is {_kind(item.response)}")
+    _check_text(index, said + item.response, limits)
+    try:
+        return encoder.render(item.prompt, item.response)
+    except EncodingError as error:
+        raise ScorerRejected("template_refused", f"item {index}: {error}") from error
+
+
+def _contents(index: int, turns: Any) -> list[str]:
+    try:
+        contents = [(turn["role"], turn["content"]) for turn in turns]
+    except (TypeError, KeyError) as error:
+        raise ScorerRejected(
+            "not_text", f"item {index}: a prompt is a text, or a list of turns with 'role' and 'content'"
+        ) from error
+    for role, content in contents:
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ScorerRejected("not_text", f"item {index}: the role and content of a turn are texts")
+    return [content for _, content in contents]
+
+
+def _check_text(index: int, text: Any, limits: Limits) -> None:
+    if not isinstance(text, str):
+        raise ScorerRejected("not_text", f"item {index}: must be a text, this is {_kind(text)}")
+    if not text:
+        raise ScorerRejected("empty_text", f"item {index} is empty: there is nothing to score")
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise ScorerRejected("not_unicode", f"item {index} holds half of a surrogate pair: {error}") from error
+    if size > limits.max_text_bytes:
+        raise ScorerRejected(
+            "text_too_long", f"item {index} has {size} bytes, at most {limits.max_text_bytes} are taken: shorten it"
+        )
+
+
+def _check_ids(index: int, item: Any, encoder: Encoder) -> list[int]:
+    try:
+        ids = np.asarray(item)
+    except (TypeError, ValueError) as error:
+        raise ScorerRejected("not_text", f"item {index}: {_kind(item)} is no item") from error
+    if ids.size == 0 and ids.ndim == 1:
+        raise ScorerRejected("empty_text", f"item {index} has no token ids: there is nothing to score")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ScorerRejected(
+            "not_text", f"item {index} is neither a Conversation nor a Text nor a list of token ids: {_kind(item)}"
+        )
+    if ids.min() < 0 or ids.max() >= len(encoder.tokenizer):
+        raise ScorerRejected(
+            "bad_token_id",
+            f"item {index}: token id {ids[(ids < 0) | (ids >= len(encoder.tokenizer))][0]} is not in the critic's "
+            f"vocabulary of {len(encoder.tokenizer)}: were the ids made by another tokenizer?",
+        )
+    if ids[-1] == encoder.tokenizer.pad_token_id:
+        raise ScorerRejected("no_end", f"item {index} ends with the pad token: remove the padding")
+    if len(ids) > encoder.max_length:
+        raise ScorerRejected(
+            "too_many_tokens",
+            f"item {index} has {len(ids)} token ids, this critic reads {encoder.max_length}: give its last ones",
+        )
+    return [int(token) for token in ids]
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"
