@@ -31,7 +31,7 @@ from rlhf_critic.prefix_tree import TokenIds
 from rlhf_critic.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.reward_components import RewardComponents
 from rlhf_critic.scorer_config import ScorerConfig
-from rlhf_critic.scoring import Item, Limits, Scores, encode_items
+from rlhf_critic.scoring import Item, Limits, Scores, encode_items, finish_items
 
 if TYPE_CHECKING:
     from actors.shard_group import ShardGroup
@@ -117,29 +117,16 @@ class _Version:
         self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
         self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
         if config.normalize:
-            backend.card.normalize(np.zeros(1))  # raises where it cannot be done
+            backend.card.require_scale()
         self._warm_up()
         self.batcher = RequestBatcher(
             backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=observer.on_batch
         )
 
-    def encode(self, items: Sequence[Item]) -> list[Encoded]:
+    def encode(self, items: Sequence[Item]) -> tuple[list[Item], list[Encoded]]:
         with self._encoding:
-            return encode_items(items, self.encoder, self.limits)
-
-    def scores(self, items: Sequence[Item], encoded: Sequence[Encoded], outputs: Outputs, values: bool) -> Scores:
-        critic_S = np.array([output[-1] for output in outputs], dtype=np.float32)
-        if self.config.normalize:
-            critic_S = self.backend.card.normalize(critic_S).astype(np.float32)
-        rewards_S, components = self.components.combine(items, critic_S)
-        return Scores(
-            rewards_S=rewards_S,
-            model_version=self.name,
-            truncated_S=np.array([one.truncated for one in encoded]),
-            tokens_S=np.array([len(one.ids) for one in encoded]),
-            components=components,
-            values=tuple(outputs) if values else None,
-        )
+            finished = finish_items(items, self.encoder)
+            return finished, encode_items(finished, self.encoder, self.limits)
 
     def close(self) -> None:
         if not self.batcher.close(DRAIN_TIMEOUT_S):
@@ -155,6 +142,32 @@ class _Version:
                 raise CheckpointError(
                     f"{self.config.checkpoint}: this critic gives rewards that are NaN or infinite: publish another"
                 )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call: what was asked of which version, and what is being computed for it."""
+
+    served: _Version
+    items: list[Item]
+    encoded: list[Encoded]
+    values: bool
+    outputs: Future[Outputs]
+
+    def finish(self, outputs: Outputs) -> Scores:
+        """The answer, once the outputs are there."""
+        critic_S = np.array([output[-1] for output in outputs], dtype=np.float32)
+        if self.served.config.normalize:
+            critic_S = self.served.backend.card.normalize(critic_S).astype(np.float32)
+        rewards_S, components = self.served.components.combine(self.items, critic_S)
+        return Scores(
+            rewards_S=rewards_S,
+            model_version=self.served.name,
+            truncated_S=np.array([one.truncated for one in self.encoded]),
+            tokens_S=np.array([len(one.ids) for one in self.encoded]),
+            components=components,
+            values=tuple(outputs) if self.values else None,
+        )
 
 
 class Scorer:
@@ -200,14 +213,14 @@ class Scorer:
             ScorerUnavailable: A shard was lost, or the scorer is shutting down.
             CriticError: The critic's output is not finite, or a component failed.
         """
-        served, encoded, future = self._begin(items, values, version)
-        return served.scores(items, encoded, future.result(), values)
+        call = self._begin(items, values, version)
+        return call.finish(call.outputs.result())
 
     async def score_async(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
         """`score` for an event loop; cancelling it takes the items out of the queue."""
-        served, encoded, future = await asyncio.to_thread(self._begin, items, values, version)
-        outputs = await asyncio.wrap_future(future)
-        return await asyncio.to_thread(served.scores, items, encoded, outputs, values)
+        call = await asyncio.to_thread(self._begin, items, values, version)
+        outputs = await asyncio.wrap_future(call.outputs)
+        return await asyncio.to_thread(call.finish, outputs)
 
     def publish(self, config: ScorerConfig) -> None:
         """Serves ``config`` from now on. Returns when calls that came before have been answered by what was there.
@@ -246,17 +259,16 @@ class Scorer:
         """Answers what is waiting and lets go of the critic."""
         self._version.close()
 
-    def _begin(
-        self, items: Sequence[Item], values: bool, version: str | None
-    ) -> tuple[_Version, list[Encoded], Future[Outputs]]:
+    def _begin(self, items: Sequence[Item], values: bool, version: str | None) -> _Call:
         while True:
             served = self._version
             if version is not None and version != served.name:
                 raise VersionMismatch(f"version {version} was asked for, this scorer serves {served.name}")
-            encoded = served.encode(items)
+            finished, encoded = served.encode(items)
             sequences = [np.asarray(one.ids, dtype=np.int64) for one in encoded]
             try:
-                return served, encoded, served.batcher.submit(sequences, rewards_only=not values)
+                outputs = served.batcher.submit(sequences, rewards_only=not values)
+                return _Call(served, finished, encoded, values, outputs)
             except ScorerUnavailable:
                 if served is self._version:
                     raise

@@ -39,7 +39,7 @@ class HandleTransport:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(serve.get_deployment_handle, SCORER_DEPLOYMENT, self._app)
             response = self._handle.score.remote(items, values, version)
-            scores: Scores = await asyncio.wait_for(_answer(response), timeout_s)
+            answer: Scores | CriticError = await asyncio.wait_for(_answer(response), timeout_s)
         except asyncio.TimeoutError as error:
             if response is not None:
                 response.cancel()
@@ -49,15 +49,14 @@ class HandleTransport:
                 response.cancel()
             raise
         except RayTaskError as error:
-            # What the replica raised; it arrives as a class made of Ray's and the replica's own.
-            if isinstance(error.cause, CriticError):
-                raise error.cause from None
             raise ScorerFailed(f"a scorer failed: {type(error.cause).__name__}: {error.cause}") from error
         except BackPressureError as error:
             raise ScorerUnavailable("more calls are waiting than the pool allows") from error
         except (RayError, RayServeException, TaskCancelledError) as error:
             raise ScorerUnavailable(f"{type(error).__name__}: {error}") from error
-        return scores
+        if isinstance(answer, CriticError):
+            raise answer
+        return answer
 
     async def close(self) -> None:
         """A handle has nothing to close."""

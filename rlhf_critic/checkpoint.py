@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoConfig
@@ -28,7 +29,7 @@ from rlhf_critic import modeling
 from rlhf_critic.critic import Critic
 from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.factory import create_critic_model
+from rlhf_critic.factory import HEAD_NAME, check_critic_model, create_critic_model
 from rlhf_critic.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
@@ -78,12 +79,21 @@ class CriticCard(BaseModel):
         Raises:
             CheckpointError: The mean and standard deviation were not measured, or all rewards were the same.
         """
+        mean, std = self.require_scale()
+        return (rewards_S - mean) / std
+
+    def require_scale(self) -> tuple[float, float]:
+        """The mean and standard deviation that `normalize` needs.
+
+        Raises:
+            CheckpointError: They were not measured, or all rewards were the same.
+        """
         if self.reward_mean is None or not self.reward_std:
             raise CheckpointError(
                 f"the critic {self.version} has no reward mean and standard deviation to normalise by: fit it with "
                 "--data.validation, or with --train.reference train; or use its rewards as they are"
             )
-        return (rewards_S - self.reward_mean) / self.reward_std
+        return self.reward_mean, self.reward_std
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,24 @@ def load_critic(directory: str | Path) -> LoadedCritic:
         weights=WeightReader(str(directory), safetensors_only=True),
     )
     return LoadedCritic(critic.eval(), encoder, card)
+
+
+def check_critic(directory: str | Path) -> CriticCard:
+    """Checks a critic directory without loading its body: what can be known of it on a machine that is too small.
+
+    Raises:
+        CheckpointError: A file is missing or cut short, the weights are no safetensors or do not fit the config, the
+            tokenizer is not the one it was fitted with, or the head is NaN or infinite.
+    """
+    card = read_card(directory)
+    encoder = load_encoder(directory, card)
+    reader = WeightReader(str(directory), safetensors_only=True)
+    check_critic_model(str(directory), encoder.tokenizer)
+    if HEAD_NAME not in reader.names:
+        raise CheckpointError(f"{directory}: no {HEAD_NAME}: the weights are those of another kind of model")
+    if not torch.isfinite(reader.read(HEAD_NAME)).all():
+        raise CheckpointError(f"{directory}: the head ({HEAD_NAME}) is NaN or infinite: export another checkpoint")
+    return card
 
 
 def weights_digest(directory: str | Path) -> str:

@@ -172,6 +172,27 @@ class Encoder:
                 raise EncodingError(f"a text must have tokens and must not end with the pad token: {text[-80:]!r}")
         return all_ids
 
+    @cached_property
+    def ending(self) -> str:
+        """What the chat template puts after the last response, such as the EOS token."""
+        mark = "\u2402"  # a visible symbol, which no template strips
+        return self.render("", mark).rpartition(mark)[2]
+
+    def without_ending(self, text: str) -> str:
+        """A text without pad tokens, EOS tokens and the template's ending at its end."""
+        endings = {self.ending, self.ending.strip(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {""}
+        while ending := next((ending for ending in endings if text.endswith(ending)), ""):
+            text = text.removesuffix(ending)
+        return text
+
+    def finish(self, text: str) -> str:
+        """Ends a rendered text as the chat template ends a response.
+
+        A policy's text may be padded, cut before its EOS, or end with another sign than this critic was fitted with;
+        the reward is read at the end, so the end must be the one it knows.
+        """
+        return self.without_ending(text) + self.ending
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a piece of text by itself; it may be empty."""
         return len(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])

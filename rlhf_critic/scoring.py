@@ -38,10 +38,12 @@ class Text(NamedTuple):
     Attributes:
         text: The whole text.
         response: The end of it that is the response, where that is known; components other than the critic need it.
+        finish: Whether the text is a policy's, whose end is to be put right; see `Encoder.finish`.
     """
 
     text: str
     response: str | None = None
+    finish: bool = False
 
 
 Item: TypeAlias = "Conversation | Text | TokenIds"
@@ -99,6 +101,16 @@ def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[C
             "unequal_lengths", f"{len(prompts)} prompts and {len(responses)} responses: give one prompt a response"
         )
     return [Conversation(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def finish_items(items: Sequence[Item], encoder: Encoder) -> list[Item]:
+    """Puts right the ends of texts that a policy wrote; other items stay as they are."""
+    return [
+        Text(encoder.finish(item.text), None if item.response is None else encoder.without_ending(item.response))
+        if isinstance(item, Text) and item.finish and isinstance(item.text, str)
+        else item
+        for item in items
+    ]
 
 
 def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> list[Encoded]:

@@ -1,0 +1,75 @@
+"""Where the replicas of a pool say what they serve, so that whoever publishes a critic knows how it went.
+
+Serve itself would replace a replica that cannot take a new configuration; ours keeps what it serves, and says so here.
+The board holds nothing that is not said again every few seconds, so it may be lost and made anew at any time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+NAMESPACE = "rlhf-critic"
+CALL_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class ReplicaReport:
+    """What one replica says.
+
+    Attributes:
+        replica: Its id, as Serve has it.
+        pid: Of its process.
+        model_version: What it serves.
+        published: The digest of the configuration it was told to serve last.
+        is_current: Whether that is what it serves.
+        error: Why it does not serve it; empty while it loads, and when it does.
+    """
+
+    replica: str
+    pid: int
+    model_version: str
+    published: str
+    is_current: bool
+    error: str = ""
+
+
+class PoolBoard:
+    """The actor."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, ReplicaReport] = {}
+
+    def report(self, report: ReplicaReport) -> None:
+        """Takes what a replica says, in place of what it said before."""
+        self._reports[report.replica] = report
+
+    def reports(self) -> list[ReplicaReport]:
+        """What every replica said last, those that are gone included."""
+        return list(self._reports.values())
+
+
+def board_of(app: str) -> Any:
+    """The board of a pool, which is made where there is none."""
+    return (
+        ray.remote(PoolBoard)
+        .options(name=f"pool-board-{app}", namespace=NAMESPACE, get_if_exists=True, lifetime="detached", num_cpus=0)
+        .remote()
+    )
+
+
+def read_board(app: str) -> list[ReplicaReport]:
+    """What the replicas of a pool said last; nothing where the board is being made anew."""
+    try:
+        reports: list[ReplicaReport] = ray.get(board_of(app).reports.remote(), timeout=CALL_TIMEOUT_S)
+    except RayError:
+        return []
+    return reports
+
+
+def remove_board(app: str) -> None:
+    """Ends a pool's board."""
+    ray.kill(board_of(app))

@@ -1,0 +1,195 @@
+"""The pool on Ray Serve: scorer replicas and, before them, the HTTP endpoints.
+
+`app` is what a Serve config names as ``import_path: actors.serving:app``. All that may differ between pools comes with
+the config, as options and ``user_config`` of the deployments (`actors.pool` writes them). Serve starts, scales, heals
+and routes; what a replica does is `actors.scorer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import time
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from actors.http_api import HttpSettings, build_app
+from actors.pool_board import ReplicaReport, board_of
+from actors.scorer import Scorer, ScorerInfo
+from actors.scorer_handle import SCORER_DEPLOYMENT, HandleTransport
+from actors.scorer_metrics import ScorerMetrics
+from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable
+from rlhf_critic.scorer_client import ScorerClient
+from rlhf_critic.scorer_config import ScorerConfig
+from rlhf_critic.scoring import Item, Scores
+
+logger = logging.getLogger("ray.serve")
+
+INFO_TIMEOUT_S = 5.0
+CONCURRENT_HTTP_CALLS = 1000
+
+
+def digest_of(user_config: dict[str, Any]) -> str:
+    """Names a configuration."""
+    return hashlib.sha256(json.dumps(user_config, sort_keys=True).encode()).hexdigest()
+
+
+@serve.deployment(
+    name=SCORER_DEPLOYMENT,
+    health_check_period_s=2,
+    health_check_timeout_s=30,
+    graceful_shutdown_wait_loop_s=0.5,
+    graceful_shutdown_timeout_s=60,
+)
+class ScorerReplica:
+    """One replica: a `Scorer`, told by Serve what to serve."""
+
+    def __init__(self) -> None:
+        context = serve.get_replica_context()
+        self._app, self._replica = context.app_name, context.replica_id.unique_id
+        self._metrics = ScorerMetrics(self._app, self._replica)
+        self._scorer: Scorer | None = None
+        self._wanted: dict[str, Any] = {}
+        self._serving: dict[str, Any] = {}
+        self._error = ""
+        self._swapping: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Takes a configuration from Serve. The first is loaded before any call is answered.
+
+        Later ones are loaded beside what is served, while this returns at once, because Serve sends no calls to a
+        replica that is being configured. One that cannot be loaded changes nothing; the board tells.
+        """
+        self._wanted = user_config
+        if self._scorer is None:
+            self._scorer = await asyncio.to_thread(_make_scorer, user_config, self._metrics)
+            self._serving = user_config
+            self._metrics.on_version(self._scorer.info().model_version)
+            self._report()
+        elif self._swapping is None or self._swapping.done():
+            self._swapping = asyncio.create_task(self._swap())
+
+    async def score(self, items: list[Item], values: bool, version: str | None) -> Scores | CriticError:
+        """See `Scorer.score`; its errors are returned, because what is raised here Serve logs as a failure of ours."""
+        assert self._scorer is not None
+        started = time.perf_counter()
+        try:
+            scores = await self._scorer.score_async(items, values=values, version=version)
+        except CriticError as error:
+            self._metrics.on_refusal(error.kind if isinstance(error, ScorerRejected) else type(error).__name__)
+            return error
+        self._metrics.on_scores(scores, time.perf_counter() - started)
+        return scores
+
+    def info(self) -> ScorerInfo:
+        """What this replica serves."""
+        assert self._scorer is not None
+        return self._scorer.info()
+
+    def check_health(self) -> None:
+        """Serve asks now and then, and replaces a replica that raises."""
+        if self._scorer is not None:
+            self._scorer.require_whole()
+            self._report()
+
+    async def _swap(self) -> None:
+        """Loads what was published last, until that is what is served or cannot be."""
+        assert self._scorer is not None
+        while self._wanted != self._serving:
+            wanted = self._wanted
+            try:
+                await asyncio.to_thread(self._scorer.publish, ScorerConfig(**wanted["scorer"]))
+                self._serving, self._error = wanted, ""
+                self._metrics.on_version(self._scorer.info().model_version)
+            except Exception as error:
+                logger.exception("the published critic cannot be served; the one before stays")
+                self._error = str(error)
+                if self._wanted == wanted:
+                    break
+            finally:
+                self._report()
+
+    def _report(self) -> None:
+        assert self._scorer is not None
+        report = ReplicaReport(
+            replica=self._replica,
+            pid=os.getpid(),
+            model_version=self._scorer.info().model_version,
+            published=digest_of(self._wanted),
+            is_current=self._wanted == self._serving,
+            error=self._error if self._wanted != self._serving else "",
+        )
+        try:
+            board_of(self._app).report.remote(report)
+        except (RayError, ValueError):
+            logger.warning("the pool's board cannot be reached; this replica will report again")
+
+
+def _make_scorer(user_config: dict[str, Any], metrics: ScorerMetrics) -> Scorer:
+    return Scorer(
+        ScorerConfig(**user_config["scorer"]),
+        shards=user_config["shards"],
+        cpus_per_shard=user_config["cpus_per_shard"],
+        use_gpu=user_config["use_gpu"],
+        observer=metrics,
+    )
+
+
+def _http_app() -> Any:
+    return build_app(lambda: serve.get_replica_context().servable_object)
+
+
+@serve.deployment(
+    name="Gateway",
+    ray_actor_options={"num_cpus": 0},
+    max_ongoing_requests=CONCURRENT_HTTP_CALLS,
+    health_check_period_s=2,
+    graceful_shutdown_wait_loop_s=0.5,
+)
+@serve.ingress(_http_app)
+class Gateway:
+    """The HTTP endpoints; a `actors.http_api.ScoringService`."""
+
+    def __init__(self, scorers: DeploymentHandle) -> None:
+        self._scorers = scorers
+        self.settings = HttpSettings()
+        self._max_items = 0
+        self._client = ScorerClient(
+            HandleTransport(serve.get_replica_context().app_name), max_in_flight=CONCURRENT_HTTP_CALLS
+        )
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Takes the limits from Serve."""
+        self._max_items = user_config["max_items"]
+        self.settings = HttpSettings(**user_config["http"])
+
+    async def score(self, items: list[Item], values: bool, version: str | None) -> Scores:
+        """See `actors.http_api.ScoringService`."""
+        if len(items) > self._max_items:  # the client would split the call
+            raise ScorerRejected(
+                "too_many_items", f"{len(items)} items in one call, at most {self._max_items} are taken: split the call"
+            )
+        return await self._client.score_items_async(
+            items, values=values, version=version, deadline_s=self.settings.deadline_s
+        )
+
+    async def info(self) -> ScorerInfo:
+        """See `actors.http_api.ScoringService`."""
+        try:
+            told: ScorerInfo = await asyncio.wait_for(_answer(self._scorers.info.remote()), INFO_TIMEOUT_S)
+        except (asyncio.TimeoutError, RayError) as error:
+            raise ScorerUnavailable("no scorer is ready yet: wait, or look at the pool with `serve status`") from error
+        return told
+
+
+async def _answer(response: Any) -> Any:
+    return await response
+
+
+app = Gateway.bind(ScorerReplica.bind())  # type: ignore[attr-defined]
