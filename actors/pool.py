@@ -178,10 +178,11 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress) -> str:
         if status == "RUNNING" and running and len(current) == len(running):
             return current[0].model_version
         if time.monotonic() > deadline:
+            why = f"{status}: {_last_line(message)}" if message else status
             raise PlacementError(
                 f"waited {timeout_s:g} s for the replicas of {app!r} to serve what was published, and {len(current)} "
-                f"of {max(len(running), target)} do ({status}{': ' + _last_line(message) if message else ''}): give the "
-                "cluster more room, the pool fewer replicas, or wait longer (--start-timeout-s)"
+                f"of {max(len(running), target)} do ({why}): give the cluster more room, the pool fewer replicas, or "
+                "wait longer (--start-timeout-s)"
             )
         time.sleep(POLL_S)
 

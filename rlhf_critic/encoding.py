@@ -179,19 +179,15 @@ class Encoder:
         return self.render("", mark).rpartition(mark)[2]
 
     def without_ending(self, text: str) -> str:
-        """A text without pad tokens, EOS tokens and the template's ending at its end."""
+        """A text without pad tokens, EOS tokens and the template's ending at its end.
+
+        A policy's text may be padded, cut before its EOS, or end with another sign than this critic was fitted with.
+        The reward is read at the end, so whoever scores such a text puts `ending` in the place of what was there.
+        """
         endings = {self.ending, self.ending.strip(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {""}
         while ending := next((ending for ending in endings if text.endswith(ending)), ""):
             text = text.removesuffix(ending)
         return text
-
-    def finish(self, text: str) -> str:
-        """Ends a rendered text as the chat template ends a response.
-
-        A policy's text may be padded, cut before its EOS, or end with another sign than this critic was fitted with;
-        the reward is read at the end, so the end must be the one it knows.
-        """
-        return self.without_ending(text) + self.ending
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a piece of text by itself; it may be empty."""

@@ -38,7 +38,7 @@ class Text(NamedTuple):
     Attributes:
         text: The whole text.
         response: The end of it that is the response, where that is known; components other than the critic need it.
-        finish: Whether the text is a policy's, whose end is to be put right; see `Encoder.finish`.
+        finish: Whether the text is a policy's, whose end is to be put right; see `Encoder.without_ending`.
     """
 
     text: str
@@ -106,11 +106,15 @@ def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[C
 def finish_items(items: Sequence[Item], encoder: Encoder) -> list[Item]:
     """Puts right the ends of texts that a policy wrote; other items stay as they are."""
     return [
-        Text(encoder.finish(item.text), None if item.response is None else encoder.without_ending(item.response))
-        if isinstance(item, Text) and item.finish and isinstance(item.text, str)
-        else item
+        _finish(item, encoder) if isinstance(item, Text) and item.finish and isinstance(item.text, str) else item
         for item in items
     ]
+
+
+def _finish(item: Text, encoder: Encoder) -> Text:
+    text = encoder.without_ending(item.text)
+    response = None if item.response is None else encoder.without_ending(item.response)
+    return Text(text + encoder.ending if text else "", response)
 
 
 def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> list[Encoded]:
