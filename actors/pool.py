@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from actors.directories import directory_at
 from actors.pool_board import read_board, remove_board
-from actors.scorer_handle import SCORER_DEPLOYMENT
+from actors.scorer_handle import DEFAULT_APP, SCORER_DEPLOYMENT
 from actors.serving import digest_of
 from rlhf_critic.checkpoint import check_critic, weights_digest
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
@@ -47,8 +47,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def route_of(app: str) -> str:
+    """Where a pool's endpoints are: at the root, or, where there are several pools, under their names."""
+    return "/" if app == DEFAULT_APP else f"/{app}"
+
+
 def start_serve(config: ServeJobConfig, authenticated: bool) -> str:
-    """Makes sure that Serve runs and says where its HTTP is.
+    """Makes sure that Serve runs, and says where the pool's HTTP will be.
 
     Raises:
         ConfigError: Serve runs already, reachable from other machines, and no token is wanted.
@@ -61,7 +66,7 @@ def start_serve(config: ServeJobConfig, authenticated: bool) -> str:
             f"Ray Serve listens on {actual.host}, which other machines reach, so callers must show a token: --auth on "
             "(or --auth off, if something before it asks for one)"
         )
-    return f"http://{actual.host}:{actual.port}"
+    return f"http://{actual.host}:{actual.port}{route_of(config.app)}".rstrip("/")
 
 
 def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
@@ -117,7 +122,7 @@ def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | Non
         config.app,
         {
             "name": config.app,
-            "route_prefix": "/",
+            "route_prefix": route_of(config.app),
             "import_path": "actors.serving:app",
             "runtime_env": _runtime_environment(config.use_gpu),
             "deployments": [replicas, gateway],

@@ -13,13 +13,21 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
+from ray import serve
 
+from actors import pool
+from jobs.serve import run_pool
+from rlhf_critic.scorer_config import ServeJobConfig
+from tests.actors.scorers import save_tiny_critic
 from tests.helpers import RankGroup, save_tiny_model, save_tiny_tokenizer, write_preferences
 
 torch.set_num_threads(2)
@@ -70,3 +78,37 @@ def ranks(ray_address: str) -> Iterator[Callable[[int], RankGroup]]:
     yield group
     for made in groups.values():
         made.shutdown()
+
+
+@pytest.fixture(scope="session")
+def critics(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two critics with different rewards."""
+    directory = tmp_path_factory.mktemp("critics")
+    return {
+        "first": save_tiny_critic(tiny_model, directory / "first", seed=1, version="tiny@1"),
+        "second": save_tiny_critic(tiny_model, directory / "second", seed=2, version="tiny@2"),
+    }
+
+
+@pytest.fixture(scope="session")
+def serve_port(ray_address: str) -> Iterator[int]:
+    """Where Ray Serve listens, once a pool was started."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    yield port
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def serving(serve_port: int) -> Iterator[Callable[..., str]]:
+    """Runs the pool with some options, or changes the one that runs; returns its URL. A module's tests share one."""
+
+    def run(checkpoint: str, **options: Any) -> str:
+        config = ServeJobConfig(checkpoint=checkpoint, port=serve_port, start_timeout_s=200, **options)
+        url, _, _ = run_pool(config, lambda _: None)
+        return url
+
+    yield run
+    if pool.is_running("scorers"):
+        pool.stop("scorers")

@@ -101,7 +101,7 @@ def test_a_pool_with_a_token_answers_only_those_who_show_it(serving, critics, tm
     assert refused.value.kind == "unauthorized"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def guarded(serving, critics, tmp_path_factory):
     """A pool with a token: its URL, and what to show it."""
     file = str(tmp_path_factory.mktemp("secret") / "token")
