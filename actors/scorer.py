@@ -113,7 +113,7 @@ class _Version:
         self.backend = backend
         self.encoder = backend.encoder
         self.components = RewardComponents(config.components, backend.encoder)
-        self.name = _version_name(backend.card.version, digest, config)
+        self.name = version_name(backend.card.version, digest, config)
         self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
         self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
         if config.normalize:
@@ -294,7 +294,7 @@ class Scorer:
             raise
 
 
-def _version_name(version: str, digest: str, config: ScorerConfig) -> str:
+def version_name(version: str, digest: str, config: ScorerConfig) -> str:
     """Names what decides a reward: the critic, and a hash of its files and of how rewards are made of its output."""
     how = config.model_dump_json(include={"normalize", "components"})
     return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:DIGITS_OF_VERSION]}"

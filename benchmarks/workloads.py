@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 49152
@@ -63,6 +63,11 @@ def draw_prompts(profile: Profile, prompts: int, responses: int, seed: int = 0) 
     return drawn
 
 
+def text_of(ids: IntArray) -> str:
+    """A text that the tokenizer of `save_model` turns into these ids."""
+    return " ".join(f"<{token}>" for token in ids)
+
+
 def head_weight() -> torch.Tensor:
     """The same head for all contenders, ``[1, D]``."""
     return torch.randn(1, 576, generator=torch.Generator().manual_seed(0)) / 24
@@ -93,8 +98,10 @@ def save_model(directory: Path, layers: int) -> int:
     model = LlamaForCausalLM(config)
     model.save_pretrained(directory)
     vocabulary = {f"<{index}>": index for index in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")),
+        tokenizer_object=words,
         unk_token="<0>",
         bos_token="<1>",
         eos_token="<2>",

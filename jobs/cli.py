@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from rlhf_critic.errors import CriticError
+from rlhf_critic.errors import ConfigError, CriticError
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
+# Where Ray unpacks the working directory of a submitted job.
+RAY_PACKAGE_FOLDER = "working_dir_files"
 
 
 def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
@@ -29,3 +32,21 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
     except also_expected as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+
+
+def refuse_in_package(option: str, path: str) -> None:
+    """Refuses to write into the copy of the working directory that Ray makes for a submitted job.
+
+    Args:
+        option: As the user gave it.
+        path: Its value, a path or URI.
+
+    Raises:
+        ConfigError: The path is relative and this is such a copy, which Ray deletes when it likes.
+    """
+    if "://" not in path and not os.path.isabs(path) and RAY_PACKAGE_FOLDER in Path.cwd().parts:
+        flag = option.replace("_", "-")
+        raise ConfigError(
+            f"{option} {path!r} is relative, and a submitted job runs in a copy of the working directory that Ray may "
+            f"delete: give {flag} an absolute path or a URI"
+        )

@@ -21,14 +21,11 @@ from rich.table import Table
 
 from actors.run_directory import absolute_storage_path, resolve_run, run_exists
 from actors.train_worker import SCORE, TrainOutcome, train_loop
-from jobs.cli import run_job
+from jobs.cli import refuse_in_package, run_job
 from jobs.dry_run import plan_table
 from rlhf_critic.config import TrainJobConfig, parse_command_line
 from rlhf_critic.errors import ConfigError, PlacementError
 from rlhf_critic.sources import is_local_source
-
-# Where Ray unpacks the working directory of a submitted job.
-RAY_PACKAGE_FOLDER = "working_dir_files"
 
 
 def main() -> None:
@@ -109,7 +106,7 @@ def train(config: TrainJobConfig) -> Result:
         TrainingFailedError: Workers were lost more often than ``run.max_failures``.
     """
     config.require_complete()
-    refuse_storage_in_package(config.run.storage_path)
+    refuse_in_package("run.storage_path", config.run.storage_path)
     if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
     config = with_absolute_paths(config)
@@ -177,19 +174,6 @@ def _why_not_placed(config: TrainJobConfig) -> str:
         f"{run.start_timeout_s:g} s (run.start_timeout_s): the cluster has {there}. Ask for fewer workers or CPUs, let "
         "the autoscaler add more nodes, or wait longer"
     )
-
-
-def refuse_storage_in_package(storage_path: str) -> None:
-    """Refuses to keep checkpoints in the copy of the working directory that Ray makes for a submitted job.
-
-    Raises:
-        ConfigError: The path is relative and this is such a copy, which Ray deletes when it likes.
-    """
-    if "://" not in storage_path and not os.path.isabs(storage_path) and RAY_PACKAGE_FOLDER in Path.cwd().parts:
-        raise ConfigError(
-            f"run.storage_path {storage_path!r} is relative, and a submitted job runs in a copy of the working "
-            "directory that Ray may delete: give --run.storage-path an absolute path or a URI"
-        )
 
 
 def with_absolute_paths(config: TrainJobConfig) -> TrainJobConfig:

@@ -47,12 +47,14 @@ class ScorerRejected(CriticError):
     Args:
         kind: A word for what is at fault, the same for every message about it, such as ``too_many_items``.
         message: What is at fault and what to do.
+        item: The index of the item at fault, where it is one.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
+    def __init__(self, kind: str, message: str, item: int | None = None) -> None:
+        super().__init__(kind, message, item)
         self.kind = kind
         self.message = message
+        self.item = item
 
     def __str__(self) -> str:
         return self.message

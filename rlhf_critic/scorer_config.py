@@ -101,6 +101,11 @@ class ScoringOptions(Section):
         False, description="Put the critic's rewards on the scale of its reference responses: mean 0, deviation 1."
     )
     token_budget: PositiveInt = Field(4096, description="Most tokens computed at once. Changes speed and memory only.")
+
+
+class CallLimits(Section):
+    """What one call of a scorer may ask."""
+
     max_items: PositiveInt = Field(1024, description="Most items of a call; more are refused.")
     max_text_bytes: PositiveInt = Field(512 * 1024, description="Most bytes of an item's text; longer is refused.")
     max_tokens: PositiveInt = Field(
@@ -110,14 +115,14 @@ class ScoringOptions(Section):
     )
 
 
-class ScorerConfig(ScoringOptions, Components):
+class ScorerConfig(ScoringOptions, CallLimits, Components):
     """What a scorer serves."""
 
     checkpoint: str = Field(description="A critic directory; path or URI, reachable from every replica.")
     digest: str | None = Field(None, description="The SHA-256 its files must have; None takes any.")
 
 
-class ServeJobConfig(ScoringOptions):
+class ServeJobConfig(ScoringOptions, CallLimits):
     """Serves a critic's rewards from a pool of scorer replicas, or updates the pool that runs.
 
     For example: python -m jobs.serve runs/first/step-000100 --min-replicas 1 --max-replicas 8
@@ -187,5 +192,58 @@ class ServeJobConfig(ScoringOptions):
             checkpoint=checkpoint,
             digest=digest,
             components=load_components(self.components),
+            **self.model_dump(include={*ScoringOptions.model_fields, *CallLimits.model_fields}),
+        )
+
+
+class ScoreJobConfig(ScoringOptions):
+    """Scores the responses of a data set with a critic, part by part; a run that was interrupted goes on.
+
+    For example: python -m jobs.score my-critic rollouts.jsonl scored --num-workers 2
+
+    Rows have prompt and response, prompt and responses (a list), messages, text (finished) or token_ids; other fields
+    are passed through.
+    """
+
+    checkpoint: tyro.conf.Positional[str] = Field(
+        description="A critic directory: a checkpoint of a run, or an export; path or URI."
+    )
+    data: tyro.conf.Positional[str] = Field(
+        description="What to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory "
+        "that datasets saved or a hub id."
+    )
+    out: tyro.conf.Positional[str] = Field(
+        description="A directory for the scored parts; a new one, or that of the same job. Reachable from every worker."
+    )
+    fields: dict[str, str] = Field(
+        {}, description="Other field names in the data, ours to theirs: --fields response answer."
+    )
+    best_of_n: bool = Field(
+        False, description="Of rows with responses, write only the best one, as response; of equals, the first."
+    )
+    format: Literal["auto", "jsonl", "parquet"] = Field(
+        "auto", description="Of the parts; auto: parquet where the data is, else jsonl."
+    )
+    components: str | None = Field(
+        None, description="YAML file with the components that a reward is the weighted sum of; None: the critic alone."
+    )
+    rows_per_part: PositiveInt = Field(512, description="Rows of a part: what an interruption may cost.")
+    num_workers: PositiveInt = Field(1, description="Scorers, each an actor with the whole critic.")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each; torch threads if no GPU.")
+    use_gpu: bool = Field(False, description="One GPU for each (not yet run on a GPU).")
+
+    def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
+        """What the scorers are told; there are no callers to be limited.
+
+        Raises:
+            ConfigError: The file of components cannot be read, or one of them is wrong.
+        """
+        return ScorerConfig(
+            checkpoint=checkpoint,
+            digest=digest,
+            components=load_components(self.components),
+            max_items=2**31,
+            max_text_bytes=2**31,
+            max_tokens=2**31,
             **self.model_dump(include=set(ScoringOptions.model_fields)),
         )

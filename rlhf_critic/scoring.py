@@ -146,9 +146,10 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
         raise ScorerRejected("no_end", str(error)) from error
     for index, ids in zip(texts, all_ids, strict=True):
         if len(ids) > limits.max_tokens:
-            raise ScorerRejected(
+            raise _refused(
                 "too_many_tokens",
-                f"item {index} has {len(ids)} tokens, at most {limits.max_tokens} are taken: shorten it; this critic "
+                index,
+                f" has {len(ids)} tokens, at most {limits.max_tokens} are taken: shorten it; this critic "
                 f"reads its last {encoder.max_length}",
             )
         encoded[index] = encoder.truncate(ids)
@@ -158,39 +159,39 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
 def _render(index: int, item: Conversation, encoder: Encoder, limits: Limits) -> str:
     said = item.prompt if isinstance(item.prompt, str) else "".join(_contents(index, item.prompt))
     if not isinstance(item.response, str):
-        raise ScorerRejected("not_text", f"item {index}: a response is a text, this is {_kind(item.response)}")
+        raise _refused("not_text", index, f": a response is a text, this is {_kind(item.response)}")
     _check_text(index, said + item.response, limits)
     try:
         return encoder.render(item.prompt, item.response)
     except EncodingError as error:
-        raise ScorerRejected("template_refused", f"item {index}: {error}") from error
+        raise _refused("template_refused", index, f": {error}") from error
 
 
 def _contents(index: int, turns: Any) -> list[str]:
     try:
         contents = [(turn["role"], turn["content"]) for turn in turns]
     except (TypeError, KeyError) as error:
-        raise ScorerRejected(
-            "not_text", f"item {index}: a prompt is a text, or a list of turns with 'role' and 'content'"
+        raise _refused(
+            "not_text", index, ": a prompt is a text, or a list of turns with 'role' and 'content'"
         ) from error
     for role, content in contents:
         if not isinstance(role, str) or not isinstance(content, str):
-            raise ScorerRejected("not_text", f"item {index}: the role and content of a turn are texts")
+            raise _refused("not_text", index, ": the role and content of a turn are texts")
     return [content for _, content in contents]
 
 
 def _check_text(index: int, text: Any, limits: Limits) -> None:
     if not isinstance(text, str):
-        raise ScorerRejected("not_text", f"item {index}: must be a text, this is {_kind(text)}")
+        raise _refused("not_text", index, f": must be a text, this is {_kind(text)}")
     if not text:
-        raise ScorerRejected("empty_text", f"item {index} is empty: there is nothing to score")
+        raise _refused("empty_text", index, " is empty: there is nothing to score")
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise ScorerRejected("not_unicode", f"item {index} holds half of a surrogate pair: {error}") from error
+        raise _refused("not_unicode", index, f" holds half of a surrogate pair: {error}") from error
     if size > limits.max_text_bytes:
-        raise ScorerRejected(
-            "text_too_long", f"item {index} has {size} bytes, at most {limits.max_text_bytes} are taken: shorten it"
+        raise _refused(
+            "text_too_long", index, f" has {size} bytes, at most {limits.max_text_bytes} are taken: shorten it"
         )
 
 
@@ -198,27 +199,33 @@ def _check_ids(index: int, item: Any, encoder: Encoder) -> list[int]:
     try:
         ids = np.asarray(item)
     except (TypeError, ValueError) as error:
-        raise ScorerRejected("not_text", f"item {index}: {_kind(item)} is no item") from error
+        raise _refused("not_text", index, f": {_kind(item)} is no item") from error
     if ids.size == 0 and ids.ndim == 1:
-        raise ScorerRejected("empty_text", f"item {index} has no token ids: there is nothing to score")
+        raise _refused("empty_text", index, " has no token ids: there is nothing to score")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ScorerRejected(
-            "not_text", f"item {index} is neither a Conversation nor a Text nor a list of token ids: {_kind(item)}"
+        raise _refused(
+            "not_text", index, f" is neither a Conversation nor a Text nor a list of token ids: {_kind(item)}"
         )
     if ids.min() < 0 or ids.max() >= len(encoder.tokenizer):
-        raise ScorerRejected(
+        raise _refused(
             "bad_token_id",
-            f"item {index}: token id {ids[(ids < 0) | (ids >= len(encoder.tokenizer))][0]} is not in the critic's "
+            index,
+            f": token id {ids[(ids < 0) | (ids >= len(encoder.tokenizer))][0]} is not in the critic's "
             f"vocabulary of {len(encoder.tokenizer)}: were the ids made by another tokenizer?",
         )
     if ids[-1] == encoder.tokenizer.pad_token_id:
-        raise ScorerRejected("no_end", f"item {index} ends with the pad token: remove the padding")
+        raise _refused("no_end", index, " ends with the pad token: remove the padding")
     if len(ids) > encoder.max_length:
-        raise ScorerRejected(
+        raise _refused(
             "too_many_tokens",
-            f"item {index} has {len(ids)} token ids, this critic reads {encoder.max_length}: give its last ones",
+            index,
+            f" has {len(ids)} token ids, this critic reads {encoder.max_length}: give its last ones",
         )
     return [int(token) for token in ids]
+
+
+def _refused(kind: str, index: int, what: str) -> ScorerRejected:
+    return ScorerRejected(kind, f"item {index}{what}", index)
 
 
 def _kind(value: object) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jobs import train as train_job
-from jobs.train import RAY_PACKAGE_FOLDER, compare_seeds, train
+from jobs.cli import RAY_PACKAGE_FOLDER
+from jobs.train import compare_seeds, train
 from rlhf_critic.checkpoint import load_critic, read_card
 from rlhf_critic.config import TrainJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError

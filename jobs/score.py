@@ -1,0 +1,229 @@
+"""``python -m jobs.score CHECKPOINT DATA OUT``: rewards for a data set, with Ray Data over a pool of scorers.
+
+Runs alone (it starts a local Ray) or as a Ray job.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from actors.directories import directory_at
+from actors.part_scorer import PartScorer, Work, added_fields, read_rewards, schema_of
+from actors.scorer import version_name
+from jobs.cli import refuse_in_package, run_job
+from rlhf_critic.checkpoint import check_critic, weights_digest, write_text_atomically
+from rlhf_critic.config import parse_command_line
+from rlhf_critic.errors import ConfigError, DataError
+from rlhf_critic.scorable_rows import parse_scorable
+from rlhf_critic.scorer_config import ScoreJobConfig, ScorerConfig
+from rlhf_critic.sources import fingerprint_of, is_local_source, read_rows
+
+JOB_NAME = "job.json"
+SUMMARY_NAME = "summary.json"
+ROWS_A_SCHEMA = 1000
+
+
+def main() -> None:
+    """Scores, and says what came out."""
+    config = parse_command_line(ScoreJobConfig, prog="python -m jobs.score")
+    summary = score(config)
+    table = Table(title=f"{config.out}: rewards of {summary['model_version']}", title_justify="left")
+    for column in ("rows", "responses", "mean", "standard deviation", "lost their beginning"):
+        table.add_column(column)
+    table.add_row(
+        str(summary["rows"]),
+        str(summary["responses"]),
+        f"{summary['reward_mean']:.4f}",
+        f"{summary['reward_std']:.4f}",
+        str(summary["truncated"]),
+    )
+    Console().print(table)
+
+
+def score(config: ScoreJobConfig) -> dict[str, Any]:
+    """Scores what is not scored yet.
+
+    Returns:
+        The summary that is in OUT too.
+
+    Raises:
+        CriticError: The critic, the data or the options are wrong, or OUT is that of another job.
+    """
+    started = time.perf_counter()
+    refuse_in_package("OUT", config.out)
+    with directory_at(config.checkpoint) as directory:
+        card = check_critic(directory)
+        if config.normalize:
+            card.require_scale()
+        digest = weights_digest(directory)
+    checkpoint = config.checkpoint if "://" in config.checkpoint else os.path.abspath(config.checkpoint)
+    scorer = config.scorer_config(checkpoint, digest)
+    data = os.path.abspath(config.data) if is_local_source(config.data) else config.data
+    version = version_name(card.version, digest, scorer)
+    fingerprint = fingerprint_of(data)
+    rows, schema = _read_through(data, config, scorer)
+    is_parquet = config.format == "parquet" or (
+        config.format == "auto" and Path(data.removesuffix(".gz")).suffix == ".parquet"
+    )
+    work = Work(
+        data=data,
+        fields=config.fields,
+        out=os.path.abspath(config.out),
+        format="parquet" if is_parquet else "jsonl",
+        schema=schema if is_parquet else None,
+        rows_per_part=config.rows_per_part,
+        best_of_n=config.best_of_n,
+    )
+    _claim(
+        Path(work.out),
+        {
+            "data": fingerprint,
+            "model_version": version,
+            "fields": config.fields,
+            "best_of_n": config.best_of_n,
+            "format": work.format,
+            "rows_per_part": config.rows_per_part,
+        },
+    )
+    parts = -(-rows // config.rows_per_part)
+    missing = [number for number in range(parts) if not work.path(number).exists()]
+    if missing:
+        _score_parts(missing, rows, work, scorer, config)
+    summary = _summarise(work, parts, version, time.perf_counter() - started)
+    write_text_atomically(Path(work.out) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _read_through(data: str, config: ScoreJobConfig, scorer: ScorerConfig) -> tuple[int, pa.Schema]:
+    """Reads all rows once, so that a bad one is told before anything is scored.
+
+    Returns:
+        How many there are, and the schema that all of them fit.
+    """
+    ours = added_fields([component.name for component in scorer.components])
+    schema: pa.Schema = pa.schema([])
+    chunk: list[dict[str, Any]] = []
+    count = 0
+
+    def learn() -> pa.Schema:
+        try:
+            return pa.unify_schemas([schema, schema_of(chunk)], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            if config.format == "parquet":
+                raise DataError(
+                    f"{data}: rows up to {count} have a field of several types, which parquet cannot hold: {error}; "
+                    "use --format jsonl"
+                ) from error
+            return schema
+
+    for line, row in tqdm(read_rows(data), desc="reading", unit="row", disable=None):
+        place = f"{data}:{line}"
+        parse_scorable(place, row, config.fields)
+        if config.best_of_n and row.get(config.fields.get("responses", "responses")) is None:
+            raise DataError(f"{place}: --best-of-n needs rows with responses; leave it out, or name them: --fields")
+        for name in ours:
+            if name in row:
+                raise DataError(f"{place}: field {name!r} is there already, and would be overwritten; rename it")
+        chunk.append(row)
+        count += 1
+        if len(chunk) == ROWS_A_SCHEMA:
+            schema, chunk = learn(), []
+    schema = learn()
+    judged = schema.get_field_index(config.fields.get("responses", "responses"))
+    return count, schema.remove(judged) if config.best_of_n and judged >= 0 else schema
+
+
+def _claim(out: Path, job: dict[str, Any]) -> None:
+    """Makes OUT this job's, or sees that it is.
+
+    Raises:
+        ConfigError: It is another job's, or something else.
+    """
+    path = out / JOB_NAME
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        if any(out.iterdir()):
+            raise ConfigError(f"{out}: is not empty, and holds no {JOB_NAME}: give a new directory")
+        write_text_atomically(path, json.dumps(job, indent=2) + "\n")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in job.items():
+        if there.get(name) != value:
+            raise ConfigError(
+                f"{out}: was begun with another {name} ({there.get(name)!r}, now {value!r}): give a new directory, or "
+                "the same critic, data and options to go on"
+            )
+    for half_written in out.glob(".part-*"):
+        half_written.unlink()
+
+
+def _score_parts(missing: list[int], rows: int, work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
+    _init_ray()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    with tqdm(total=rows, desc="scoring", unit="row", disable=None) as bar:
+        bar.update(
+            max(0, rows - sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing))
+        )
+        for done in _run_pool(missing, work, scorer, config):
+            if done["error"] is not None:
+                raise done["error"]
+            bar.update(done["rows"])
+
+
+def _run_pool(missing: list[int], work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> Iterator[dict[str, Any]]:
+    """Hands the parts to an actor pool; yields what becomes of each, as it comes."""
+    parts = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
+    workers = min(config.num_workers, len(missing))
+    results = parts.map_batches(
+        PartScorer,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        fn_constructor_args=(work, scorer),
+        num_cpus=config.cpus_per_worker,
+        num_gpus=int(config.use_gpu),
+    )
+    for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
+        yield batch.to_dict("records")[0]
+
+
+def _init_ray() -> None:
+    if not ray.is_initialized():
+        ray.init(logging_level="WARNING")
+
+
+def _summarise(work: Work, parts: int, version: str, seconds: float) -> dict[str, Any]:
+    rows, rewards, truncated = 0, [], 0
+    for number in range(parts):
+        of_part = read_rewards(work.path(number))
+        rows += of_part[0]
+        rewards += of_part[1]
+        truncated += of_part[2]
+    return {
+        "rows": rows,
+        "responses": len(rewards),
+        "reward_mean": float(np.mean(rewards)),
+        "reward_std": float(np.std(rewards)),
+        "truncated": truncated,
+        "model_version": version,
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    run_job(main, RayError)
