@@ -1,4 +1,4 @@
-"""What serving costs: a pool under load beside the engine called directly, and beside a server that forwards by request.
+"""What serving costs: a pool under load, beside the engine called directly and a server that forwards by request.
 
     python -m benchmarks.serve_load --json
 

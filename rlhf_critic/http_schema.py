@@ -51,14 +51,18 @@ class ChatModel(_Message):
 
 
 class TextModel(_Message):
-    """A finished text, with what the chat template puts around its parts; ``response`` is its end, if given."""
+    """A finished text, with what the chat template puts around its parts; ``response`` is its end, if given.
+
+    With ``finish`` its end is put right first: pad and EOS tokens go, and the critic's own ending comes.
+    """
 
     text: Name
     response: StrictStr | None = None
+    finish: bool = Field(False, strict=True)
 
     def to_item(self) -> Item:
         """As `rlhf_critic.scoring` has it."""
-        return Text(self.text, self.response)
+        return Text(self.text, self.response, self.finish)
 
 
 class TokensModel(_Message):
@@ -224,5 +228,5 @@ def _item_to_json(item: Item) -> dict[str, Any]:
     if isinstance(item, Conversation):
         return {"prompt": item.prompt, "response": item.response}
     if isinstance(item, Text):
-        return {"text": item.text, "response": item.response}
+        return {"text": item.text, "response": item.response, "finish": item.finish}
     return {"token_ids": np.asarray(item).tolist()}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from rlhf_critic.batching import plan_sequences
 from rlhf_critic.errors import NonFiniteRewardError, ScorerUnavailable
-from rlhf_critic.prefix_tree import TokenIds
+from rlhf_critic.prefix_tree import TokenIds, lexicographic_order, shared_lengths
 
 # For each sequence its reward, fp32 [1], or its values, fp32 [tokens].
 Outputs: TypeAlias = list[NDArray[np.float32]]
@@ -37,15 +37,16 @@ class Computed(NamedTuple):
 
 Forward: TypeAlias = Callable[[Sequence[TokenIds], bool], Computed]
 
-# So many micro-batches' worth of the oldest tokens are planned together: enough to bring prompts together, and little
-# enough that planning takes no time beside computing.
-PLANNED_AHEAD = 8
+# So many micro-batches' worth of the oldest requests are planned together: enough that most micro-batches are full, and
+# little enough that planning takes no time beside computing.
+PLANNED_AHEAD = 4
 
 
 @dataclass(eq=False)
 class _Request:
     sequences: Sequence[TokenIds]
     rewards_only: bool
+    tokens: int  # to be computed for it alone
     future: Future[Outputs] = field(default_factory=Future)
     outputs: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -117,7 +118,7 @@ class RequestBatcher:
         Raises:
             ScorerUnavailable: `close` was called.
         """
-        request = _Request(sequences, rewards_only)
+        request = _Request(sequences, rewards_only, self._tokens_of(sequences))
         with self._changed:
             if self._closed:
                 raise ScorerUnavailable("this scorer is shutting down: ask another")
@@ -147,6 +148,13 @@ class RequestBatcher:
         """Requests that wait or are computed."""
         return len(self._queue)
 
+    def _tokens_of(self, sequences: Sequence[TokenIds]) -> int:
+        tokens = sum(len(sequence) for sequence in sequences)
+        if not self._prefix_tree:
+            return tokens
+        arrays = [np.asarray(sequence) for sequence in sequences]
+        return tokens - sum(shared_lengths([arrays[index] for index in lexicographic_order(arrays)]))
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -170,9 +178,8 @@ class RequestBatcher:
         for request in self._queue:
             if request.rewards_only != self._queue[0].rewards_only:
                 continue
-            for index in request.waiting:
-                window.append((request, index))
-                tokens += len(request.sequences[index])
+            window += [(request, index) for index in request.waiting]
+            tokens += request.tokens
             if tokens > PLANNED_AHEAD * self._token_budget:
                 break
         return window

@@ -113,7 +113,7 @@ def finish_items(items: Sequence[Item], encoder: Encoder) -> list[Item]:
 
 def _finish(item: Text, encoder: Encoder) -> Text:
     text = encoder.without_ending(item.text)
-    response = None if item.response is None else encoder.without_ending(item.response)
+    response = encoder.without_ending(item.response) if isinstance(item.response, str) else item.response
     return Text(text + encoder.ending if text else "", response)
 
 
@@ -137,6 +137,8 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
             texts[index] = _render(index, item, encoder, limits)
         elif isinstance(item, Text):
             _check_text(index, item.text, limits)
+            if not isinstance(item.response, str | None):
+                raise _refused("not_text", index, f": a response is a text, this is {_kind(item.response)}")
             texts[index] = item.text
         else:
             encoded[index] = Encoded(_check_ids(index, item, encoder), truncated=False)

@@ -1,0 +1,43 @@
+"""OpenRLHF: this file is a custom reward (``--remote_rm_url .../rlhf_critic/integrations/openrlhf.py``).
+
+``--remote_rm_url http://HOST:8000/get_reward`` needs no file, and no token can be shown that way; this file shows one,
+retries until a deadline and raises typed errors. `rlhf_critic.integrations.pool` says how the pool is found. Written
+after OpenRLHF's examples; not run with OpenRLHF itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_critic.integrations.pool import client_from_environment
+from rlhf_critic.scoring import Text
+
+
+def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Any = None, **_: Any) -> dict[str, Any]:
+    """The rewards of a batch.
+
+    A query is scored as the text it is, in the policy's chat template, with the critic's own ending: policy and critic
+    must share a template.
+
+    Args:
+        queries: Prompts and responses together, special tokens included.
+        prompts: Their beginnings.
+        labels: Not used.
+
+    Returns:
+        ``rewards`` and ``scores``, fp32 ``[S]``, and ``extra_logs`` with the components of the reward.
+
+    Raises:
+        CriticError: See `rlhf_critic.scorer_client.ScorerClient.score`.
+    """
+    items = [
+        Text(query, query[len(prompt) :] if query.startswith(prompt) else None, finish=True)
+        for query, prompt in zip(queries, prompts, strict=True)
+    ]
+    scores = client_from_environment().score_items(items)
+    rewards_S = torch.from_numpy(scores.rewards_S)
+    logs = {name: torch.from_numpy(value_S) for name, value_S in scores.components.items()}
+    return {"rewards": rewards_S, "scores": rewards_S, "extra_logs": logs}
