@@ -136,5 +136,5 @@ def test_whatever_is_asked_is_encoded_or_refused(encoder, asked):
 @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_neighbours_change_nothing(encoder, texts):
-    together = encode_items([Text(text + ".") for text in texts], encoder, LIMITS)
-    assert together == [encode_items([Text(text + ".")], encoder, LIMITS)[0] for text in texts]
+    together = encode_items([Text(text + ".") for text in texts], encoder, Limits())
+    assert together == [encode_items([Text(text + ".")], encoder, Limits())[0] for text in texts]
