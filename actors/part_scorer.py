@@ -60,11 +60,12 @@ class PartScorer:
     Args:
         work: What is to be done.
         config: What its scorer serves.
+        use_gpu: Whether it has a GPU.
     """
 
-    def __init__(self, work: Work, config: ScorerConfig) -> None:
+    def __init__(self, work: Work, config: ScorerConfig, use_gpu: bool) -> None:
         self._work = work
-        self._scorer = Scorer(config)
+        self._scorer = Scorer(config, use_gpu=use_gpu)
         self._rows: Iterator[tuple[int, Row]] = iter(())
         self._position: int | None = None
 

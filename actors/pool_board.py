@@ -52,13 +52,19 @@ class PoolBoard:
         return list(self._reports.values())
 
 
+_Board: Any = ray.remote(PoolBoard)
+
+
 def board_of(app: str) -> Any:
     """The board of a pool, which is made where there is none."""
-    return (
-        ray.remote(PoolBoard)
-        .options(name=f"pool-board-{app}", namespace=NAMESPACE, get_if_exists=True, lifetime="detached", num_cpus=0)
-        .remote()
-    )
+    return _Board.options(
+        name=f"pool-board-{app}",
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        num_cpus=0,
+    ).remote()
 
 
 def read_board(app: str) -> list[ReplicaReport]:

@@ -75,12 +75,12 @@ class ScorerInfo:
 class LocalCritic:
     """A whole critic on this process's device; has the attributes and methods of `actors.shard_group.ShardGroup`."""
 
-    def __init__(self, checkpoint: str, token_budget: int) -> None:
+    def __init__(self, checkpoint: str, token_budget: int, use_gpu: bool) -> None:
         with directory_at(checkpoint) as directory:
             loaded = load_critic(directory)
         self.card: CriticCard = loaded.card
         self.encoder: Encoder = loaded.encoder
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device("cuda" if use_gpu else "cpu")
         self._critic = loaded.critic.to(self._device)
         self.prefix_tree = self._critic.prefix_tree
         self.tokens_at_once = token_budget
@@ -112,7 +112,7 @@ class _Version:
         self.config = config
         self.backend = backend
         self.encoder = backend.encoder
-        self.components = RewardComponents(config.components, backend.encoder)
+        self.components = RewardComponents(config.components, self._count_tokens)
         self.name = version_name(backend.card.version, digest, config)
         self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
         self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
@@ -127,6 +127,10 @@ class _Version:
         with self._encoding:
             finished = finish_items(items, self.encoder)
             return finished, encode_items(finished, self.encoder, self.limits)
+
+    def _count_tokens(self, text: str) -> int:
+        with self._encoding:
+            return self.encoder.count_tokens(text)
 
     def close(self) -> None:
         if not self.batcher.close(DRAIN_TIMEOUT_S):
@@ -177,7 +181,7 @@ class Scorer:
         config: What to serve.
         shards: Actors that share the critic; 1 keeps it in this process.
         cpus_per_shard: CPUs that Ray reserves for each of them, where there are several.
-        use_gpu: Whether each of them has a GPU.
+        use_gpu: Whether to use a GPU, or one for each of them (not yet run on a GPU).
         observer: Is told what happens, for metrics.
 
     Raises:
@@ -283,7 +287,8 @@ class Scorer:
                 f"{str(config.digest)[:12]}): do not change a published critic, publish the new one under another path"
             )
         if self._shards == 1:
-            return _Version(config, LocalCritic(config.checkpoint, config.token_budget), digest, self._observer)
+            local = LocalCritic(config.checkpoint, config.token_budget, self._use_gpu)
+            return _Version(config, local, digest, self._observer)
         from actors.shard_group import ShardGroup
 
         group = ShardGroup(config.checkpoint, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu)

@@ -54,6 +54,7 @@ class ScorerReplica:
         context = serve.get_replica_context()
         self._app, self._replica = context.app_name, context.replica_id.unique_id
         self._metrics = ScorerMetrics(self._app, self._replica)
+        self._board = board_of(self._app)
         self._scorer: Scorer | None = None
         self._wanted: dict[str, Any] = {}
         self._serving: dict[str, Any] = {}
@@ -125,10 +126,7 @@ class ScorerReplica:
             is_current=self._wanted == self._serving,
             error=self._error if self._wanted != self._serving else "",
         )
-        try:
-            board_of(self._app).report.remote(report)
-        except (RayError, ValueError):
-            logger.warning("the pool's board cannot be reached; this replica will report again")
+        self._board.report.remote(report)  # not waited for: it is said again at the next health check
 
 
 def _make_scorer(user_config: dict[str, Any], metrics: ScorerMetrics) -> Scorer:

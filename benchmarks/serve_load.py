@@ -213,7 +213,6 @@ def main(options: Options) -> None:
                 min_replicas=replicas,
                 max_replicas=replicas,
                 cpus_per_shard=threads,
-                max_ongoing_requests=2 * most,
                 deadline_s=CALL_TIMEOUT_S,
             )
             url, _, _ = run_pool(config, lambda _: None)

@@ -75,16 +75,15 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     data = os.path.abspath(config.data) if is_local_source(config.data) else config.data
     version = version_name(card.version, digest, scorer)
     fingerprint = fingerprint_of(data)
-    rows, schema = _read_through(data, config, scorer)
-    is_parquet = config.format == "parquet" or (
-        config.format == "auto" and Path(data.removesuffix(".gz")).suffix == ".parquet"
-    )
+    data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
+    is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)
+    rows, schema = _read_through(data, config, scorer, wants_schema=is_parquet)
     work = Work(
         data=data,
         fields=config.fields,
         out=os.path.abspath(config.out),
         format="parquet" if is_parquet else "jsonl",
-        schema=schema if is_parquet else None,
+        schema=schema,
         rows_per_part=config.rows_per_part,
         best_of_n=config.best_of_n,
     )
@@ -108,13 +107,16 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     return summary
 
 
-def _read_through(data: str, config: ScoreJobConfig, scorer: ScorerConfig) -> tuple[int, pa.Schema]:
+def _read_through(
+    data: str, config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bool
+) -> tuple[int, pa.Schema | None]:
     """Reads all rows once, so that a bad one is told before anything is scored.
 
     Returns:
-        How many there are, and the schema that all of them fit.
+        How many there are, and the schema that all of them fit, less the responses that are not written.
     """
     ours = added_fields([component.name for component in scorer.components])
+    judged = config.fields.get("responses", "responses")
     schema: pa.Schema = pa.schema([])
     chunk: list[dict[str, Any]] = []
     count = 0
@@ -123,28 +125,25 @@ def _read_through(data: str, config: ScoreJobConfig, scorer: ScorerConfig) -> tu
         try:
             return pa.unify_schemas([schema, schema_of(chunk)], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            if config.format == "parquet":
-                raise DataError(
-                    f"{data}: rows up to {count} have a field of several types, which parquet cannot hold: {error}; "
-                    "use --format jsonl"
-                ) from error
-            return schema
+            raise DataError(
+                f"{data}: up to row {count}, a field has values of several types, which parquet cannot hold: {error}; "
+                "use --format jsonl"
+            ) from error
 
     for line, row in tqdm(read_rows(data), desc="reading", unit="row", disable=None):
         place = f"{data}:{line}"
         parse_scorable(place, row, config.fields)
-        if config.best_of_n and row.get(config.fields.get("responses", "responses")) is None:
+        if config.best_of_n and row.get(judged) is None:
             raise DataError(f"{place}: --best-of-n needs rows with responses; leave it out, or name them: --fields")
         for name in ours:
             if name in row:
                 raise DataError(f"{place}: field {name!r} is there already, and would be overwritten; rename it")
-        chunk.append(row)
         count += 1
+        if wants_schema:
+            chunk.append({name: value for name, value in row.items() if not (config.best_of_n and name == judged)})
         if len(chunk) == ROWS_A_SCHEMA:
             schema, chunk = learn(), []
-    schema = learn()
-    judged = schema.get_field_index(config.fields.get("responses", "responses"))
-    return count, schema.remove(judged) if config.best_of_n and judged >= 0 else schema
+    return count, learn() if wants_schema else None
 
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
@@ -194,7 +193,7 @@ def _run_pool(missing: list[int], work: Work, scorer: ScorerConfig, config: Scor
         PartScorer,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
-        fn_constructor_args=(work, scorer),
+        fn_constructor_args=(work, scorer, config.use_gpu),
         num_cpus=config.cpus_per_worker,
         num_gpus=int(config.use_gpu),
     )

@@ -30,7 +30,7 @@ def main() -> None:
     """Does what the options say, and says what runs where."""
     config = parse_command_line(ServeJobConfig, prog="python -m jobs.serve")
     console = Console(stderr=True)
-    started_ray = join_ray()
+    started_ray = join_ray(may_start=not (config.stop or config.publish))
     if config.stop:
         pool.stop(config.app)
         console.print(f"the pool {config.app!r} has ended")
@@ -48,13 +48,21 @@ def main() -> None:
         wait_for_end(config.app)
 
 
-def join_ray() -> bool:
-    """Joins the Ray cluster that is there, or starts a Ray of its own; returns whether it did."""
+def join_ray(may_start: bool) -> bool:
+    """Joins the Ray cluster that is there, or starts a Ray of its own; returns whether it did.
+
+    Raises:
+        ConfigError: There is none, and none may be started.
+    """
     if ray.is_initialized():
         return False
     try:
         ray.init(address="auto", logging_level="WARNING", log_to_driver=False)
-    except ConnectionError:
+    except ConnectionError as error:
+        if not may_start:
+            raise ConfigError(
+                "there is no Ray cluster to join here: set RAY_ADDRESS, or submit this as a job to the pool's cluster"
+            ) from error
         ray.init(logging_level="WARNING", log_to_driver=False)
         return True
     return False

@@ -144,10 +144,6 @@ class RequestBatcher:
                 _fail(request, ScorerUnavailable(f"this scorer shut down; {timeout_s:g} s were not enough to finish"))
         return done
 
-    def __len__(self) -> int:
-        """Requests that wait or are computed."""
-        return len(self._queue)
-
     def _tokens_of(self, sequences: Sequence[TokenIds]) -> int:
         tokens = sum(len(sequence) for sequence in sequences)
         if not self._prefix_tree:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_critic.encoding import Encoder, Prompt
+from rlhf_critic.encoding import Prompt
 from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected
 from rlhf_critic.scorer_config import Component, CriticComponent, LengthPenalty, PythonComponent, RegexComponent
 from rlhf_critic.scoring import Conversation, Item, Text
 
 Rewards = NDArray[np.float32]
 Rule = Callable[[Sequence[Prompt], Sequence[str]], Rewards]
+CountTokens = Callable[[str], int]
 
 
 class RewardComponents:
@@ -29,16 +30,16 @@ class RewardComponents:
 
     Args:
         components: With exactly one critic among them.
-        encoder: The critic's, which counts tokens for a length penalty.
+        count_tokens: Of a text, by the critic's tokenizer; may be called by several threads.
 
     Raises:
         ConfigError: A Python component's function cannot be imported.
     """
 
-    def __init__(self, components: Sequence[Component], encoder: Encoder) -> None:
+    def __init__(self, components: Sequence[Component], count_tokens: CountTokens) -> None:
         self._components = tuple(components)
         self._rules = {
-            component.name: _rule(component, encoder)
+            component.name: _rule(component, count_tokens)
             for component in components
             if not isinstance(component, CriticComponent)
         }
@@ -83,9 +84,9 @@ def _prompts_and_responses(items: Sequence[Item]) -> tuple[list[Prompt], list[st
     return [prompt for prompt, _ in pairs], [response for _, response in pairs]
 
 
-def _rule(component: Component, encoder: Encoder) -> Rule:
+def _rule(component: Component, count_tokens: CountTokens) -> Rule:
     if isinstance(component, LengthPenalty):
-        return _length_penalty(component, encoder)
+        return _length_penalty(component, count_tokens)
     if isinstance(component, RegexComponent):
         pattern = re.compile(component.pattern)
         return lambda _, responses: np.array([float(bool(pattern.search(text))) for text in responses], np.float32)
@@ -93,9 +94,9 @@ def _rule(component: Component, encoder: Encoder) -> Rule:
     return _python_function(component)
 
 
-def _length_penalty(component: LengthPenalty, encoder: Encoder) -> Rule:
+def _length_penalty(component: LengthPenalty, count_tokens: CountTokens) -> Rule:
     def penalty(_: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
-        lengths_S = np.array([encoder.count_tokens(text) for text in responses])
+        lengths_S = np.array([count_tokens(text) for text in responses])
         return -np.maximum(lengths_S - component.free_tokens, 0).astype(np.float32)
 
     return penalty

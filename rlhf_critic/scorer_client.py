@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,7 +113,12 @@ class ScorerClient:
             CriticError: As `score`; `VersionMismatch` also where ``version`` is not served.
         """
         patience = (deadline_s or self._deadline_s) + GRACE_S
-        return self.submit(items, values=values, version=version, deadline_s=deadline_s).result(patience)
+        future = self.submit(items, values=values, version=version, deadline_s=deadline_s)
+        try:
+            return future.result(patience)
+        except FutureTimeoutError as error:
+            future.cancel()
+            raise ScorerUnavailable(f"this client did not keep its deadline: waited {patience:g} s") from error
 
     def submit(
         self,
