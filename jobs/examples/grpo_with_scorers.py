@@ -8,6 +8,7 @@ POLICY is a causal language model, PROMPTS.jsonl has a field ``prompt``.
 
 import sys
 
+import torch
 from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -29,6 +30,7 @@ def main(policy: str, prompts: str, url: str) -> None:
             max_steps=20,
             logging_steps=1,
             report_to="none",
+            use_cpu=not torch.cuda.is_available(),
         ),
     )
     trainer.train()
