@@ -1,8 +1,14 @@
-"""OpenRLHF: this file is a custom reward (``--remote_rm_url .../rlhf_critic/integrations/openrlhf.py``).
+"""OpenRLHF: this file is a custom reward (``--reward.remote_url .../rlhf_critic/integrations/openrlhf.py``).
 
-``--remote_rm_url http://HOST:8000/get_reward`` needs no file, and no token can be shown that way; this file shows one,
-retries until a deadline and raises typed errors. `rlhf_critic.integrations.pool` says how the pool is found. Written
-after OpenRLHF's examples; not run with OpenRLHF itself.
+The option is ``--remote_rm_url`` until OpenRLHF 0.9. With ``http://HOST:8000/get_reward`` it needs no file, but cannot
+show a token; this file shows one, retries until a deadline and raises typed errors.
+`rlhf_critic.integrations.pool` says how the pool is found.
+
+OpenRLHF catches what a reward raises and goes on without one, so a run ends a little later and with another error
+("reward_model_group is required when rewards are not precomputed", or one about None). The reason is in the log of the
+vLLM engine: "Failed to fetch reward from remote RM".
+
+Written against the sources of OpenRLHF 0.11.2, which gives one query a call. Not run with OpenRLHF itself.
 """
 
 from __future__ import annotations
