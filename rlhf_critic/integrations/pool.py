@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from rlhf_critic.scorer_client import ScorerClient
 
 URL = "RLHF_CRITIC_URL"
 TOKEN_FILE = "RLHF_CRITIC_TOKEN_FILE"
+
+_connecting = threading.Lock()  # trainers ask from many threads at once
 
 
 def client_from_environment() -> ScorerClient:
@@ -26,11 +29,13 @@ def client_from_environment() -> ScorerClient:
     url = os.environ.get(URL)
     if not url:
         raise ConfigError(f"set {URL} to the pool's address, such as http://127.0.0.1:8000")
-    return _client(url, os.environ.get(TOKEN_FILE))
+    with _connecting:
+        return _client(url, os.environ.get(TOKEN_FILE), os.getpid())
 
 
 @lru_cache
-def _client(url: str, token_file: str | None) -> ScorerClient:
+def _client(url: str, token_file: str | None, process: int) -> ScorerClient:
+    """The process is named because a fork takes the client along, and not its thread."""
     try:
         token = Path(token_file).expanduser().read_text(encoding="utf-8").strip() if token_file else None
     except OSError as error:

@@ -8,44 +8,76 @@ Written against TRL 1.16, whose trainers call reward functions with ``prompts`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from rlhf_critic.encoding import Prompt
 from rlhf_critic.errors import ScorerRejected
+from rlhf_critic.integrations.turns import present_fields
 from rlhf_critic.scorer_client import ScorerClient
 from rlhf_critic.scoring import Conversation
 
 Completion: TypeAlias = "str | Sequence[dict[str, Any]]"
-RewardFunction: TypeAlias = Callable[..., list[float]]
 
 
-def reward_function(client: ScorerClient, name: str = "critic") -> RewardFunction:
-    """A reward function that asks scorers.
+class CriticReward:
+    """A reward function that asks scorers; `reward_function` makes one.
 
-    A failure raises: TRL would take a missing reward for one that it leaves out of the mean.
+    An object and not a closure: TRL's asynchronous trainers pickle reward functions. It does not return a coroutine,
+    because some of TRL's trainers do not await one.
+    """
+
+    def __init__(self, client: ScorerClient, name: str) -> None:
+        self._client = client
+        self.__name__ = name
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **_: Any) -> list[float]:
+        """The reward of each completion.
+
+        Args:
+            prompts: Texts, which the critic's template renders as a user's turn, or turns. Not what the policy's
+                template has rendered: the critic's would be put around it.
+            completions: Texts; or, for prompts of turns, turns that end with the assistant's. Its content is judged,
+                without reasoning that TRL has parsed off it; turns before it (of tools) belong to the prompt.
+
+        Raises:
+            ScorerRejected: A completion is not text, or cannot be scored.
+            CriticError: See `rlhf_critic.scorer_client.ScorerClient.score`. It stops the training: TRL would take a
+                missing reward for one that does not apply, and train without it.
+        """
+        pairs = zip(prompts, completions, strict=True)
+        items = [_conversation(index, prompt, completion) for index, (prompt, completion) in enumerate(pairs)]
+        rewards: list[float] = self._client.score_items(items).rewards_S.tolist()
+        return rewards
+
+
+def reward_function(client: ScorerClient, name: str = "critic") -> CriticReward:
+    """A reward function for ``reward_funcs``.
 
     Args:
         client: Of the pool.
         name: What TRL logs the rewards under.
     """
-
-    def critic_reward(prompts: Sequence[Prompt], completions: Sequence[Completion], **_: Any) -> list[float]:
-        items = [_conversation(*pair) for pair in zip(prompts, completions, strict=True)]
-        return [float(reward) for reward in client.score_items(items).rewards_S]
-
-    critic_reward.__name__ = name
-    return critic_reward
+    return CriticReward(client, name)
 
 
-def _conversation(prompt: Prompt, completion: Completion) -> Conversation:
-    """The last turn of a conversational completion is the response; turns before it (of tools) belong to the prompt."""
+def _conversation(index: int, prompt: Prompt, completion: Completion) -> Conversation:
     if isinstance(completion, str):
-        return Conversation(prompt, completion)
-    if isinstance(prompt, str) or not completion or completion[-1].get("role") != "assistant":
-        raise ScorerRejected(
-            "not_text",
-            "a conversational completion needs a conversational prompt and must end with an assistant's turn",
-        )
-    *before, last = completion
-    return Conversation([*prompt, *before], last["content"])
+        return Conversation(prompt if isinstance(prompt, str) else present_fields(prompt), completion)
+    if isinstance(prompt, str):
+        raise _not_text(index, "consists of turns, and its prompt does not")
+    *before, last = present_fields([*prompt, *completion])
+    if not completion or last.get("role") != "assistant":
+        raise _not_text(index, "does not end with an assistant's turn")
+    if last.get("tool_calls") or not isinstance(last.get("content"), str):
+        raise _not_text(index, "ends with a turn that is no text (a tool call, an image)")
+    return Conversation(before, last["content"])
+
+
+def _not_text(index: int, why: str) -> ScorerRejected:
+    return ScorerRejected(
+        "not_text",
+        f"completion {index} {why}: this critic judges the text of an assistant's turn. Train without such "
+        "completions, or wrap the reward function and return None for them, which TRL takes for 'does not apply'",
+        item=index,
+    )

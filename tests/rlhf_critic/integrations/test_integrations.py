@@ -1,9 +1,16 @@
 """Other trainers get the critic's rewards, and its errors as errors."""
 
+import asyncio
 import importlib.util
-import json
+import itertools
+import os
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -15,12 +22,14 @@ from rlhf_critic.checkpoint import load_critic
 from rlhf_critic.errors import ConfigError, DataError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.http_transport import connect_http
 from rlhf_critic.integrations import openrlhf, verl
+from rlhf_critic.integrations.pool import client_from_environment
 from rlhf_critic.integrations.trl import reward_function
 from rlhf_critic.scoring import Conversation
 from tests.actors.scorers import make_conversations, rewards_by_engine
 
 pytestmark = pytest.mark.timeout(300)
 TOLERANCE = 1e-5
+THREADS = 32
 
 
 @pytest.mark.parametrize("shape", ["standard", "conversational"])
@@ -29,20 +38,11 @@ def test_grpo_takes_its_steps_with_rewards_from_scorers(serving, critics, tiny_m
     prompts = [item.prompt for item in make_conversations(8)]
     if shape == "conversational":
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    seen = []
     with connect() as client:
-        score = reward_function(client)
-
-        def recorded(prompts, completions, **others):
-            rewards = score(prompts, completions, **others)
-            seen.append((prompts, completions, rewards))
-            return rewards
-
-        recorded.__name__ = score.__name__
         trainer = GRPOTrainer(
             model=tiny_model,
             processing_class=AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>"),
-            reward_funcs=recorded,
+            reward_funcs=reward_function(client, name="politeness"),
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
             args=GRPOConfig(
                 output_dir=str(tmp_path),
@@ -51,6 +51,7 @@ def test_grpo_takes_its_steps_with_rewards_from_scorers(serving, critics, tiny_m
                 num_generations=2,
                 max_completion_length=8,
                 logging_steps=1,
+                log_completions=True,
                 report_to="none",
                 save_strategy="no",
                 use_cpu=True,
@@ -58,28 +59,58 @@ def test_grpo_takes_its_steps_with_rewards_from_scorers(serving, critics, tiny_m
         )
         before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
         trainer.train()
-    assert len(seen) == 2
-    logged = [entry["rewards/critic/mean"] for entry in trainer.state.log_history if "rewards/critic/mean" in entry]
-    for (asked, completions, rewards), mean in zip(seen, logged, strict=True):
-        texts = [completion if shape == "standard" else completion[-1]["content"] for completion in completions]
-        wanted = rewards_by_engine(critics["first"], [Conversation(*pair) for pair in zip(asked, texts, strict=True)])
-        np.testing.assert_allclose(rewards, wanted, atol=TOLERANCE)
-        assert mean == pytest.approx(wanted.mean(), abs=1e-4)
+    # What TRL itself wrote down: each step's prompts, completions and rewards.
+    steps = [pq.read_table(file).to_pylist() for file in sorted((tmp_path / "completions").glob("*.parquet"))]
+    assert [len(rows) for rows in steps] == [4, 4]
+    for row in itertools.chain(*steps):
+        text = row["completion"] if shape == "standard" else row["completion"][-1]["content"]
+        (wanted,) = rewards_by_engine(critics["first"], [Conversation(row["prompt"], text)])
+        assert row["politeness"] == pytest.approx(wanted, abs=TOLERANCE)
     changed = [name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])]
     assert changed, "the policy learned from the rewards"
 
 
-def test_a_completion_that_is_no_text_is_refused(serving, critics):
-    url = serving(critics["first"], max_replicas=1)
-    with connect_http(url) as client:
-        score = reward_function(client)
-        with pytest.raises(ScorerRejected, match="must end with an assistant's turn"):
-            score([[{"role": "user", "content": "a"}]], [[{"role": "tool", "content": "b"}]])
-        with pytest.raises(ScorerRejected, match="needs a conversational prompt"):
-            score(["a"], [[{"role": "assistant", "content": "b"}]])
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "reason"),
+    [
+        ([USER], [], "does not end with an assistant's turn"),
+        ([USER], [ANSWER, {"role": "tool", "content": "b"}], "does not end with an assistant's turn"),
+        ("a", [ANSWER], "consists of turns, and its prompt does not"),
+        ([USER], [{"role": "assistant", "content": None}], "ends with a turn that is no text"),
+        ([USER], [{"role": "assistant", "content": [{"type": "image"}]}], "ends with a turn that is no text"),
+        ([USER], [{**ANSWER, "tool_calls": [{"type": "function"}]}], "ends with a turn that is no text"),
+    ],
+)
+def test_a_completion_that_is_no_text_is_refused(prompt, completion, reason):
+    with connect_http("http://127.0.0.1:9", deadline_s=0.5) as nobody, pytest.raises(ScorerRejected) as refused:
+        reward_function(nobody)([[USER], prompt], [[ANSWER], completion], completion_ids=[[1], [2]])
+    assert (refused.value.kind, refused.value.item) == ("not_text", 1)
+    assert f"completion 1 {reason}" in str(refused.value)
+    assert "return None for them" in str(refused.value), "it says what to do"
+
+
+def test_a_failure_is_an_error_and_no_missing_reward():
     nobody = connect_http("http://127.0.0.1:9", deadline_s=0.5)
     with nobody, pytest.raises(ScorerUnavailable, match=r"within 0\.5 s"):
         reward_function(nobody)(["a"], ["b"])
+
+
+def test_turns_as_a_table_has_them_and_a_trip_to_another_process(serving, critics):
+    """A table gives every turn the fields of all; TRL's asynchronous trainers pickle reward functions."""
+    url = serving(critics["first"], max_replicas=1)
+    table = Dataset.from_list([{"prompt": [{**USER, "name": "x"}]}, {"prompt": [USER]}])
+    called = [{"role": "assistant", "content": "wait", "tool_calls": None}, {"role": "tool", "content": "7"}]
+    with connect_http(url) as client:
+        score = pickle.loads(pickle.dumps(reward_function(client, name="politeness")))
+    assert score.__name__ == "politeness"
+    rewards = score(prompts=[table[1]["prompt"]] * 2, completions=[[ANSWER], [*called, ANSWER]])
+    plain = [{"role": turn["role"], "content": turn["content"]} for turn in called]
+    items = [Conversation([USER], "b"), Conversation([USER, *plain], "b")]
+    np.testing.assert_allclose(rewards, rewards_by_engine(critics["first"], items), atol=TOLERANCE)
 
 
 def load_as_trainers_do(module):
@@ -90,23 +121,51 @@ def load_as_trainers_do(module):
     return loaded
 
 
+async def in_threads(calls):
+    """How verl's reward workers and OpenRLHF's engines call a function that is not a coroutine's."""
+    return await asyncio.gather(*(asyncio.to_thread(call) for call in calls))
+
+
 def test_verl_calls(serving, critics, monkeypatch):
     monkeypatch.setenv("RLHF_CRITIC_URL", serving(critics["first"], max_replicas=1))
     items = make_conversations(5)
     wanted = rewards_by_engine(critics["first"], items)
     module = load_as_trainers_do(verl)
-    infos = [{"prompt": np.array([{"role": "user", "content": item.prompt}]), "index": 3} for item in items]
-    responses = [item.response for item in items]
+    turns = [[{"role": "user", "content": item.prompt, "name": None}] for item in items]
+    # The naive manager of 0.9.1: one response a call, its own entries beside those of the data.
+    added = {"index": 3, "num_turns": 2, "rollout_reward_scores": {}}
+    calls = [
+        partial(
+            module.compute_score,
+            data_source="hh",
+            solution_str=item.response,
+            ground_truth=None,
+            extra_info={"prompt": prompt, **added},
+        )
+        for item, prompt in zip(items, [items[0].prompt, *turns[1:]], strict=True)
+    ]
+    np.testing.assert_allclose(asyncio.run(in_threads(calls)), wanted, atol=TOLERANCE)
+    # The batch manager of 0.7.0, whose rows are numpy arrays.
     batch = module.compute_scores(
-        data_sources=["hh"] * 5, solution_strs=responses, ground_truths=[None] * 5, extra_infos=infos
+        data_sources=np.array(["hh"] * 5, dtype=object),
+        solution_strs=[item.response for item in items],
+        ground_truths=[None] * 5,
+        extra_infos=np.array([{"prompt": np.array(prompt)} for prompt in turns], dtype=object),
     )
     np.testing.assert_allclose(batch, wanted, atol=TOLERANCE)
-    one = module.compute_score(
-        data_source="hh", solution_str=items[2].response, ground_truth="", extra_info={"prompt": items[2].prompt}
-    )
-    assert one == pytest.approx(wanted[2], abs=TOLERANCE)
-    with pytest.raises(DataError, match=r"hh: field 'extra_info\.prompt' is missing"):
-        module.compute_score("hh", "a", None, {"index": 1})
+    assert all(type(reward) is float for reward in batch)
+
+
+@pytest.mark.parametrize("extra_info", [None, {}, {"index": 1}, {"prompt": None}])
+def test_verl_rows_without_a_prompt(extra_info):
+    with pytest.raises(DataError, match=r"hh: field 'extra_info\.prompt' is missing.* put each row's prompt there"):
+        verl.compute_score("hh", "a", None, extra_info)
+
+
+@pytest.mark.parametrize("prompt", [7, ["a"], {"role": "user", "content": "a"}])
+def test_verl_prompts_that_are_none(prompt):
+    with pytest.raises(DataError, match=r"hh: field 'extra_info\.prompt' must be a text, or a list of turns"):
+        verl.compute_score("hh", "a", None, {"prompt": prompt})
 
 
 def test_openrlhf_calls(serving, critics, monkeypatch, tmp_path):
@@ -121,12 +180,41 @@ def test_openrlhf_calls(serving, critics, monkeypatch, tmp_path):
     # As a policy leaves them: one cut before its EOS, one padded with it.
     queries[0] = queries[0].removesuffix(encoder.ending)
     queries[1] += "</s></s>"
-    answer = load_as_trainers_do(openrlhf).reward_func(queries, prompts, labels=[""] * 5)
+    reward_func = load_as_trainers_do(openrlhf).reward_func
+    calls = [partial(reward_func, [query], [prompt], [""]) for query, prompt in zip(queries, prompts, strict=True)]
+    answers = asyncio.run(in_threads(calls))
     wanted = rewards_by_engine(critics["first"], items)
-    np.testing.assert_allclose(answer["rewards"].numpy(), wanted, atol=TOLERANCE)
-    assert torch.equal(answer["rewards"], answer["scores"])
-    assert answer["extra_logs"] == {}
-    json.dumps({name: value.tolist() for name, value in answer.items() if name != "extra_logs"})
+    for name in ("rewards", "scores"):
+        read = [torch.tensor([answer[name]]) for answer in answers]  # as OpenRLHF does
+        np.testing.assert_allclose(torch.cat(read).numpy(), wanted, atol=TOLERANCE)
+    assert [answer["extra_logs"] for answer in answers] == [{}] * 5
+    together = reward_func(queries, prompts, [""] * 5)
+    np.testing.assert_allclose(together["rewards"].numpy(), wanted, atol=TOLERANCE)
+    monkeypatch.delenv("RLHF_CRITIC_TOKEN_FILE")
+    with pytest.raises(ScorerRejected, match="show the pool's token"):
+        reward_func(queries, prompts, [""] * 5)
+
+
+def test_a_process_has_one_client(monkeypatch, tmp_path):
+    file = tmp_path / "token"
+    file.write_text("secret")  # reading it lets other threads in
+    monkeypatch.setenv("RLHF_CRITIC_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("RLHF_CRITIC_TOKEN_FILE", str(file))
+    together = threading.Barrier(THREADS)
+
+    def connect_together():
+        together.wait(timeout=60)
+        return client_from_environment()
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        here, *others = [call.result() for call in [threads.submit(connect_together) for _ in range(THREADS)]]
+    assert all(other is here for other in others)
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:  # it has no thread but this one, and must not run the tests on
+        os.write(writer, b"own" if client_from_environment() is not here else b"parent's")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 16) == b"own"
 
 
 def test_a_pool_that_nobody_named(monkeypatch):
