@@ -22,7 +22,20 @@ class DataError(CriticError):
 
 
 class EncodingError(CriticError):
-    """A text cannot be turned into token ids that have an unambiguous end."""
+    """A text cannot be turned into token ids that have an unambiguous end.
+
+    Args:
+        message: Which, and why.
+        index: Its place among the texts that were given, where there were several.
+    """
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message, index)
+        self.message = message
+        self.index = index
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class CheckpointError(CriticError):

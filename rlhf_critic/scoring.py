@@ -145,7 +145,8 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
     try:
         all_ids = encoder.tokenize(list(texts.values()))
     except EncodingError as error:
-        raise ScorerRejected("no_end", str(error)) from error
+        assert error.index is not None
+        raise _refused("no_end", list(texts)[error.index], f": {error}") from error
     for index, ids in zip(texts, all_ids, strict=True):
         if len(ids) > limits.max_tokens:
             raise _refused(

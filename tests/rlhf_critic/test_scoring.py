@@ -73,7 +73,7 @@ REFUSED = {
     "too many bytes": ([Text("é" * 51)], "text_too_long", 0),
     "too many tokens": ([Text("1 2 3 " * 16)], "too_many_tokens", 0),
     "half a surrogate pair": ([Text("\ud800")], "not_unicode", 0),
-    "the pad token at the end": ([Text("a<|pad|>")], "no_end", None),
+    "the pad token at the end": ([[1], Text("a"), Text("a<|pad|>")], "no_end", 2),
 }
 
 
