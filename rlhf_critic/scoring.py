@@ -145,8 +145,7 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
     try:
         all_ids = encoder.tokenize(list(texts.values()))
     except EncodingError as error:
-        assert error.index is not None
-        raise _refused("no_end", list(texts)[error.index], f": {error}") from error
+        raise _refused("no_end", list(texts)[error.index or 0], f": {error}") from error
     for index, ids in zip(texts, all_ids, strict=True):
         if len(ids) > limits.max_tokens:
             raise _refused(
