@@ -10,24 +10,25 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from actors.directories import directory_at
-from actors.part_scorer import PartScorer, Work, added_fields, read_rewards, schema_of
+from actors.part_scorer import PartScorer, Work, added_fields, json_line, read_rewards, schema_of
 from actors.scorer import version_name
 from jobs.cli import refuse_in_package, run_job
 from rlhf_critic.checkpoint import check_critic, weights_digest, write_text_atomically
 from rlhf_critic.config import parse_command_line
-from rlhf_critic.errors import ConfigError, DataError
+from rlhf_critic.errors import ConfigError, DataError, PlacementError
 from rlhf_critic.scorable_rows import parse_scorable
 from rlhf_critic.scorer_config import ScoreJobConfig, ScorerConfig
 from rlhf_critic.sources import fingerprint_of, is_local_source, read_rows
@@ -102,6 +103,10 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     missing = [number for number in range(parts) if not work.path(number).exists()]
     if missing:
         _score_parts(missing, rows, work, scorer, config)
+    if fingerprint_of(data) != fingerprint:
+        raise DataError(
+            f"{data}: changed while it was scored, so rows may be wrong: delete {work.out} and score it again"
+        )
     summary = _summarise(work, parts, version, time.perf_counter() - started)
     write_text_atomically(Path(work.out) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     return summary
@@ -139,7 +144,12 @@ def _read_through(
             if name in row:
                 raise DataError(f"{place}: field {name!r} is there already, and would be overwritten; rename it")
         count += 1
-        if wants_schema:
+        if not wants_schema:
+            try:
+                json_line(row)
+            except ValueError as error:
+                raise DataError(f"{place}: cannot be written as JSON: {error}; use --format parquet") from error
+        else:
             chunk.append({name: value for name, value in row.items() if not (config.best_of_n and name == judged)})
         if len(chunk) == ROWS_A_SCHEMA:
             schema, chunk = learn(), []
@@ -171,39 +181,49 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
 
 
 def _score_parts(missing: list[int], rows: int, work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
-    _init_ray()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    with tqdm(total=rows, desc="scoring", unit="row", disable=None) as bar:
-        bar.update(
-            max(0, rows - sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing))
-        )
-        for done in _run_pool(missing, work, scorer, config):
-            if done["error"] is not None:
-                raise done["error"]
-            bar.update(done["rows"])
+    if not ray.is_initialized():
+        ray.init(logging_level="WARNING")
+    to_do = sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing)
+    with tqdm(total=rows, initial=rows - to_do, desc="scoring", unit="row", disable=None) as bar:
+        try:
+            for done in _run_pool(missing, work, scorer, config):
+                if done["error"] is not None:
+                    raise done["error"]
+                bar.update(done["rows"])
+        except GetTimeoutError as error:
+            raise PlacementError(
+                f"{config.num_workers} scorers with {config.cpus_per_worker:g} CPU{' and a GPU' * config.use_gpu} each "
+                f"could not be placed within {config.start_timeout_s:g} s: the cluster has "
+                f"{ray.cluster_resources().get('CPU', 0):g} CPU and {ray.cluster_resources().get('GPU', 0):g} GPU. Ask "
+                "for fewer (--num-workers), let the autoscaler add nodes, or wait longer (--start-timeout-s)"
+            ) from error
 
 
 def _run_pool(missing: list[int], work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> Iterator[dict[str, Any]]:
-    """Hands the parts to an actor pool; yields what becomes of each, as it comes."""
-    parts = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
-    workers = min(config.num_workers, len(missing))
-    results = parts.map_batches(
-        PartScorer,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        fn_constructor_args=(work, scorer, config.use_gpu),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=int(config.use_gpu),
-    )
-    for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
-        yield batch.to_dict("records")[0]
+    """Hands the parts to an actor pool; yields what becomes of each, as it comes.
 
-
-def _init_ray() -> None:
-    if not ray.is_initialized():
-        ray.init(logging_level="WARNING")
+    Raises:
+        GetTimeoutError: The pool could not be placed in time.
+    """
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # a part may take long
+    context.wait_for_min_actors_s = ceil(config.start_timeout_s)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    environment = {} if config.use_gpu else {"DS_ACCELERATOR": "cpu"}
+    with ray.data.DataContext.current(context):
+        parts = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
+        results = parts.map_batches(
+            PartScorer,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(missing))),
+            fn_constructor_args=(work, scorer, config.use_gpu),
+            num_cpus=config.cpus_per_worker,
+            num_gpus=int(config.use_gpu),
+            runtime_env={"env_vars": environment},
+        )
+        for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
+            yield batch.to_dict("records")[0]
 
 
 def _summarise(work: Work, parts: int, version: str, seconds: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Offline scoring gives the engine's rewards, writes every row once, and goes on where it was stopped."""
 
+import datetime
 import gzip
 import json
 import os
@@ -159,6 +160,23 @@ def test_what_is_of_another_job_is_left_alone(ray_address, critics, tmp_path, mo
     assert code == EXIT_REFUSED
     assert "is not empty, and holds no job.json" in message
     assert read(out) == before
+
+
+def test_what_json_cannot_hold_and_workers_that_find_no_place(ray_address, critics, tmp_path, monkeypatch, capsys):
+    rows = [{"text": "please", "asked": datetime.date(2026, 1, 2)}] * 3
+    data = write(tmp_path / "dates.parquet", rows)
+    arguments = [critics["first"], data, str(tmp_path / "out")]
+    code, _, message = run(score.main, [*arguments, "--format", "jsonl"], monkeypatch, capsys)
+    assert code == EXIT_REFUSED
+    assert "dates.parquet:1: cannot be written as JSON" in message
+    assert "--format parquet" in message
+    code, _, message = run(
+        score.main, [*arguments, "--cpus-per-worker", "99", "--start-timeout-s", "1"], monkeypatch, capsys
+    )
+    assert code == EXIT_REFUSED
+    assert "1 scorers with 99 CPU each could not be placed within 1 s: the cluster has 6 CPU" in message
+    assert run(score.main, arguments, monkeypatch, capsys)[0] == 0
+    assert [row["asked"] for row in read(tmp_path / "out")] == [datetime.date(2026, 1, 2)] * 3
 
 
 BAD = {
