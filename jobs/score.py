@@ -14,9 +14,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import ray
+from pyarrow import parquet
 from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 from rich.table import Table
@@ -79,6 +81,8 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)
     rows, schema = _read_through(data, config, scorer, wants_schema=is_parquet)
+    if is_parquet and data_is_parquet:  # whose types are narrower than those of the rows that were read
+        schema = _schema_of_file(data, config)
     work = Work(
         data=data,
         fields=config.fields,
@@ -102,6 +106,7 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     parts = -(-rows // config.rows_per_part)
     missing = [number for number in range(parts) if not work.path(number).exists()]
     if missing:
+        (Path(work.out) / SUMMARY_NAME).unlink(missing_ok=True)
         _score_parts(missing, rows, work, scorer, config)
     if fingerprint_of(data) != fingerprint:
         raise DataError(
@@ -154,6 +159,13 @@ def _read_through(
         if len(chunk) == ROWS_A_SCHEMA:
             schema, chunk = learn(), []
     return count, learn() if wants_schema else None
+
+
+def _schema_of_file(data: str, config: ScoreJobConfig) -> pa.Schema:
+    with fsspec.open(data, "rb", compression="infer") as file:
+        schema = parquet.read_schema(file)
+    judged = schema.get_field_index(config.fields.get("responses", "responses"))
+    return schema.remove(judged) if config.best_of_n and judged >= 0 else schema
 
 
 def _claim(out: Path, job: dict[str, Any]) -> None:

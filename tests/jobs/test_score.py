@@ -179,6 +179,21 @@ def test_what_json_cannot_hold_and_workers_that_find_no_place(ray_address, criti
     assert [row["asked"] for row in read(tmp_path / "out")] == [datetime.date(2026, 1, 2)] * 3
 
 
+def test_the_types_of_parquet_stay_and_a_part_that_was_lost_is_made_again(
+    ray_address, critics, tmp_path, monkeypatch, capsys
+):
+    table = pa.table({"text": ["please", "thank you"], "number": pa.array([1, 2], pa.int8())})
+    parquet.write_table(table, tmp_path / "small.parquet")
+    arguments = [critics["first"], str(tmp_path / "small.parquet"), str(tmp_path / "out"), "--rows-per-part", "1"]
+    assert run(score.main, arguments, monkeypatch, capsys)[0] == 0
+    parts = sorted((tmp_path / "out").glob("part-*"))
+    assert [parquet.read_schema(part).field("number").type for part in parts] == [pa.int8()] * 2
+    before = read(tmp_path / "out")
+    parts[1].unlink()
+    assert run(score.main, arguments, monkeypatch, capsys)[0] == 0
+    assert read(tmp_path / "out") == before
+
+
 BAD = {
     "a missing response": ({"prompt": "a"}, "a row has prompt and response, or prompt and responses"),
     "two ways at once": (
