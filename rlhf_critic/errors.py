@@ -72,6 +72,13 @@ class ScorerRejected(CriticError):
     def __str__(self) -> str:
         return self.message
 
+    def after(self, items: int) -> ScorerRejected:
+        """The same refusal as seen by a caller whose call was split, with so many items before this part."""
+        if self.item is None:
+            return self
+        item = self.item + items
+        return ScorerRejected(self.kind, self.message.replace(f"item {self.item}", f"item {item}", 1), item)
+
 
 class ScorerUnavailable(CriticError):
     """No scorer answered before the deadline: none is there, all are busy, or those that were asked died."""
