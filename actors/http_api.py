@@ -252,8 +252,10 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _error(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    body = ErrorResponse(error=ErrorDetail(kind=kind, message=message))
+def _error(
+    status: int, kind: str, message: str, headers: dict[str, str] | None = None, item: int | None = None
+) -> JSONResponse:
+    body = ErrorResponse(error=ErrorDetail(kind=kind, message=message, item=item))
     return JSONResponse(body.model_dump(), status, headers)
 
 
@@ -271,7 +273,7 @@ async def _on_http_exception(_: Request, error: Any) -> JSONResponse:
 
 async def _on_critic_error(_: Request, error: Any) -> JSONResponse:
     if isinstance(error, ScorerRejected):
-        return _error(422, error.kind, error.message)
+        return _error(422, error.kind, error.message, item=error.item)
     if isinstance(error, VersionMismatch):
         return _error(409, "version_mismatch", str(error))
     if isinstance(error, ScorerUnavailable):

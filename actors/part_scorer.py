@@ -153,12 +153,24 @@ def write_part(path: Path, rows: list[Row], schema: pa.Schema | None) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     if path.suffix == ".parquet":
         # Every part gets every field, with the type it has in all of the data, or readers could not join the parts.
-        whole = pa.unify_schemas([schema or pa.schema([]), schema_of(rows)], promote_options="permissive")
-        parquet.write_table(pa.Table.from_pylist(rows, schema=whole), temporary)
+        known = schema or pa.schema([])
+        added = [field for field in schema_of(rows) if field.name not in known.names]
+        parquet.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*known, *added])), temporary)
     else:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text("".join(f"{json_line(row)}\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def json_line(row: Row) -> str:
+    """A row as JSON.
+
+    Raises:
+        ValueError: It holds what JSON cannot, such as a date, bytes or NaN.
+    """
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_rewards(path: Path) -> tuple[int, list[float], int]:

@@ -112,7 +112,7 @@ class _Version:
         self.config = config
         self.backend = backend
         self.encoder = backend.encoder
-        self.components = RewardComponents(config.components, self._count_tokens)
+        self.components = RewardComponents(config.components, self._count_tokens, lambda: backend.encoder.ending)
         self.name = version_name(backend.card.version, digest, config)
         self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
         self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once

@@ -10,24 +10,27 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError
+from pyarrow import parquet
+from ray.exceptions import GetTimeoutError, RayError
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from actors.directories import directory_at
-from actors.part_scorer import PartScorer, Work, added_fields, read_rewards, schema_of
+from actors.part_scorer import PartScorer, Work, added_fields, json_line, read_rewards, schema_of
 from actors.scorer import version_name
 from jobs.cli import refuse_in_package, run_job
 from rlhf_critic.checkpoint import check_critic, weights_digest, write_text_atomically
 from rlhf_critic.config import parse_command_line
-from rlhf_critic.errors import ConfigError, DataError
+from rlhf_critic.errors import ConfigError, DataError, PlacementError
 from rlhf_critic.scorable_rows import parse_scorable
 from rlhf_critic.scorer_config import ScoreJobConfig, ScorerConfig
 from rlhf_critic.sources import fingerprint_of, is_local_source, read_rows
@@ -78,6 +81,8 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)
     rows, schema = _read_through(data, config, scorer, wants_schema=is_parquet)
+    if is_parquet and data_is_parquet:  # whose types are narrower than those of the rows that were read
+        schema = _schema_of_file(data, config)
     work = Work(
         data=data,
         fields=config.fields,
@@ -101,7 +106,12 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     parts = -(-rows // config.rows_per_part)
     missing = [number for number in range(parts) if not work.path(number).exists()]
     if missing:
+        (Path(work.out) / SUMMARY_NAME).unlink(missing_ok=True)
         _score_parts(missing, rows, work, scorer, config)
+    if fingerprint_of(data) != fingerprint:
+        raise DataError(
+            f"{data}: changed while it was scored, so rows may be wrong: delete {work.out} and score it again"
+        )
     summary = _summarise(work, parts, version, time.perf_counter() - started)
     write_text_atomically(Path(work.out) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     return summary
@@ -139,11 +149,23 @@ def _read_through(
             if name in row:
                 raise DataError(f"{place}: field {name!r} is there already, and would be overwritten; rename it")
         count += 1
-        if wants_schema:
+        if not wants_schema:
+            try:
+                json_line(row)
+            except ValueError as error:
+                raise DataError(f"{place}: cannot be written as JSON: {error}; use --format parquet") from error
+        else:
             chunk.append({name: value for name, value in row.items() if not (config.best_of_n and name == judged)})
         if len(chunk) == ROWS_A_SCHEMA:
             schema, chunk = learn(), []
     return count, learn() if wants_schema else None
+
+
+def _schema_of_file(data: str, config: ScoreJobConfig) -> pa.Schema:
+    with fsspec.open(data, "rb", compression="infer") as file:
+        schema = parquet.read_schema(file)
+    judged = schema.get_field_index(config.fields.get("responses", "responses"))
+    return schema.remove(judged) if config.best_of_n and judged >= 0 else schema
 
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
@@ -171,39 +193,49 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
 
 
 def _score_parts(missing: list[int], rows: int, work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
-    _init_ray()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    with tqdm(total=rows, desc="scoring", unit="row", disable=None) as bar:
-        bar.update(
-            max(0, rows - sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing))
-        )
-        for done in _run_pool(missing, work, scorer, config):
-            if done["error"] is not None:
-                raise done["error"]
-            bar.update(done["rows"])
+    if not ray.is_initialized():
+        ray.init(logging_level="WARNING")
+    to_do = sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing)
+    with tqdm(total=rows, initial=rows - to_do, desc="scoring", unit="row", disable=None) as bar:
+        try:
+            for done in _run_pool(missing, work, scorer, config):
+                if done["error"] is not None:
+                    raise done["error"]
+                bar.update(done["rows"])
+        except GetTimeoutError as error:
+            raise PlacementError(
+                f"{config.num_workers} scorers with {config.cpus_per_worker:g} CPU{' and a GPU' * config.use_gpu} each "
+                f"could not be placed within {config.start_timeout_s:g} s: the cluster has "
+                f"{ray.cluster_resources().get('CPU', 0):g} CPU and {ray.cluster_resources().get('GPU', 0):g} GPU. Ask "
+                "for fewer (--num-workers), let the autoscaler add nodes, or wait longer (--start-timeout-s)"
+            ) from error
 
 
 def _run_pool(missing: list[int], work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> Iterator[dict[str, Any]]:
-    """Hands the parts to an actor pool; yields what becomes of each, as it comes."""
-    parts = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
-    workers = min(config.num_workers, len(missing))
-    results = parts.map_batches(
-        PartScorer,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        fn_constructor_args=(work, scorer, config.use_gpu),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=int(config.use_gpu),
-    )
-    for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
-        yield batch.to_dict("records")[0]
+    """Hands the parts to an actor pool; yields what becomes of each, as it comes.
 
-
-def _init_ray() -> None:
-    if not ray.is_initialized():
-        ray.init(logging_level="WARNING")
+    Raises:
+        GetTimeoutError: The pool could not be placed in time.
+    """
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # a part may take long
+    context.wait_for_min_actors_s = ceil(config.start_timeout_s)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    environment = {} if config.use_gpu else {"DS_ACCELERATOR": "cpu"}
+    with ray.data.DataContext.current(context):
+        parts = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
+        results = parts.map_batches(
+            PartScorer,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(missing))),
+            fn_constructor_args=(work, scorer, config.use_gpu),
+            num_cpus=config.cpus_per_worker,
+            num_gpus=int(config.use_gpu),
+            runtime_env={"env_vars": environment},
+        )
+        for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
+            yield batch.to_dict("records")[0]
 
 
 def _summarise(work: Work, parts: int, version: str, seconds: float) -> dict[str, Any]:

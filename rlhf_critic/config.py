@@ -413,15 +413,16 @@ def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:
 
 
 def _line_of(tree: yaml.Node | None, location: tuple[Any, ...]) -> int:
-    """The line (from 1) of the deepest key of ``location`` that the file has."""
+    """The line (from 1) of the deepest key or entry of a list of ``location`` that the file has."""
     line, node = 1, tree
     for part in location:
-        if not isinstance(node, yaml.MappingNode):
-            break
-        for key, value in node.value:
-            if key.value == part:
-                line, node = key.start_mark.line + 1, value
-                break
-        else:
-            break
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        elif isinstance(node, yaml.MappingNode):
+            # A part that is no key is pydantic's word for the member of a union that was tried.
+            for key, value in node.value:
+                if key.value == part:
+                    line, node = key.start_mark.line + 1, value
+                    break
     return line

@@ -167,9 +167,11 @@ class Encoder:
         all_ids: list[list[int]] = self.tokenizer(
             list(texts), add_special_tokens=False, truncation=False, verbose=False
         )["input_ids"]
-        for text, ids in zip(texts, all_ids, strict=True):
+        for index, (text, ids) in enumerate(zip(texts, all_ids, strict=True)):
             if not ids or ids[-1] == self.tokenizer.pad_token_id:
-                raise EncodingError(f"a text must have tokens and must not end with the pad token: {text[-80:]!r}")
+                raise EncodingError(
+                    f"a text must have tokens and must not end with the pad token: {text[-80:]!r}", index
+                )
         return all_ids
 
     @cached_property

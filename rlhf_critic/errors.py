@@ -22,7 +22,20 @@ class DataError(CriticError):
 
 
 class EncodingError(CriticError):
-    """A text cannot be turned into token ids that have an unambiguous end."""
+    """A text cannot be turned into token ids that have an unambiguous end.
+
+    Args:
+        message: Which, and why.
+        index: Its place among the texts that were given, where there were several.
+    """
+
+    def __init__(self, message: str, index: int | None = None) -> None:
+        super().__init__(message, index)
+        self.message = message
+        self.index = index
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class CheckpointError(CriticError):
@@ -58,6 +71,13 @@ class ScorerRejected(CriticError):
 
     def __str__(self) -> str:
         return self.message
+
+    def after(self, items: int) -> ScorerRejected:
+        """The same refusal as seen by a caller whose call was split, with so many items before this part."""
+        if self.item is None:
+            return self
+        item = self.item + items
+        return ScorerRejected(self.kind, self.message.replace(f"item {self.item}", f"item {item}", 1), item)
 
 
 class ScorerUnavailable(CriticError):

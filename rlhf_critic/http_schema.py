@@ -189,6 +189,7 @@ class ErrorDetail(_Message):
 
     kind: str = Field(description="A word for the reason, for programs.")
     message: str = Field(description="The reason and what to do, for people.")
+    item: int | None = Field(None, description="The index of the item at fault, where it is one.")
 
 
 class ErrorResponse(_Message):

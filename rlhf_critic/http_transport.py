@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from rlhf_critic.errors import ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.errors import ConfigError, ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.http_schema import ErrorResponse, ScoreRequest, ScoreResponse
 from rlhf_critic.scorer_client import ScorerClient
 from rlhf_critic.scoring import Item, Scores
@@ -22,9 +22,13 @@ class HttpTransport:
     Args:
         url: Of the pool, without a path: ``http://127.0.0.1:8000``.
         token: The bearer token, where the pool wants one.
+
+    Raises:
+        ConfigError: That is no such URL.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
+        _check_url(url)
         self._url, self._token = url.rstrip("/"), token
         self._client: httpx.AsyncClient | None = None
 
@@ -44,7 +48,10 @@ class HttpTransport:
         except (TypeError, ValueError) as error:
             raise ScorerRejected("not_text", f"an item cannot be written as JSON: {error}") from error
         if response.status_code == httpx.codes.OK:
-            return ScoreResponse.model_validate_json(response.content).to_scores()
+            try:
+                return ScoreResponse.model_validate_json(response.content).to_scores()
+            except ValidationError as error:
+                raise ScorerFailed(f"{self._url} answers, but not with scores: {response.text[:200]!r}") from error
         _raise(self._url, response)
         raise AssertionError("unreachable")
 
@@ -60,10 +67,20 @@ def connect_http(url: str, token: str | None = None, **options: Any) -> ScorerCl
     return ScorerClient(HttpTransport(url, token), **options)
 
 
+def _check_url(url: str) -> None:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{url!r} is no URL ({error}): write http://HOST:PORT") from error
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise ConfigError(f"{url!r} is not the URL of a pool: write http://HOST:PORT")
+
+
 def _raise(url: str, response: httpx.Response) -> None:
+    item = None
     try:
         detail = ErrorResponse.model_validate_json(response.content).error
-        kind, message = detail.kind, detail.message
+        kind, message, item = detail.kind, detail.message, detail.item
     except ValidationError:
         kind, message = "", f"{url}: HTTP {response.status_code}: {response.text[:200]}"
     if response.status_code == VERSION_MISMATCH:
@@ -72,4 +89,4 @@ def _raise(url: str, response: httpx.Response) -> None:
         raise ScorerUnavailable(message)
     if kind == "failed":
         raise ScorerFailed(message)
-    raise ScorerRejected(kind or f"http_{response.status_code}", message)
+    raise ScorerRejected(kind or f"http_{response.status_code}", message, item)

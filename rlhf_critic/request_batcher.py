@@ -8,6 +8,7 @@ and under load the queue itself makes the batches full. Knows nothing of text, m
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 from rlhf_critic.batching import plan_sequences
 from rlhf_critic.errors import NonFiniteRewardError, ScorerUnavailable
 from rlhf_critic.prefix_tree import TokenIds, lexicographic_order, shared_lengths
+
+logger = logging.getLogger(__name__)
 
 # For each sequence its reward, fp32 [1], or its values, fp32 [tokens].
 Outputs: TypeAlias = list[NDArray[np.float32]]
@@ -116,8 +119,11 @@ class RequestBatcher:
             Of one array a sequence, fp32: ``[1]``, its reward, or ``[tokens]``, its values.
 
         Raises:
+            ValueError: There is no sequence, or an empty one. It would fail whoever is planned together with it.
             ScorerUnavailable: `close` was called.
         """
+        if not sequences or not all(len(sequence) for sequence in sequences):
+            raise ValueError("a request needs at least one sequence and every sequence at least one token")
         request = _Request(sequences, rewards_only, self._tokens_of(sequences))
         with self._changed:
             if self._closed:
@@ -189,24 +195,27 @@ class RequestBatcher:
             (units,) = (micro_batch.units for micro_batch in plan if 0 in micro_batch.units)
             chosen = [window[unit] for unit in units]
             computed = self._forward([sequences[unit] for unit in units], window[0][0].rewards_only)
+            outputs = list(zip(chosen, computed.outputs, strict=True))
         except Exception as error:
             for request in _requests_of(chosen):
                 _fail(request, error)
             return
-        for (request, index), output in zip(chosen, computed.outputs, strict=True):
+        for (request, index), output in outputs:
             request.outputs[index] = output
         for request in _requests_of(chosen):
             _finish(request)
-        self._on_batch(
-            BatchRecord(
-                sequences=len(units),
-                requests=len(_requests_of(chosen)),
-                tokens=sum(len(sequences[unit]) for unit in units),
-                computed_tokens=computed.tokens,
-                queue=queue,
-                seconds=time.perf_counter() - started,
-            )
+        record = BatchRecord(
+            sequences=len(units),
+            requests=len(_requests_of(chosen)),
+            tokens=sum(len(sequences[unit]) for unit in units),
+            computed_tokens=computed.tokens,
+            queue=queue,
+            seconds=time.perf_counter() - started,
         )
+        try:
+            self._on_batch(record)
+        except Exception:  # it must not end this thread, for which everyone waits
+            logger.exception("a micro-batch was computed, but could not be recorded")
 
 
 def _requests_of(chosen: list[tuple[_Request, int]]) -> list[_Request]:

@@ -31,13 +31,17 @@ class RewardComponents:
     Args:
         components: With exactly one critic among them.
         count_tokens: Of a text, by the critic's tokenizer; may be called by several threads.
+        ending: Gives what the critic's template puts after a response, `Encoder.ending`; asked when it is needed.
 
     Raises:
-        ConfigError: A Python component's function cannot be imported.
+        ConfigError: A Python component's function cannot be imported, or is none.
     """
 
-    def __init__(self, components: Sequence[Component], count_tokens: CountTokens) -> None:
+    def __init__(
+        self, components: Sequence[Component], count_tokens: CountTokens, ending: Callable[[], str] = lambda: ""
+    ) -> None:
         self._components = tuple(components)
+        self._ending = ending
         self._rules = {
             component.name: _rule(component, count_tokens)
             for component in components
@@ -52,36 +56,54 @@ class RewardComponents:
             critic_S: The critic's rewards, fp32.
 
         Raises:
-            ScorerRejected: A component needs the response, and an item does not say what that is.
-            ComponentError: A function failed, or did not return a finite number for each item.
+            ScorerRejected: A component needs the response, and an item does not say what that is, or says that it is
+                something with which its text does not end.
+            ComponentError: A function failed, or did not return a finite number for each item; or a sum is too large.
         """
         values = {}
         if self._rules:
-            prompts, responses = _prompts_and_responses(items)
+            prompts, responses = _prompts_and_responses(items, self._ending)
             values = {name: rule(prompts, responses) for name, rule in self._rules.items()}
         total_S = np.zeros(len(items), dtype=np.float32)
         by_name = {}
         for component in self._components:
             value_S = critic_S if isinstance(component, CriticComponent) else values[component.name]
             by_name[component.name] = value_S
-            total_S += np.float32(component.weight) * value_S
+            with np.errstate(over="ignore", invalid="ignore"):  # which is looked at below
+                total_S += np.float32(component.weight) * value_S
+        if not np.isfinite(total_S).all():
+            index = int(np.flatnonzero(~np.isfinite(total_S))[0])
+            raise ComponentError(
+                f"item {index}: the weighted sum of {', '.join(by_name)} is {total_S[index]}: lower the weights"
+            )
         return total_S, by_name if len(by_name) > 1 else {}
 
 
-def _prompts_and_responses(items: Sequence[Item]) -> tuple[list[Prompt], list[str]]:
+def _prompts_and_responses(items: Sequence[Item], ending: Callable[[], str]) -> tuple[list[Prompt], list[str]]:
     pairs: list[tuple[Prompt, str]] = []
     for index, item in enumerate(items):
         if isinstance(item, Conversation):
             pairs.append((item.prompt, item.response))
         elif isinstance(item, Text) and item.response is not None:
-            pairs.append((item.text.removesuffix(item.response), item.response))
+            pairs.append((_prompt_of(index, item.text, item.response, ending()), item.response))
         else:
             raise ScorerRejected(
                 "no_response",
                 f"item {index} does not say which part of it is the response, and this reward has components that "
                 "judge responses: send prompt and response",
+                index,
             )
     return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
+
+def _prompt_of(index: int, text: str, response: str, ending: str) -> str:
+    """What stands before a response, which may be given with or without the ending that follows it."""
+    for body in (text.removesuffix(ending), text):
+        if body.endswith(response):
+            return body.removesuffix(response)
+    raise ScorerRejected(
+        "not_the_end", f"item {index}: its text does not end with its response: send what the text ends with", index
+    )
 
 
 def _rule(component: Component, count_tokens: CountTokens) -> Rule:
@@ -106,24 +128,31 @@ def _python_function(component: PythonComponent) -> Rule:
     module_name, _, name = component.function.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's module may raise anything while it is imported
         raise ConfigError(
-            f"component {component.name!r}: function {component.function!r} cannot be imported: {error}. Its module "
-            "must be installed, or in the working directory, where replicas run"
+            f"component {component.name!r}: function {component.function!r} cannot be imported: "
+            f"{type(error).__name__}: {error}. Its module must be installed, or in the working directory, where "
+            "replicas run"
         ) from error
+    if not callable(function):
+        raise ConfigError(f"component {component.name!r}: {component.function!r} is no function: {function!r:.80}")
 
     def rule(prompts: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
         try:
-            returned_S = np.asarray(function(list(prompts), list(responses)), dtype=np.float32)
-        except Exception as error:
+            returned_S = np.asarray(function(list(prompts), list(responses)))
+        except (Exception, SystemExit) as error:
             raise ComponentError(
                 f"component {component.name!r}: {component.function} failed: {type(error).__name__}: {error}"
             ) from error
-        if returned_S.shape != (len(responses),) or not np.isfinite(returned_S).all():
+        is_numbers = returned_S.shape == (len(responses),) and returned_S.dtype.kind in "biuf"
+        with np.errstate(over="ignore"):  # beyond fp32 is infinite, and refused
+            value_S = returned_S.astype(np.float32) if is_numbers else np.full(len(responses), np.nan, np.float32)
+        if not np.isfinite(value_S).all():
+            where = f", of which number {np.flatnonzero(~np.isfinite(value_S))[0]} is not" if is_numbers else ""
             raise ComponentError(
                 f"component {component.name!r}: {component.function} must return a finite number for each of "
-                f"{len(responses)} responses, and returned shape {returned_S.shape}"
+                f"{len(responses)} responses, and returned shape {returned_S.shape} of {returned_S.dtype}{where}"
             )
-        return returned_S
+        return value_S
 
     return rule

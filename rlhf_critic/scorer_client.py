@@ -71,6 +71,7 @@ class ScorerClient:
         self._deadline_s = deadline_s
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.current_thread()  # until the client has one of its own
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._transport, self._options)
@@ -112,7 +113,7 @@ class ScorerClient:
         Raises:
             CriticError: As `score`; `VersionMismatch` also where ``version`` is not served.
         """
-        patience = (deadline_s or self._deadline_s) + GRACE_S
+        patience = (self._deadline_s if deadline_s is None else deadline_s) + GRACE_S
         future = self.submit(items, values=values, version=version, deadline_s=deadline_s)
         try:
             return future.result(patience)
@@ -133,8 +134,9 @@ class ScorerClient:
         Returns:
             A future of the scores, or of the errors of `score_items`. Cancelling it takes the call back.
         """
-        work = self._score(list(items), values, version, deadline_s or self._deadline_s)
-        return asyncio.run_coroutine_threadsafe(work, self._running_loop())
+        work = self._score(list(items), values, version, self._deadline_s if deadline_s is None else deadline_s)
+        with self._starting:  # so that `close` cancels it, or it comes to the next loop
+            return asyncio.run_coroutine_threadsafe(work, self._running_loop())
 
     async def score_async(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, deadline_s: float | None = None
@@ -157,10 +159,14 @@ class ScorerClient:
         """Lets go of connections and the client's thread; calls that wait are cancelled."""
         with self._starting:
             loop, self._loop = self._loop, None
+            thread = self._thread
         if loop is None:
             return
-        asyncio.run_coroutine_threadsafe(self._wind_up(), loop).result(GRACE_S)
-        loop.call_soon_threadsafe(loop.stop)
+        try:
+            asyncio.run_coroutine_threadsafe(self._wind_up(), loop).result(GRACE_S)
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(GRACE_S)
 
     def __enter__(self) -> ScorerClient:
         return self
@@ -176,12 +182,12 @@ class ScorerClient:
         await self._transport.close()
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._starting:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._in_flight = asyncio.Semaphore(self._max_in_flight)
-                threading.Thread(target=_run_loop, args=(self._loop,), name="scorer-client", daemon=True).start()
-            return self._loop
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._in_flight = asyncio.Semaphore(self._max_in_flight)
+            self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="scorer-client", daemon=True)
+            self._thread.start()
+        return self._loop
 
     async def _score(self, items: list[Item], values: bool, version: str | None, deadline_s: float) -> Scores:
         """One version answers every part: parts that another one answered are asked again."""
@@ -193,7 +199,10 @@ class ScorerClient:
 
         async def answer(index: int) -> None:
             answers.pop(index, None)
-            answers[index] = await self._ask(parts[index], values, version, deadline, deadline_s)
+            try:
+                answers[index] = await self._ask(parts[index], values, version, deadline, deadline_s)
+            except ScorerRejected as error:
+                raise error.after(index * self._max_items) from error
 
         missing = list(range(len(parts)))
         while True:
@@ -222,11 +231,12 @@ class ScorerClient:
             async with self._in_flight:
                 return await self._transport.ask(part, values, version, _left(deadline))
 
+        backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
         reason = "they are all busy"
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(ScorerUnavailable),
-                wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+                wait=lambda state: min(backoff(state), _left(deadline)),
                 stop=stop_after_delay(_left(deadline)),
             ):
                 with attempt:

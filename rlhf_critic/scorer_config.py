@@ -235,6 +235,9 @@ class ScoreJobConfig(ScoringOptions):
     num_workers: PositiveInt = Field(1, description="Scorers, each an actor with the whole critic.")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each; torch threads if no GPU.")
     use_gpu: bool = Field(False, description="One GPU for each (not yet run on a GPU).")
+    start_timeout_s: PositiveFloat = Field(
+        1800.0, description="Seconds to wait for the workers (an autoscaler may have to add nodes)."
+    )
 
     def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
         """What the scorers are told; there are no callers to be limited.

@@ -10,7 +10,7 @@ Shape legend: S items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -47,6 +47,8 @@ class Text(NamedTuple):
 
 
 Item: TypeAlias = "Conversation | Text | TokenIds"
+
+NOT_LISTS = (str, bytes, bytearray, memoryview)  # although Python takes them for sequences
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
     try:
         all_ids = encoder.tokenize(list(texts.values()))
     except EncodingError as error:
-        raise ScorerRejected("no_end", str(error)) from error
+        raise _refused("no_end", list(texts)[error.index or 0], f": {error}") from error
     for index, ids in zip(texts, all_ids, strict=True):
         if len(ids) > limits.max_tokens:
             raise _refused(
@@ -164,22 +166,22 @@ def _render(index: int, item: Conversation, encoder: Encoder, limits: Limits) ->
         raise _refused("not_text", index, f": a response is a text, this is {_kind(item.response)}")
     _check_text(index, said + item.response, limits)
     try:
-        return encoder.render(item.prompt, item.response)
+        text = encoder.render(item.prompt, item.response)
     except EncodingError as error:
         raise _refused("template_refused", index, f": {error}") from error
+    _check_text(index, text, limits)  # roles, and whatever else of a turn the template shows, count too
+    return text
 
 
 def _contents(index: int, turns: Any) -> list[str]:
-    try:
-        contents = [(turn["role"], turn["content"]) for turn in turns]
-    except (TypeError, KeyError) as error:
-        raise _refused(
-            "not_text", index, ": a prompt is a text, or a list of turns with 'role' and 'content'"
-        ) from error
-    for role, content in contents:
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise _refused("not_text", index, ": the role and content of a turn are texts")
-    return [content for _, content in contents]
+    # An iterator would be empty by the time that it is rendered, and whatever else is empty would pass for no prompt.
+    is_list = isinstance(turns, Sequence | np.ndarray) and not isinstance(turns, NOT_LISTS)
+    is_list = is_list and getattr(turns, "ndim", 1) == 1
+    if not is_list or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
+        raise _refused("not_text", index, ": a prompt is a text, or a list of turns with 'role' and 'content'")
+    if not all(isinstance(turn[name], str) for turn in turns for name in ("role", "content")):
+        raise _refused("not_text", index, ": the role and content of a turn are texts")
+    return [turn["content"] for turn in turns]
 
 
 def _check_text(index: int, text: Any, limits: Limits) -> None:
@@ -199,8 +201,9 @@ def _check_text(index: int, text: Any, limits: Limits) -> None:
 
 def _check_ids(index: int, item: Any, encoder: Encoder) -> list[int]:
     try:
-        ids = np.asarray(item)
-    except (TypeError, ValueError) as error:
+        # The bytes of a text would pass for ids.
+        ids = np.asarray(None if isinstance(item, NOT_LISTS) else item)
+    except Exception as error:  # whatever the item's own conversion raises, such as that of a tensor with a gradient
         raise _refused("not_text", index, f": {_kind(item)} is no item") from error
     if ids.size == 0 and ids.ndim == 1:
         raise _refused("empty_text", index, " has no token ids: there is nothing to score")

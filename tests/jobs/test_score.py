@@ -1,5 +1,6 @@
 """Offline scoring gives the engine's rewards, writes every row once, and goes on where it was stopped."""
 
+import datetime
 import gzip
 import json
 import os
@@ -159,6 +160,38 @@ def test_what_is_of_another_job_is_left_alone(ray_address, critics, tmp_path, mo
     assert code == EXIT_REFUSED
     assert "is not empty, and holds no job.json" in message
     assert read(out) == before
+
+
+def test_what_json_cannot_hold_and_workers_that_find_no_place(ray_address, critics, tmp_path, monkeypatch, capsys):
+    rows = [{"text": "please", "asked": datetime.date(2026, 1, 2)}] * 3
+    data = write(tmp_path / "dates.parquet", rows)
+    arguments = [critics["first"], data, str(tmp_path / "out")]
+    code, _, message = run(score.main, [*arguments, "--format", "jsonl"], monkeypatch, capsys)
+    assert code == EXIT_REFUSED
+    assert "dates.parquet:1: cannot be written as JSON" in message
+    assert "--format parquet" in message
+    code, _, message = run(
+        score.main, [*arguments, "--cpus-per-worker", "99", "--start-timeout-s", "1"], monkeypatch, capsys
+    )
+    assert code == EXIT_REFUSED
+    assert "1 scorers with 99 CPU each could not be placed within 1 s: the cluster has 6 CPU" in message
+    assert run(score.main, arguments, monkeypatch, capsys)[0] == 0
+    assert [row["asked"] for row in read(tmp_path / "out")] == [datetime.date(2026, 1, 2)] * 3
+
+
+def test_the_types_of_parquet_stay_and_a_part_that_was_lost_is_made_again(
+    ray_address, critics, tmp_path, monkeypatch, capsys
+):
+    table = pa.table({"text": ["please", "thank you"], "number": pa.array([1, 2], pa.int8())})
+    parquet.write_table(table, tmp_path / "small.parquet")
+    arguments = [critics["first"], str(tmp_path / "small.parquet"), str(tmp_path / "out"), "--rows-per-part", "1"]
+    assert run(score.main, arguments, monkeypatch, capsys)[0] == 0
+    parts = sorted((tmp_path / "out").glob("part-*"))
+    assert [parquet.read_schema(part).field("number").type for part in parts] == [pa.int8()] * 2
+    before = read(tmp_path / "out")
+    parts[1].unlink()
+    assert run(score.main, arguments, monkeypatch, capsys)[0] == 0
+    assert read(tmp_path / "out") == before
 
 
 BAD = {
