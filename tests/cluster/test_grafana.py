@@ -7,14 +7,17 @@ from pathlib import Path
 import httpx
 import pytest
 import ray
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from actors.scorer_handle import connect
+from actors.scorer_metrics import ScorerMetrics
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring import Text
 from tests.actors.scorers import make_conversations
 from tests.helpers import wait_until
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "cluster" / "grafana" / "scorers.json").read_text())
+METRIC_KINDS = (Counter, Gauge, Histogram)
 METRIC = re.compile(r"ray_rlhf_critic_\w+")
 
 
@@ -48,7 +51,51 @@ def test_every_metric_of_a_pool_is_on_the_dashboard(serving, critics):
     assert 0 < shared < 1, "the conversations share their prompts"
 
 
+def defined_metrics():
+    """The metrics that `ScorerMetrics` defines, by the name that it gives them."""
+    metrics = [one for one in vars(ScorerMetrics("app", "replica")).values() if isinstance(one, METRIC_KINDS)]
+    return {metric.info["name"]: metric for metric in metrics}
+
+
+def test_every_metric_that_is_defined_is_asked_for_as_what_it_is():
+    """Also those that a short run does not export; `test_every_metric_of_a_pool_is_on_the_dashboard` has the names."""
+    defined = defined_metrics()
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    unused = dict(defined)
+    for query in queries:
+        for exported in METRIC.findall(query):
+            name = exported.removeprefix("ray_")
+            if name.endswith("_bucket"):
+                name = name.removesuffix("_bucket")
+                assert isinstance(defined[name], Histogram), query
+                assert re.search(rf"histogram_quantile\(0\.\d+, sum by \(le\) \(rate\({exported}\{{", query), query
+            elif isinstance(defined[name], Counter):
+                assert name.endswith("_total"), "Ray exports a counter under this name alone"
+                assert f"rate({exported}{{" in query, query
+            else:
+                assert isinstance(defined[name], Gauge), query
+                assert "rate(" not in query, query
+            for label in re.findall(r"by \((\w+)\)", query):
+                assert label in {"le", *defined[name].info["tag_keys"]}, query
+            unused.pop(name, None)
+    assert not unused
+
+
+def test_every_query_asks_the_chosen_source_for_the_chosen_pool():
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    assert variables["datasource"]["query"] == "prometheus"
+    for panel in [*DASHBOARD["panels"], variables["app"]]:
+        for asked in [panel, *panel.get("targets", [])]:
+            assert asked["datasource"]["uid"] == "${datasource}"
+    for panel in DASHBOARD["panels"]:
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+        for target in panel["targets"]:
+            assert len(METRIC.findall(target["expr"])) == target["expr"].count('{app=~"$app"}'), target["expr"]
+
+
 def test_the_dashboard_is_well_formed():
+    assert DASHBOARD["schemaVersion"] >= 39
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len({panel["title"] for panel in panels}) == len(panels)
