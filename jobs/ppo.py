@@ -1,0 +1,266 @@
+"""``python -m jobs.ppo``: fits a policy by PPO, with rollout workers, scorers and a sharded online critic.
+
+Runs alone (it starts a local Ray) or as a Ray job:
+``ray job submit --working-dir . -- python -m jobs.ppo --config FILE.yaml``.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from actors import pool
+from actors.pool_keeper import ends_with_this_job
+from actors.ppo_run import PPOOutcome, PPORun, critic_options
+from actors.ppo_state import latest_checkpoint, read_state, set_damaged_aside
+from actors.run_directory import HISTORY_FOLDER
+from actors.scorer_handle import connect
+from jobs.cli import refuse_in_package, run_job
+from jobs.run_lock import lock_run
+from jobs.serve import join_ray, run_pool
+from rlhf_critic.config import parse_command_line
+from rlhf_critic.encoding import Encoder, load_tokenizer
+from rlhf_critic.errors import ConfigError, RankLost
+from rlhf_critic.metrics import read_metrics
+from rlhf_critic.plots import save_curves
+from rlhf_critic.ppo_config import PPOJobConfig
+from rlhf_critic.prompts import Prompts, load_prompts, split_prompts
+from rlhf_critic.scorer_config import ServeJobConfig
+from rlhf_critic.sources import is_local_source
+
+PLOT_NAME = "curves.png"
+EXAMPLES = 6
+
+
+def main() -> None:
+    """Reads the options, runs the job and shows what came of it."""
+    config = parse_command_line(PPOJobConfig, prog="python -m jobs.ppo")
+    show(Console(), run(config))
+
+
+def run(config: PPOJobConfig) -> PPOOutcome:
+    """Runs a PPO job to its end.
+
+    Raises:
+        CriticError: The options, data or models are wrong, another job works on the run, no checkpoint of it is whole,
+            rewards or rollouts did not come, or the policy ran away.
+        RankLost: The critic or the policy was lost more often than ``run.max_failures``.
+    """
+    config.require_complete()
+    refuse_in_package("run.storage_path", config.run.storage_path)
+    config = with_absolute_paths(config)
+    prompts, held_out = read_prompts(config)
+    with lock_run(config.run.storage_path, config.run.name):
+        return _run(config, prompts, held_out)
+
+
+def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PPOOutcome:
+    directory = Path(config.run.storage_path) / config.run.name
+    if directory.exists() and not config.resume:
+        raise ConfigError(
+            f"there is a run named {config.run.name!r} in {config.run.storage_path}: continue it with --resume, or "
+            "choose another --run.name"
+        )
+    set_damaged_aside(directory)
+    if config.resume and latest_checkpoint(directory) is None:
+        print(f"there is no checkpoint of {config.run.name!r} in {config.run.storage_path} yet: starting it")
+    if not config.run.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    refuse_before_start(config, prompts)
+    started_ray = join_ray(may_start=True)
+    try:
+        if started_ray:
+            require_room(config)
+        with scorers(config), connect(config.reward.app, deadline_s=config.reward.deadline_s) as client:
+            failures = 0
+            while True:
+                try:
+                    with PPORun(config, prompts, held_out, client) as attempt:
+                        return finish(attempt.run())
+                except RankLost as error:
+                    failures += 1
+                    if failures > config.run.max_failures:
+                        raise
+                    print(f"{error}\ngoing on from the last checkpoint ({failures} of {config.run.max_failures})")
+    finally:
+        if started_ray:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def refuse_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
+    """Finds what actors would only find after they were started.
+
+    Raises:
+        CriticError: The critic does not read what the policy writes, or a run cannot go on with these options.
+    """
+    critic_options(config)
+    checkpoint = latest_checkpoint(Path(config.run.storage_path) / config.run.name)
+    if checkpoint is not None:
+        read_state(checkpoint, config, prompts)
+
+
+def require_room(config: PPOJobConfig) -> None:
+    """Checks that a Ray of the job's own, to which nobody will add nodes, has room for all actors.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    there = ray.cluster_resources().get("CPU", 0.0)
+    if config.cpus > there:
+        raise ConfigError(
+            f"policy, critic, rollout workers and scorers reserve {config.cpus:g} CPUs, this machine has {there:g}: "
+            "give them fewer or fractions of one (--policy.cpus-per-shard, --critic.cpus-per-shard, "
+            "--rollout.cpus-per-worker, --reward.cpus-per-replica), or submit the job to a cluster"
+        )
+
+
+def read_prompts(config: PPOJobConfig) -> tuple[Prompts, Prompts | None]:
+    """The prompts to train on, and those held out, if any; says what was read.
+
+    Raises:
+        CriticError: See `rlhf_critic.prompts.load_prompts`.
+    """
+    options = config.prompts
+    tokenizer = load_tokenizer(config.policy.model.path, config.policy.chat_template)
+    encoder = Encoder(tokenizer, options.max_tokens + config.rollout.max_new_tokens)
+    train = load_prompts(options.train, encoder, options.max_tokens, options.fields)
+    print(train)
+    if options.validation:
+        held_out = load_prompts(options.validation, encoder, options.max_tokens, options.fields)
+        print(held_out)
+        return train, held_out
+    if options.validation_fraction:
+        train, held_out = split_prompts(train, options.validation_fraction, config.ppo.seed)
+        print(f"held out: {len(held_out)}, training on {len(train)}")
+        return train, held_out
+    return train, None
+
+
+@contextmanager
+def scorers(config: PPOJobConfig) -> Iterator[None]:
+    """The pool that judges: the one that runs, or one for as long as the job runs.
+
+    Raises:
+        ConfigError: There is none, or one is in the way.
+    """
+    reward = config.reward
+    if reward.checkpoint is None:
+        if not pool.is_running(reward.app):
+            raise ConfigError(
+                f"there is no pool of scorers {reward.app!r}: give --reward.checkpoint CRITIC and the job runs one, or "
+                "start one with python -m jobs.serve CRITIC"
+            )
+        yield
+        return
+    if pool.is_running(reward.app):
+        raise ConfigError(
+            f"a pool {reward.app!r} runs already: leave out reward.checkpoint to use it, or choose another --reward.app"
+        )
+    options = ServeJobConfig(
+        checkpoint=reward.checkpoint,
+        app=reward.app,
+        components=reward.components,
+        normalize=reward.normalize,
+        min_replicas=reward.min_replicas,
+        max_replicas=reward.max_replicas,
+        cpus_per_shard=reward.cpus_per_replica,
+        use_gpu=config.run.use_gpu,
+        port=_free_port(),
+        start_timeout_s=config.run.start_timeout_s,
+    )
+    with ends_with_this_job(reward.app):
+        try:
+            _, version, _ = run_pool(options, lambda _: None)
+            print(f"scorers: {version}")
+            yield
+        finally:
+            if pool.is_running(reward.app):
+                pool.stop(reward.app)
+
+
+def finish(outcome: PPOOutcome) -> PPOOutcome:
+    """Draws the curves of a run that came to its end."""
+    save_curves(read_metrics(outcome.directory / HISTORY_FOLDER), outcome.directory / PLOT_NAME)
+    return outcome
+
+
+def show(console: Console, outcome: PPOOutcome) -> None:
+    """Says how held-out rewards changed, with examples, and where things are."""
+    # A run that was resumed may have been given other held-out prompts.
+    if outcome.first and [one.prompt for one in outcome.first] == [one.prompt for one in outcome.last]:
+        before, after = (np.array([sample.reward for sample in part]) for part in (outcome.first, outcome.last))
+        table = Table(title="The same held-out prompts, before and after", title_justify="left", show_lines=True)
+        for column in ("prompt", "before", "reward", "after", "reward"):
+            table.add_column(column, overflow="fold", justify="right" if column == "reward" else "left")
+        for first, last in list(zip(outcome.first, outcome.last, strict=True))[:EXAMPLES]:
+            prompt = (
+                first.prompt if isinstance(first.prompt, str) else "\n".join(t["content"] for t in first.prompt[-1:])
+            )
+            cells = (prompt, first.response, f"{first.reward:+.2f}", last.response, f"{last.reward:+.2f}")
+            table.add_row(*map(Text, cells))  # not as markup, of which a response may be full
+        console.print(table)
+        rise, spread = after.mean() - before.mean(), before.std()
+        console.print(
+            f"mean reward on {len(before)} held-out prompts: {before.mean():+.3f} before (standard deviation "
+            f"{spread:.3f}), {after.mean():+.3f} after"
+            + (f": a rise of {rise / spread:.2f} standard deviations" if spread > 0 else ""),
+            highlight=False,
+        )
+    console.print(f"curves: {outcome.directory / PLOT_NAME}", highlight=False, soft_wrap=True)
+    console.print(f"policy: {outcome.checkpoint / 'policy'}", highlight=False, soft_wrap=True)
+    console.print(f"critic: {outcome.checkpoint / 'critic'}", highlight=False, soft_wrap=True)
+
+
+def with_absolute_paths(config: PPOJobConfig) -> PPOJobConfig:
+    """Local paths made absolute: actors may have another working directory than the driver."""
+
+    def absolute(path: str | None) -> str | None:
+        return os.path.abspath(path) if path and "://" not in path and Path(path).exists() else path
+
+    def absolute_sources(sources: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(os.path.abspath(source) if is_local_source(source) else source for source in sources)
+
+    def of_model(part: str) -> dict[str, object]:
+        section = getattr(config, part)
+        return {"model": section.model.model_copy(update={"path": absolute(section.model.path)})}
+
+    changes: dict[str, dict[str, object]] = {
+        "policy": {**of_model("policy"), "chat_template": absolute(config.policy.chat_template)},
+        "critic": of_model("critic"),
+        "prompts": {
+            "train": absolute_sources(config.prompts.train),
+            "validation": absolute_sources(config.prompts.validation),
+        },
+        "reward": {
+            "checkpoint": absolute(config.reward.checkpoint),
+            "components": absolute(config.reward.components),
+        },
+        "run": {"storage_path": os.path.abspath(config.run.storage_path)},
+    }
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
+    )
+
+
+def _free_port() -> int:
+    """A port that HTTP can listen on; nobody calls it here, and another Serve may have the usual one."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    run_job(main, RayError, RayServeException)

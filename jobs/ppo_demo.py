@@ -1,0 +1,62 @@
+"""``make ppo-demo``: a policy learns by PPO to go on in a positive tone, judged by the quickstart's critic.
+
+Every part is kept when it is there, so the command can be interrupted and repeated: it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from rich.console import Console
+
+from jobs import quickstart
+from jobs.cli import run_job
+from jobs.ppo import run, show
+from rlhf_critic.checkpoint import write_text_atomically
+from rlhf_critic.config import load_config_file
+from rlhf_critic.ppo_config import PPOJobConfig
+
+CONFIG = Path(__file__).with_name("ppo_demo.yaml")
+WORDS = range(3, 7)  # of a text that make a prompt
+HELD_OUT_PROMPTS = 64
+SEED = 0
+
+
+def main() -> None:
+    """Brings what is needed, fits and shows."""
+    config = load_config_file(PPOJobConfig, str(CONFIG))
+    if not Path(str(config.reward.checkpoint)).exists():
+        print("the reward model comes first: the quickstart's critic")
+        quickstart.main()
+    bring_prompts(Path(config.prompts.train[0]), Path(config.prompts.validation[0]))
+    resume = (Path(config.run.storage_path) / config.run.name).exists()
+    show(Console(), run(config.model_copy(update={"resume": resume})))
+
+
+def bring_prompts(train: Path, validation: Path) -> None:
+    """Writes the beginnings of the quickstart's texts as prompts; those held out there are held out here."""
+    of_quickstart = Path(quickstart.load_config_file(quickstart.TrainJobConfig, str(quickstart.CONFIG)).data.train[0])
+    seen: set[str] = set()
+    for path, source in ((validation, of_quickstart.with_name("validation.jsonl")), (train, of_quickstart)):
+        rng = random.Random(SEED)
+        prompts = []
+        for line in source.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            for text in (row["chosen"], row["rejected"]):
+                words = text.split()
+                prompt = " ".join(words[: rng.choice(WORDS)])
+                if len(words) > max(WORDS) and prompt not in seen:
+                    seen.add(prompt)
+                    prompts.append(prompt)
+        if path == validation:
+            prompts = rng.sample(prompts, HELD_OUT_PROMPTS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+if __name__ == "__main__":
+    run_job(main, RayError, RayServeException)

@@ -1,0 +1,456 @@
+"""The mathematics of PPO. Pure functions of numbers; they know nothing of models, ranks or text.
+
+All compute in fp32 whatever the input's dtype, and none changes its arguments. What stands where a mask is False is
+never read, not even NaN.
+
+Alignment. A rollout is a prompt of p >= 1 tokens and a response of R >= 0 tokens. Action t draws response token t,
+which is token p + t of the sequence.
+
+- The value of action t is the critic's value at the token before it, p + t - 1: the return that is expected before the
+  token is drawn.
+- The reward of action t comes after it.
+- The critic's value at the very last token, p + R - 1, is the value of the state after the last action. Where the
+  rollout was cut there (truncation) the return goes on with it: the bootstrap. Where the rollout had come to its end
+  (termination, EOS) nothing follows, and 0 stands in its place.
+
+A mask says which tokens are actions. Besides the padding it may leave out tokens inside a response that the policy did
+not draw, such as a tool's output: holes. A hole is no step in time; the next action follows at once.
+
+Shape legend: S rollouts, L tokens of the longest response (actions), R tokens of one response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf_critic.errors import NonFiniteRewardError
+
+WHITENING_EPSILON = 1e-8
+MAX_ROLLOUTS_SHOWN = 16
+
+
+def action_values(
+    values_S: Sequence[NDArray[np.float32]], prompt_lengths_S: Sequence[int]
+) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Takes from the values at every token those of the actions and the one after the last action.
+
+    See the module's docstring for the alignment.
+
+    Args:
+        values_S: For every rollout the value at every token of prompt and response, each ``[p + R]``.
+        prompt_lengths_S: Tokens of each prompt, p.
+
+    Returns:
+        For every rollout the values of its actions, fp32, each ``[R]``; and the values after the last action, fp32
+        ``[S]``.
+
+    Raises:
+        ValueError: A prompt has no token, or more than its sequence; or there are more of the ones than of the others.
+    """
+    _same_shape("values and prompt lengths", (len(values_S),), (len(prompt_lengths_S),))
+    values_of_actions_S, last_values_S = [], []
+    for rollout, (values, prompt_length) in enumerate(zip(values_S, prompt_lengths_S, strict=True)):
+        if not 1 <= prompt_length <= len(values):
+            raise ValueError(
+                f"rollout {rollout}: a prompt of {prompt_length} tokens in a sequence of {len(values)}; it must have "
+                "at least one token and no more than the sequence"
+            )
+        values_of_actions_S.append(np.asarray(values[prompt_length - 1 : -1], dtype=np.float32))
+        last_values_S.append(values[-1])
+    return values_of_actions_S, np.array(last_values_S, dtype=np.float32)
+
+
+def pad_rows(rows: Sequence[Sequence[float] | NDArray[np.floating] | Tensor]) -> tuple[Tensor, Tensor]:
+    """Puts rows of different lengths into one tensor, each from its first column on.
+
+    Args:
+        rows: Numbers of each rollout, each ``[R]``, at least one rollout; a row may be empty, and all may be.
+
+    Returns:
+        The numbers, fp32 ``[S, L]``, 0 after a row's end; and whether there is one, bool ``[S, L]``.
+
+    Raises:
+        ValueError: There is no row, or one is not a list of numbers.
+    """
+    if not len(rows):
+        raise ValueError("there are no rows to pad; at least one rollout is needed")
+    tensors = [
+        # A copy, because torch warns of arrays that cannot be written to.
+        row.float() if isinstance(row, Tensor) else torch.from_numpy(np.array(row, dtype=np.float32))
+        for row in rows
+    ]
+    for index, tensor in enumerate(tensors):
+        if tensor.ndim != 1:
+            raise ValueError(f"row {index} has the shape {tuple(tensor.shape)}; it must be a list of numbers")
+    padded_SL = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    lengths_S = torch.tensor([len(tensor) for tensor in tensors], device=padded_SL.device)
+    return padded_SL, torch.arange(padded_SL.shape[1], device=padded_SL.device) < lengths_S[:, None]
+
+
+def unpad_rows(numbers_SL: Tensor, mask_SL: Tensor) -> list[NDArray[np.float32]]:
+    """Takes the rows of `pad_rows` apart again.
+
+    Args:
+        numbers_SL: ``[S, L]``.
+        mask_SL: Which are there, bool ``[S, L]``.
+
+    Returns:
+        For each row its numbers, fp32 ``[R]``.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape("numbers and mask", numbers_SL.shape, mask_SL.shape)
+    return [row[mask].float().numpy() for row, mask in zip(numbers_SL.detach().cpu(), mask_SL.cpu(), strict=True)]
+
+
+def estimate_kl(log_probs_SL: Tensor, ref_log_probs_SL: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Estimates ``KL(policy || reference)`` at every token that was drawn from the policy.
+
+    With ``d = log reference - log policy`` of the token: k1 is ``-d`` (unbiased, of either sign), k2 is ``d^2 / 2``
+    (biased, little variance), k3 is ``exp(d) - 1 - d`` (unbiased, never negative). Schulman, "Approximating KL
+    divergence" (2020). Keeps gradients.
+
+    Args:
+        log_probs_SL: Log-probabilities of the drawn tokens under the policy, ``[S, L]``.
+        ref_log_probs_SL: The same under the reference, ``[S, L]``.
+        kind: Which estimator.
+
+    Returns:
+        ``[S, L]``, fp32, in nats.
+
+    Raises:
+        ValueError: The shapes differ, or there is no such estimator.
+    """
+    _same_shape("log-probabilities and reference log-probabilities", log_probs_SL.shape, ref_log_probs_SL.shape)
+    difference_SL = ref_log_probs_SL.float() - log_probs_SL.float()
+    if kind == "k1":
+        return -difference_SL
+    if kind == "k2":
+        return 0.5 * difference_SL.square()
+    if kind == "k3":
+        # expm1, because near 0, where training begins, exp(d) - 1 loses the digits that matter.
+        return torch.expm1(difference_SL) - difference_SL
+    raise ValueError(f"no estimator of the KL divergence is called {kind!r}; there are k1, k2 and k3")
+
+
+def clip_rewards(rewards_S: Tensor, limit: float) -> Tensor:
+    """Brings rewards into ``[-limit, limit]``, as DeepSpeed-Chat does (Yao et al., 2023; ``ppo_trainer.py``).
+
+    Args:
+        rewards_S: ``[S]``.
+        limit: The greatest magnitude, positive.
+
+    Returns:
+        ``[S]``, fp32.
+
+    Raises:
+        NonFiniteRewardError: A reward is NaN or infinite: clipping would hide it.
+        ValueError: The limit is not positive.
+    """
+    if not limit > 0:
+        raise ValueError(f"the limit of rewards must be positive, not {limit}")
+    return _finite_rewards(rewards_S).clamp(-limit, limit)
+
+
+def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coefficient: float) -> Tensor:
+    """The reward of every action: a penalty on the KL divergence, and at the last action the rollout's reward.
+
+    Stiennon et al., "Learning to summarize from human feedback" (2020), section 3.4; Ouyang et al., "Training language
+    models to follow instructions with human feedback" (2022), equation 2, by token.
+
+    Args:
+        rewards_S: The reward of each rollout, ``[S]``.
+        kl_SL: The KL divergence at each action, see `estimate_kl`, ``[S, L]``.
+        mask_SL: Which tokens are actions, bool ``[S, L]``. A rollout without any has no rewards.
+        kl_coefficient: What one nat costs.
+
+    Returns:
+        ``[S, L]``, fp32, 0 where the mask is False.
+
+    Raises:
+        NonFiniteRewardError: A reward is NaN or infinite; the message names the rollouts.
+        ValueError: The shapes differ.
+    """
+    _same_shape("KL divergences and mask", kl_SL.shape, mask_SL.shape)
+    _same_shape("rewards and the mask's rows", rewards_S.shape, mask_SL.shape[:1])
+    rewards_S = _finite_rewards(rewards_S)
+    actions_left_SL = mask_SL.flip(1).cumsum(1).flip(1)
+    rewards_SL = rewards_S[:, None] * (actions_left_SL == 1)
+    return (rewards_SL - kl_coefficient * kl_SL.float()).masked_fill(~mask_SL, 0.0)
+
+
+@torch.no_grad()
+def gae(
+    rewards_SL: Tensor,
+    values_SL: Tensor,
+    mask_SL: Tensor,
+    last_values_S: Tensor,
+    truncated_S: Tensor,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates, and the returns a critic is fitted to.
+
+    ``A_t = sum_l (gamma lam)^l delta_{t+l}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, Schulman et al.,
+    "High-dimensional continuous control using generalized advantage estimation" (2016), equations 11 to 16. The value
+    after the last action is the bootstrap where the rollout was cut and 0 where it ended: Pardo et al., "Time limits in
+    reinforcement learning" (2018). Both results are targets and carry no gradient.
+
+    Args:
+        rewards_SL: The reward after each action, ``[S, L]``.
+        values_SL: The value before each action, ``[S, L]``.
+        mask_SL: Which tokens are actions, bool ``[S, L]``. The others are skipped: rewards and values there are not
+            read, advantages flow across them, and they are not discounted for.
+        last_values_S: The value after the last action, ``[S]``; read only where ``truncated_S``.
+        truncated_S: Whether the rollout was cut before its end, bool ``[S]``.
+        gamma: Discount of a step.
+        lam: 0 trusts the critic's next value, 1 trusts the rewards that came.
+
+    Returns:
+        Advantages, and returns (advantages plus values), both fp32 ``[S, L]``, 0 where the mask is False.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape("rewards and values", rewards_SL.shape, values_SL.shape)
+    _same_shape("rewards and mask", rewards_SL.shape, mask_SL.shape)
+    _same_shape("the rewards' rows and last values", rewards_SL.shape[:1], last_values_S.shape)
+    _same_shape("the rewards' rows and truncations", rewards_SL.shape[:1], truncated_S.shape)
+    rewards_SL = rewards_SL.float()
+    values_SL = values_SL.float().masked_fill(~mask_SL, 0.0)
+    advantages_SL = torch.zeros_like(values_SL)
+    next_values_S = last_values_S.float().masked_fill(~truncated_S, 0.0)
+    next_advantages_S = torch.zeros_like(next_values_S)
+    for t in reversed(range(values_SL.shape[1])):
+        delta_S = rewards_SL[:, t] + gamma * next_values_S - values_SL[:, t]
+        advantages_S = delta_S + gamma * lam * next_advantages_S
+        next_advantages_S = torch.where(mask_SL[:, t], advantages_S, next_advantages_S)
+        next_values_S = torch.where(mask_SL[:, t], values_SL[:, t], next_values_S)
+        advantages_SL[:, t] = next_advantages_S
+    advantages_SL = advantages_SL.masked_fill(~mask_SL, 0.0)
+    return advantages_SL, advantages_SL + values_SL
+
+
+def masked_mean(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
+    """The mean over all tokens of the mask, each with the same weight. Keeps gradients.
+
+    Args:
+        x_SL: ``[S, L]``.
+        mask_SL: Which tokens count, bool ``[S, L]``.
+
+    Returns:
+        A scalar, fp32; 0 where no token counts.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
+    return x_SL.float().masked_fill(~mask_SL, 0.0).sum() / mask_SL.sum().clamp(min=1)
+
+
+def whiten(x_SL: Tensor, mask_SL: Tensor, shift_mean: bool = True) -> Tensor:
+    """Gives the tokens of the mask, over the whole batch, mean 0 and variance 1.
+
+    ``(x - mean) / sqrt(variance + 1e-8)`` with the population variance (divided by n, not by n - 1), as in the code of
+    Ziegler et al., "Fine-tuning language models from human preferences" (2019; ``utils/core.py``). Numbers that are all
+    the same, one alone among them, become 0.
+
+    Args:
+        x_SL: ``[S, L]``.
+        mask_SL: Which tokens count, bool ``[S, L]``.
+        shift_mean: Whether the mean becomes 0; otherwise it stays, as for rewards, whose sign has a meaning.
+
+    Returns:
+        ``[S, L]``, fp32, 0 where the mask is False.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
+    mean, variance = _mean_and_variance(x_SL, mask_SL)
+    whitened_SL = (x_SL.float().double() - mean) * torch.rsqrt(variance + WHITENING_EPSILON)
+    if not shift_mean:
+        whitened_SL = whitened_SL + mean
+    return whitened_SL.float().masked_fill(~mask_SL, 0.0)
+
+
+def explained_variance(values_SL: Tensor, returns_SL: Tensor, mask_SL: Tensor) -> Tensor:
+    """The share of the returns' variance that the values foretell: ``1 - Var(returns - values) / Var(returns)``.
+
+    1 is a perfect critic, 0 one as good as a constant, less is worse. OpenAI baselines, ``common/math_util.py``.
+
+    Args:
+        values_SL: ``[S, L]``.
+        returns_SL: ``[S, L]``.
+        mask_SL: Which tokens count, bool ``[S, L]``.
+
+    Returns:
+        A scalar, fp32; NaN where the returns do not vary, or there are none.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _same_shape("values and returns", values_SL.shape, returns_SL.shape)
+    _same_shape("values and mask", values_SL.shape, mask_SL.shape)
+    _, variance = _mean_and_variance(returns_SL, mask_SL)
+    _, residual_variance = _mean_and_variance(returns_SL.float() - values_SL.float(), mask_SL)
+    return torch.where(variance > 0, 1.0 - residual_variance / variance, math.nan).float()
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the critic, without a gain from moving a value far from what it was.
+
+    ``max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) / 2``, OpenAI baselines, ``ppo2/model.py``; Schulman et al.,
+    "Proximal policy optimization algorithms" (2017) do the same to the policy. Keeps gradients.
+
+    Args:
+        values: What the critic says now, any shape.
+        old_values: What it said when the rollouts were made, same shape.
+        returns: What it should say, same shape.
+        clip: How far a value may move, e, positive; None for the plain squared error.
+
+    Returns:
+        The loss of each token, fp32; and where it is the clipped term that counts, which has no gradient, bool. Both of
+        the arguments' shape.
+
+    Raises:
+        ValueError: The shapes differ, or the clip is not positive.
+    """
+    _same_shape("values and old values", values.shape, old_values.shape)
+    _same_shape("values and returns", values.shape, returns.shape)
+    values, old_values, returns = values.float(), old_values.float(), returns.float()
+    squares = (values - returns).square()
+    if clip is None:
+        return 0.5 * squares, torch.zeros_like(squares, dtype=torch.bool)
+    if not clip > 0:
+        raise ValueError(f"the clip of values must be positive, or None for no clipping, not {clip}")
+    # Not old + clip(V - old): rounding would take values within the range for clipped ones.
+    near_squares = (values.clamp(old_values - clip, old_values + clip) - returns).square()
+    clipped = near_squares > squares
+    return 0.5 * torch.where(clipped, near_squares, squares), clipped
+
+
+def clipped_policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate of each token, to be minimised.
+
+    ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(log policy - log old policy)``: Schulman et al., "Proximal
+    policy optimization algorithms" (2017), equation 7, negated. Keeps gradients.
+
+    Args:
+        log_probs: Log-probabilities of the drawn tokens under the policy, any shape.
+        old_log_probs: The same under the policy that drew them, same shape.
+        advantages: See `gae`, same shape.
+        clip: How far the ratio may move, e, between 0 and 1.
+
+    Returns:
+        The loss of each token, fp32; and where it is the clipped term that counts, which has no gradient, bool. Both of
+        the arguments' shape.
+
+    Raises:
+        ValueError: The shapes differ, or the clip is not between 0 and 1.
+    """
+    _same_shape("log-probabilities and old log-probabilities", log_probs.shape, old_log_probs.shape)
+    _same_shape("log-probabilities and advantages", log_probs.shape, advantages.shape)
+    if not 0 < clip < 1:
+        raise ValueError(f"the clip of the policy's ratio must lie between 0 and 1, not {clip}")
+    advantages = advantages.float()
+    log_ratio = log_probs.float() - old_log_probs.float()
+    lowest, highest = math.log1p(-clip), math.log1p(clip)
+    # The maximum is -A min(r, 1 + e) where A >= 0 and -A max(r, 1 - e) elsewhere. Bounded before the exponential, a
+    # clipped ratio that would overflow has the gradient 0, where 0 times infinity would not be a number.
+    bounded = torch.where(advantages >= 0, log_ratio.clamp(max=highest), log_ratio.clamp(min=lowest))
+    clipped = ((advantages > 0) & (log_ratio > highest)) | ((advantages < 0) & (log_ratio < lowest))
+    return -advantages * bounded.exp(), clipped
+
+
+@dataclass(frozen=True)
+class RunningMoments:
+    """Mean and spread of all rewards so far, by which rewards are scaled. `dataclasses.asdict` of it is JSON.
+
+    Attributes:
+        count: Rewards so far.
+        mean: Their mean.
+        squares: The sum of their squared distances from it.
+    """
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def updated(self, rewards_S: Tensor) -> RunningMoments:
+        """The moments with these rewards among them, in float64.
+
+        Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+
+        Args:
+            rewards_S: ``[S]``, possibly none.
+
+        Returns:
+            New moments.
+
+        Raises:
+            NonFiniteRewardError: A reward is NaN or infinite, and all moments after it would be.
+        """
+        rewards_S = _finite_rewards(rewards_S).double()
+        added = float(rewards_S.numel())
+        if not added:
+            return self
+        mean = rewards_S.sum().item() / added
+        squares = (rewards_S - mean).square().sum().item()
+        count = self.count + added
+        distance = mean - self.mean
+        return RunningMoments(
+            count=count,
+            mean=self.mean + distance * added / count,
+            squares=self.squares + squares + distance**2 * self.count * added / count,
+        )
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation (divided by n - 1); 1 while there are fewer than two or all are the same."""
+        if self.count < 2 or self.squares == 0.0:
+            return 1.0
+        return math.sqrt(self.squares / (self.count - 1.0))
+
+
+def _mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over the mask, float64 scalars; 0 for an empty mask.
+
+    In float64 the mean of equal fp32 numbers is exactly that number, so their variance is 0 and not a rounding error
+    that a division would blow up.
+    """
+    count = mask_SL.sum().clamp(min=1)
+    x_SL = x_SL.float().double()
+    mean = x_SL.masked_fill(~mask_SL, 0.0).sum() / count
+    return mean, (x_SL - mean).masked_fill(~mask_SL, 0.0).square().sum() / count
+
+
+def _finite_rewards(rewards_S: Tensor) -> Tensor:
+    rewards_S = rewards_S.float()
+    bad = (~torch.isfinite(rewards_S)).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:MAX_ROLLOUTS_SHOWN]))
+        more = len(bad) - MAX_ROLLOUTS_SHOWN
+        raise NonFiniteRewardError(
+            f"{len(bad)} of {len(rewards_S)} rewards are NaN or infinite, those of rollouts {shown}"
+            f"{f' and {more} more' if more > 0 else ''} (counted from 0)"
+        )
+    return rewards_S
+
+
+def _same_shape(what: str, one: Sequence[int], other: Sequence[int]) -> None:
+    if tuple(one) != tuple(other):
+        raise ValueError(f"{what} differ in shape: {tuple(one)}, {tuple(other)}")

@@ -1,0 +1,125 @@
+"""What tests of groups of ranks share: rollouts, the processes behind a group, and what must be gone after it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from numpy.typing import NDArray
+from ray.util.placement_group import placement_group_table
+
+from actors.rank_group import RankGroup
+from tests.helpers import wait_until
+
+CPUS = 0.5  # of a rank: several groups fit beside each other
+GONE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Rollouts and, for each, a number for every action of it."""
+
+    sequences: list[list[int]]
+    prompt_lengths: list[int]
+    returns: list[NDArray[np.float32]]
+    old_values: list[NDArray[np.float32]]
+
+    def changed(self, rollout: int, **of_actions: NDArray[np.float32]) -> Rollouts:
+        """The same with other numbers for one rollout."""
+        return replace(
+            self,
+            **{
+                name: [numbers if row == rollout else old for row, old in enumerate(getattr(self, name))]
+                for name, numbers in of_actions.items()
+            },
+        )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """As `actors.critic_group.CriticGroup.update` takes them."""
+        return self.sequences, self.prompt_lengths, self.returns, self.old_values
+
+
+def make_rollouts(prompts: int, per_prompt: int = 3, seed: int = 0, longest: int = 24) -> Rollouts:
+    """Rollouts of very different lengths of prompts that several of them share; some responses are empty."""
+    rng = random.Random(seed)
+    sequences, prompt_lengths = [], []
+    for _ in range(prompts):
+        prompt = [rng.randrange(3, 300) for _ in range(rng.randint(1, longest))]
+        for sample in range(per_prompt):
+            shortest = 0 if sample == 1 else 1
+            sequences.append(prompt + [rng.randrange(3, 300) for _ in range(rng.randint(shortest, longest))])
+            prompt_lengths.append(len(prompt))
+    numbers = np.random.default_rng(seed)
+    counts = [len(ids) - length for ids, length in zip(sequences, prompt_lengths, strict=True)]
+    returns, old_values = ([numbers.normal(size=count).astype(np.float32) for count in counts] for _ in range(2))
+    return Rollouts(sequences, prompt_lengths, returns, old_values)
+
+
+def processes(group: RankGroup) -> list[psutil.Process]:
+    """The processes of a group's ranks."""
+    return [
+        psutil.Process(pid)
+        for pid in ray.get([rank.__ray_call__.remote(lambda _: os.getpid()) for rank in group._ranks])
+    ]
+
+
+def require_gone(ranks: list[psutil.Process]) -> None:
+    """Waits until the processes have ended."""
+    wait_until(
+        lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks),
+        f"the end of the processes {[rank.pid for rank in ranks]}",
+        GONE_TIMEOUT_S,
+    )
+
+
+@contextmanager
+def leaves_nothing() -> Iterator[None]:
+    """Waits, after the block, until no placement group and no actor is left that was not there before."""
+    groups, working = _placement_groups(), set(_worker_titles())
+    yield
+    _wait_for_none(lambda: _placement_groups() - groups, "placement groups")
+    _wait_for_none(lambda: _actor_processes(but=working), "actors")
+
+
+def _wait_for_none(left: Callable[[], set[Any]], what: str) -> None:
+    try:
+        wait_until(lambda: not left(), f"{what} to be removed", GONE_TIMEOUT_S)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; left: {left()}") from None
+
+
+def _placement_groups() -> set[str]:
+    return {name for name, entry in placement_group_table().items() if entry["state"] != "REMOVED"}
+
+
+def _actor_processes(but: set[int]) -> set[tuple[int, str]]:
+    """This session's actors, by pid and class, without the processes that did work before.
+
+    Those are told by their pid alone: a title read while its process changes it is not the actor's name.
+    """
+    return {(pid, title) for pid, title in _worker_titles().items() if pid not in but and title.startswith("ray::")}
+
+
+def _worker_titles() -> dict[int, str]:
+    """What this session's processes call themselves, by pid, without idle workers (any may become an actor)."""
+    titles = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            title = " ".join(process.cmdline()).partition(".")[0]
+            # Ray's own agents are called so too, once they have started.
+            if not title.startswith("ray::IDLE") and not title.endswith("Agent") and _is_ours(process):
+                titles[process.pid] = title
+    return titles
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    """Whether this process started it: by way of the raylet."""
+    return os.getpid() in [parent.pid for parent in process.parents()]
