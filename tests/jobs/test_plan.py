@@ -1,0 +1,152 @@
+"""A plan adds up, says what fits and what to change if it does not; cluster/README.md has the command's table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import plan as plan_job
+from jobs.plan import Plan, PlanJobConfig, Planner, markdown_table
+from jobs.plan_sizes import GPUS, SHAPES, NodeGroup, model_config, node_groups
+from rlhf_critic.errors import ConfigError
+from tests.jobs.test_bad_input import run
+
+TOP = Path(__file__).parents[2]
+README = TOP / "cluster" / "README.md"
+BEGIN, END = "<!-- plan:begin -->", "<!-- plan:end -->"
+CLUSTER = {
+    "max_workers": 12,
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "trainers": {"resources": {"CPU": 96, "GPU": 8}, "max_workers": 2},
+        "scorers": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 30},
+        "drivers": {"resources": {"CPU": 8}},
+    },
+}
+
+
+def plan_of(**options) -> Plan:
+    return Plan.of(PlanJobConfig(**options), [])
+
+
+@pytest.fixture
+def cluster(tmp_path) -> str:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(CLUSTER, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("0.1B", 134.5e6), ("0.5B", 494e6), ("8B", 7.5e9), ("70B", 69.5e9)])
+def test_known_sizes_are_those_of_the_models_they_are_named_after(size, parameters):
+    """As published; Llama-3.1 less its output layer of 128,256 rows, which a critic has not."""
+    assert Planner(PlanJobConfig(model=size)).count.parameters == pytest.approx(parameters, rel=0.005)
+
+
+def test_a_model_directory_and_its_config_file_count_what_the_model_has(tiny_model):
+    whole = Planner(PlanJobConfig(model=tiny_model)).count
+    assert whole == Planner(PlanJobConfig(model=f"{tiny_model}/config.json")).count
+    adapted = Planner(PlanJobConfig(model=tiny_model, lora_rank=2)).count
+    assert sum(adapted.frozen) == whole.parameters - 32  # all but the head
+    assert sum(adapted.trained) < adapted.parameters / 2
+
+
+def test_what_does_not_fit_fits_as_advised(monkeypatch, capsys):
+    arguments = ["--model", "8B", "--world-size", "8", "--zero-stage", "0", "--gpu", "l4", "--json"]
+    code, output, _ = run(plan_job.main, arguments, monkeypatch, capsys)
+    assert code == 0
+    found = json.loads(output)
+    assert not found["fits"]
+    assert found["memory"]["peak"] > 0.9 * found["gpu"]["memory"]
+    assert found["way_out"]
+    for way in found["way_out"]:
+        flags = way.split(" (")[0].split()
+        code, output, _ = run(plan_job.main, [*arguments, *flags], monkeypatch, capsys)
+        assert code == 0
+        assert json.loads(output)["fits"], way
+
+
+def test_the_smallest_stage_fits_and_the_one_below_does_not():
+    plan = plan_of(model="3B", world_size=8, zero_stage=3, gpu="l40s", gradient_checkpointing=True)
+    stage = plan.planner.smallest_stage(plan.config.setup)
+    assert stage in {1, 2, 3}
+    assert plan.planner.fits(plan.config.setup.changed(zero_stage=stage))
+    assert not plan.planner.fits(plan.config.setup.changed(zero_stage=stage - 1))
+    assert plan.fits
+    assert plan.way_out() == []
+
+
+def test_what_fits_nowhere_is_said_to():
+    plan = plan_of(model="70B", world_size=1024, zero_stage=3, gpu="l4", token_budget=1024, gradient_checkpointing=True)
+    assert plan.planner.enough_ranks(plan.config.setup) is None
+    tiny = Plan.of(PlanJobConfig(model="70B", world_size=1), [])
+    assert tiny.planner.smallest_stage(tiny.config.setup) is None
+
+
+def test_offloading_at_the_wrong_stage_is_refused():
+    with pytest.raises(ValueError, match="needs zero_stage 3"):
+        PlanJobConfig(zero_stage=2, offload_parameters=True)
+
+
+def test_nodes_are_counted_for_each_group_with_gpus(cluster, monkeypatch, capsys):
+    assert node_groups(cluster) == [NodeGroup("trainers", 8, 2), NodeGroup("scorers", 1, 12)]
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["--model", "1B", "--world-size", "17", "--cluster", cluster]
+    code, output, _ = run(plan_job.main, arguments, monkeypatch, capsys)
+    assert code == 0
+    rows = dict([cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if line.count("│") == 3)
+    assert rows["nodes of trainers (GPUs of each: 8)"] == "3, but max_workers allows 2"
+    assert rows["nodes of scorers (GPUs of each: 1)"] == "17, but max_workers allows 12"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "could be read in it"),
+        ("cluster_name: x", "could be read in it"),
+        (yaml.safe_dump({"available_node_types": {"head": {"resources": {"CPU": 1}}}}), "no node type has a GPU"),
+    ],
+)
+def test_a_cluster_file_without_gpus_is_refused(tmp_path, content, message):
+    path = tmp_path / "cluster.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        node_groups(str(path))
+
+
+def test_the_time_of_a_step_is_that_of_the_measured_or_the_assumed_rate():
+    options = {"model": "0.1B", "world_size": 16, "tokens_per_step": 80_000}
+    measured = plan_of(**options, tokens_per_second=1000)
+    assert measured.planner.step_seconds(measured.config.setup) == pytest.approx(5)
+    assumed = plan_of(**options, utilisation=0.5, gpu="h100", max_length=512)
+    multiplied = assumed.planner.count.parameters - 49_152 * 576
+    operations = 6 * multiplied + 6 * 30 * 576 * 512
+    expected = 80_000 * operations / (0.5 * 989e12 * 16)
+    assert assumed.planner.step_seconds(assumed.config.setup) == pytest.approx(expected)
+    assert assumed.to_dict()["step_seconds_are"] == "assumed"
+
+
+def test_it_neither_starts_nor_imports_ray():
+    code = "import sys, jobs.plan; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=TOP, check=False, timeout=120).returncode == 0
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no cluster/README.md")
+def test_the_table_in_the_cluster_guide_is_what_the_command_prints():
+    text = README.read_text(encoding="utf-8")
+    written = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    table = markdown_table(PlanJobConfig())
+    assert written == table, f"paste between {BEGIN} and {END}:\n{table}"
+
+
+def test_the_table_has_every_size():
+    rows = [
+        line.split(" |")[0][2:] for line in markdown_table(PlanJobConfig(gpu="l4")).splitlines() if line[0:1] == "|"
+    ]
+    assert rows[2:] == list(SHAPES)
+    assert {model_config(size).model_type for size in SHAPES} == {"llama", "qwen2"}
+    assert GPUS["l4"].memory == 24 * 10**9
