@@ -9,10 +9,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart ppo-demo test soak audit lint format clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 # The stamp is written only after a complete installation, so an interrupted one is simply continued.
 $(VENV)/.installed: pyproject.toml
@@ -26,6 +26,9 @@ install: $(VENV)/.installed ## Make .venv and install the project with its tests
 quickstart: $(VENV)/.installed ## Human ratings -> preferences -> a trained critic -> an export that plain transformers loads.
 	$(BIN)/python -m jobs.quickstart
 
+ppo-demo: $(VENV)/.installed ## A policy learns by PPO from the quickstart's critic (made first if need be), through real scorers.
+	$(BIN)/python -m jobs.ppo_demo
+
 lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,6 +36,17 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 
 test: lint ## Everything: lint, types, the whole test suite.
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.installed ## Ten minutes of training, serving and publishing together, with a kill every 15 s.
+	$(BIN)/python -m tests.soak
+
+# In an environment of its own, so that what it needs is not among what it judges. Strict: a package of which the service
+# knows nothing is a failure, or a mirror that has no such service would make everything look clean.
+audit: $(VENV)/.installed ## Known vulnerabilities of the installed packages; asks PyPI, so needs a network that has it.
+	$(PYTHON) -m venv .cache/audit
+	.cache/audit/bin/python -m pip install --progress-bar off --quiet 'pip-audit>=2.9,<3'
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > .cache/audit/requirements.txt
+	.cache/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .cache/audit/requirements.txt
 
 format: $(VENV)/.installed ## Rewrite the code in the house format.
 	$(BIN)/ruff check --fix .

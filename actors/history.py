@@ -1,6 +1,7 @@
 """Rank 0's record of a run: the metrics log, its copy in storage, the progress bar and, if asked for, W&B.
 
-Knows nothing of how a step is taken.
+Other ranks wait for this one in every step, so that what cannot be written is told where all can be told, when it is
+saved. Knows nothing of how a step is taken.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from ray.experimental import tqdm_ray
 from actors.run_directory import HistoryDirectory, resolve_run
 from rlhf_critic.config import TrainJobConfig
 from rlhf_critic.engine import StepMetrics
+from rlhf_critic.errors import CheckpointError
 from rlhf_critic.evaluation import Evaluation
 from rlhf_critic.metrics import MetricsLog
 
@@ -26,14 +28,19 @@ class History:
         self._log = MetricsLog(self._directory.local, step)
         self._bar = tqdm_ray.tqdm(desc="fitting", total=total, unit="step")
         self._bar.update(step)
+        self._failure: OSError | None = None
 
     def __enter__(self) -> History:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._log.close()
-        self._directory.close()
+    def __exit__(self, error: object, *_: object) -> None:
         self._bar.close()
+        try:
+            self._log.close()
+            self._directory.close()
+        except OSError:
+            if error is None:
+                raise
         if self._wandb:
             self._wandb.finish()
 
@@ -43,7 +50,6 @@ class History:
         self._write("train", metrics.step, {**values, "tokens_per_second": metrics.tokens / seconds})
         self._bar.set_description(f"fitting: loss {metrics.loss:.3f}, accuracy {metrics.accuracy:.2f}")
         self._bar.update(1)
-        self._directory.copy_up()
 
     def validated(self, step: int, evaluation: Evaluation) -> None:
         """Records a validation."""
@@ -55,14 +61,30 @@ class History:
         self._write("validation", step, means)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        self._log.write(kind, step, values)
+        try:
+            self._log.write(kind, step, values)
+            self._directory.copy_up()
+        except OSError as error:
+            self._failure = self._failure or error
         if self._wandb:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def save(self) -> None:
-        """Puts everything in storage."""
-        self._log.flush()
-        self._directory.copy_up(now=True)
+        """Puts everything in storage.
+
+        Raises:
+            CheckpointError: Something could not be written, now or before.
+        """
+        try:
+            self._log.flush()
+            self._directory.copy_up(now=True)
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure:
+            raise CheckpointError(
+                f"the history of the run could not be written: {self._failure}; the checkpoints before are whole. "
+                "Free some space, and go on with --resume"
+            ) from self._failure
 
 
 def _start_wandb(config: TrainJobConfig) -> Any:

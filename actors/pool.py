@@ -82,6 +82,18 @@ def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
 
 def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None) -> None:
     """Tells Serve to run the pool so; returns before it does."""
+    runtime_environment = _runtime_environment(config.use_gpu)
+    _apply(config.app, {**application(config, scorer, token_sha256), "runtime_env": runtime_environment})
+
+
+def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None) -> dict[str, Any]:
+    """The pool as Ray Serve's configuration has it, less what depends on who starts it.
+
+    Args:
+        config: What the user wants.
+        scorer: What replicas are told to serve.
+        token_sha256: See `actors.http_api.HttpSettings`.
+    """
     user_config = {
         "scorer": scorer.model_dump(mode="json"),
         "shards": config.shards,
@@ -118,16 +130,12 @@ def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | Non
         "deadline_s": config.deadline_s,
     }
     gateway = {"name": "Gateway", "user_config": {"http": http, "max_items": config.max_items}}
-    _apply(
-        config.app,
-        {
-            "name": config.app,
-            "route_prefix": route_of(config.app),
-            "import_path": "actors.serving:app",
-            "runtime_env": _runtime_environment(config.use_gpu),
-            "deployments": [replicas, gateway],
-        },
-    )
+    return {
+        "name": config.app,
+        "route_prefix": route_of(config.app),
+        "import_path": "actors.serving:app",
+        "deployments": [replicas, gateway],
+    }
 
 
 def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> str:
@@ -200,8 +208,8 @@ def stop(app: str) -> None:
     """
     if _deployed(app) is None:
         raise ConfigError(f"there is no pool {app!r} to stop")
+    remove_board(app)  # first: if this is killed in between, there still is a pool to be stopped, and not a board alone
     serve.delete(app)
-    remove_board(app)
 
 
 def is_running(app: str) -> bool:

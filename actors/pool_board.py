@@ -14,6 +14,8 @@ from ray.exceptions import RayError
 
 NAMESPACE = "rlhf-critic"
 CALL_TIMEOUT_S = 10.0
+# For what a pool keeps as long as it runs: an actor, even one without CPUs, keeps an autoscaler from taking its node.
+ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def board_of(app: str) -> Any:
         lifetime="detached",
         max_restarts=-1,
         num_cpus=0,
+        resources=ON_HEAD,
     ).remote()
 
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from actors.directories import directory_at
+from rlhf_critic.backbone import forward_micro_batches
 from rlhf_critic.batching import MicroBatch
 from rlhf_critic.checkpoint import CriticCard, load_critic, weights_digest
-from rlhf_critic.critic import forward_micro_batches
 from rlhf_critic.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.prefix_tree import TokenIds
@@ -89,7 +89,11 @@ class LocalCritic:
         """Computes one micro-batch; see `rlhf_critic.request_batcher.RequestBatcher`."""
         whole = [MicroBatch(tuple(range(len(sequences))))]
         ((_, output, tokens),) = forward_micro_batches(
-            self._critic, self._critic, sequences, whole, rewards_only, self._device
+            self._critic,
+            sequences,
+            whole,
+            lambda batch, _: self._critic(batch, rewards_only=rewards_only),
+            self._device,
         )
         rows = output.float().cpu().numpy()
         if rewards_only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from actors.ray_session import init_ray
 from rlhf_critic.errors import CriticError, ScorerFailed, ScorerUnavailable
 from rlhf_critic.scorer_client import ScorerClient
 from rlhf_critic.scoring import Item, Scores
@@ -41,12 +43,10 @@ class HandleTransport:
             response = self._handle.score.remote(items, values, version)
             answer: Scores | CriticError = await asyncio.wait_for(_answer(response), timeout_s)
         except asyncio.TimeoutError as error:
-            if response is not None:
-                response.cancel()
+            _take_back(response)
             raise ScorerUnavailable(f"no replica answered within {timeout_s:.1f} s") from error
         except asyncio.CancelledError:
-            if response is not None:
-                response.cancel()
+            _take_back(response)
             raise
         except RayTaskError as error:
             raise ScorerFailed(f"a scorer failed: {type(error.cause).__name__}: {error.cause}") from error
@@ -62,6 +62,13 @@ class HandleTransport:
         """A handle has nothing to close."""
 
 
+def _take_back(response: Any) -> None:
+    """Cancels a call for which nobody waits any more; that it failed meanwhile, as where its pool went, is no news."""
+    if response is not None:
+        with contextlib.suppress(RayError, RayServeException):
+            response.cancel()
+
+
 async def _answer(response: Any) -> Any:
     return await response
 
@@ -74,5 +81,5 @@ def connect(app: str = DEFAULT_APP, **options: Any) -> ScorerClient:
         **options: Of `rlhf_critic.scorer_client.ScorerClient`.
     """
     if not ray.is_initialized():
-        ray.init(logging_level="WARNING")
+        init_ray(logging_level="WARNING")
     return ScorerClient(HandleTransport(app), **options)

@@ -20,7 +20,8 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from actors.http_api import HttpSettings, build_app
-from actors.pool_board import ReplicaReport, board_of
+from actors.pool_board import ON_HEAD, ReplicaReport, board_of
+from actors.ray_session import listen_at_node_address
 from actors.scorer import Scorer, ScorerInfo
 from actors.scorer_handle import SCORER_DEPLOYMENT, HandleTransport
 from actors.scorer_metrics import ScorerMetrics
@@ -51,6 +52,7 @@ class ScorerReplica:
     """One replica: a `Scorer`, told by Serve what to serve."""
 
     def __init__(self) -> None:
+        listen_at_node_address()
         context = serve.get_replica_context()
         self._app, self._replica = context.app_name, context.replica_id.unique_id
         self._metrics = ScorerMetrics(self._app, self._replica)
@@ -145,7 +147,7 @@ def _http_app() -> Any:
 
 @serve.deployment(
     name="Gateway",
-    ray_actor_options={"num_cpus": 0},
+    ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},
     max_ongoing_requests=CONCURRENT_HTTP_CALLS,
     health_check_period_s=2,
     graceful_shutdown_wait_loop_s=0.5,
@@ -155,6 +157,7 @@ class Gateway:
     """The HTTP endpoints; a `actors.http_api.ScoringService`."""
 
     def __init__(self, scorers: DeploymentHandle) -> None:
+        listen_at_node_address()
         self._scorers = scorers
         self.settings = HttpSettings()
         self._max_items = 0

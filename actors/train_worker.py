@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import ray.train
@@ -25,13 +25,22 @@ from ray.experimental import tqdm_ray
 from ray.train import Checkpoint
 
 from actors.history import History
+from actors.run_directory import (
+    AGAIN,
+    checkpoint_name,
+    checkpoint_names,
+    remove_leftover,
+    require_space,
+    resolve_run,
+    size_of,
+)
 from rlhf_critic.batching import global_batch, steps_in
 from rlhf_critic.checkpoint import CriticCard, EncoderCard, read_card, verify_manifest, write_manifest
 from rlhf_critic.config import TrainConfig, TrainJobConfig
-from rlhf_critic.distributed import init_distributed
+from rlhf_critic.distributed import agree, init_distributed
 from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.engine import CriticEngine
-from rlhf_critic.errors import ConfigError, CriticError
+from rlhf_critic.errors import CheckpointError, ConfigError, CriticError
 from rlhf_critic.evaluation import Evaluation
 from rlhf_critic.preference_table import (
     EncodedPreferences,
@@ -87,12 +96,15 @@ class TrainOutcome:
         error: Why the run ended early: an error that another try would meet again. Ray Train would retry an exception,
             so such errors are returned instead of raised.
         steps: Optimizer steps done.
+        checkpoint: The name of the last one's directory. (Ray Train tells none that it did not see made: one whose
+            worker was lost before it was told, where that one was the last.)
         evaluation: Of the final critic on the validation data, where there is any.
         progress: How validation went.
     """
 
     error: CriticError | None = None
     steps: int = 0
+    checkpoint: str = ""
     evaluation: Evaluation | None = None
     progress: ValidationProgress = ValidationProgress()
 
@@ -149,20 +161,53 @@ class _TrainingRun:
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
         agree(lambda: WeightReader(config.model.path))
-        if self.is_main:
-            tqdm_ray.safe_print(str(self.data))
+        self._say(str(self.data))
         self.engine = CriticEngine.from_pretrained(self.data.encoder, config.model, config.train, self.total_steps)
         self.engine.refuse_unfit(self.data.train)
         self.progress = ValidationProgress()
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as directory:
-                agree(lambda: self._check_resumable(directory) if self.is_first_of_node else None)
-                self.engine.load(directory)
-                self.progress = ValidationProgress(**read_card(directory).training.get("progress", {}))
+        # Names that Ray Train has in its list, and will remove when their time has come.
+        self.listed = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints()}
+        self.newest = ""  # checkpoint of this run
+        self._resume()
 
-    def _check_resumable(self, directory: str) -> None:
-        verify_manifest(directory)
+    def _resume(self) -> None:
+        """Goes on from the newest checkpoint that is whole, whether or not Ray Train has heard of it.
+
+        Raises:
+            CheckpointError: Ray Train has heard of checkpoints, and none is whole.
+            ConfigError: The run began with other options or data.
+        """
+        damage: CheckpointError | None = None
+        not_whole = 0
+        filesystem, run_path = resolve_run(self.config.run.storage_path, self.config.run.name)
+        for name in _same_on_all_ranks(lambda: checkpoint_names(filesystem, run_path)):
+            with Checkpoint(f"{run_path}/{name}", filesystem).as_directory() as directory:
+                try:
+                    self._check_on_each_node(verify_manifest, directory)
+                except CheckpointError as error:
+                    # Any other is what an attempt left that was lost while it saved.
+                    damage = damage or (error if name in self.listed else None)
+                    not_whole += 1
+                    self._say(f"warning: {error}. Is there an earlier one?")
+                    continue
+                self._check_on_each_node(self._require_same_run, directory)
+                self.engine.load(directory)
+                self.newest = name
+                self.progress = ValidationProgress(**read_card(directory).training.get("progress", {}))
+                break
+        if not self.newest and damage:
+            raise damage
+        if not_whole:
+            self._say(f"going on from {self.newest or 'the start'}")
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            tqdm_ray.safe_print(text)
+
+    def _check_on_each_node(self, check: Callable[[str], None], directory: str) -> None:
+        agree(lambda: check(directory) if self.is_first_of_node else None)
+
+    def _require_same_run(self, directory: str) -> None:
         trained = read_card(directory).training
         changed = changed_options(TrainJobConfig.model_validate(trained["options"]), self.config)
         if changed:
@@ -200,12 +245,11 @@ class _TrainingRun:
                     if history:
                         history.validated(engine.step, evaluation)
                 if saves or self._gave_up():
-                    if history:
-                        history.save()
+                    agree(history.save if history else _nothing)
                     self._checkpoint(evaluation, is_last=is_last or self._gave_up())
         if evaluation is None and self.data.validation is not None:
             evaluation = engine.evaluate(self.data.validation)
-        return TrainOutcome(steps=engine.step, evaluation=evaluation, progress=self.progress)
+        return TrainOutcome(steps=engine.step, checkpoint=self.newest, evaluation=evaluation, progress=self.progress)
 
     def _gave_up(self) -> bool:
         patience = self.config.train.early_stopping_patience
@@ -233,16 +277,28 @@ class _TrainingRun:
                 "progress": asdict(self.progress),
             },
         )
-        directory = Path(_same_on_all_ranks(lambda: f"{tempfile.gettempdir()}/rlhf-critic-{uuid.uuid4().hex}"))
+        name_of_save = _same_on_all_ranks(lambda: f"rlhf-critic-{uuid.uuid4().hex}")
+        # Each node's own, even where nodes share a disk: one would remove what another still hands over.
+        directory = Path(tempfile.gettempdir()) / f"{name_of_save}-{self.context.get_node_rank()}"
+        stored = checkpoint_name(step)
+        while stored in self.listed:  # that one is damaged
+            stored += AGAIN
+        self.listed.add(stored)
+        run = resolve_run(self.config.run.storage_path, name)
         try:
+            if self.is_main:  # before the others, who wait for this rank in `save`
+                remove_leftover(*run, stored)
             self.engine.save(directory, self.data.encoder, card)
             checkpoint = None
             nodes = _number_of_nodes(self.context.get_node_rank())
             if self.is_first_of_node:
                 write_manifest(directory, self.context.get_node_rank(), nodes)
                 checkpoint = Checkpoint.from_directory(str(directory))
+            # Ray Train would try again, from the checkpoint before, and meet a full disk again.
+            agree(lambda: require_space(*run, nodes * size_of(directory)) if self.is_first_of_node else None)
             metrics = {"step": step, **({SCORE: evaluation.log_loss.mean} if evaluation else {})}
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:06d}")
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=stored)
+            self.newest = stored
         finally:
             if self.is_first_of_node:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -327,25 +383,6 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def agree(action: Callable[[], T]) -> T:
-    """Does something on this rank, then fails on all ranks if it failed on any, so that none waits for the lost.
-
-    Raises:
-        CriticError: What ``action`` raised on the lowest rank where it raised a `CriticError`.
-    """
-    result, error = None, None
-    try:
-        result = action()
-    except CriticError as raised:
-        error = raised
-    errors: list[CriticError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((raised for raised in errors if raised is not None), None)
-    if first is not None:
-        raise first
-    return cast(T, result)
-
-
 def _number_of_nodes(node_rank: int) -> int:
     """How many nodes the ranks are on; they may be spread unevenly."""
     node_ranks = [0] * dist.get_world_size()
@@ -353,7 +390,11 @@ def _number_of_nodes(node_rank: int) -> int:
     return len(set(node_ranks))
 
 
-def _same_on_all_ranks(make: Callable[[], str]) -> str:
+def _nothing() -> None:
+    """What a rank without a history does."""
+
+
+def _same_on_all_ranks(make: Callable[[], T]) -> T:
     """What ``make`` gives on rank 0."""
     shared = [make()]
     dist.broadcast_object_list(shared, src=0)

@@ -203,7 +203,9 @@ def main(options: Options) -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         critic = save_workload_critic(Path(directory), options.layers)
-        ray.init(num_cpus=2 * options.threads, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        ray.init(
+            "local", num_cpus=2 * options.threads, include_dashboard=False, logging_level="ERROR", log_to_driver=False
+        )
         port = free_port()
 
         def run_replicas(replicas: int, threads: int) -> str:

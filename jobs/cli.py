@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from rlhf_critic.errors import ConfigError, CriticError
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
 # Where Ray unpacks the working directory of a submitted job.
 RAY_PACKAGE_FOLDER = "working_dir_files"
 
@@ -31,6 +33,11 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
         sys.exit(EXIT_REFUSED)
     except also_expected as error:
         print(f"failed: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"failed: {error}. Free some space; a run that was begun goes on with --resume", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
 

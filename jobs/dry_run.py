@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from rich.table import Table
 from tqdm import tqdm
@@ -9,8 +11,10 @@ from tqdm import tqdm
 from actors.train_worker import load_data, total_steps
 from rlhf_critic.batching import global_batch, plan_micro_batches
 from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.factory import check_critic_model, require_positions
-from rlhf_critic.memory import shard_bytes
+from rlhf_critic.critic import Critic
+from rlhf_critic.factory import DTYPE_OF, check_critic_model, limit_training, require_positions
+from rlhf_critic.memory import ModelCount, activation_bytes, count_model, shard_memory
+from rlhf_critic.objective import needs_values
 from rlhf_critic.prefix_tree import PrefixTree
 
 SAMPLED_STEPS = 8
@@ -25,9 +29,12 @@ def plan_table(config: TrainJobConfig) -> Table:
     data = load_data(config)
     model = check_critic_model(config.model.path, data.encoder.tokenizer, config.model.num_layers)
     require_positions(model, data.encoder.max_length)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
     options = config.train
+    critic = Critic(model, prefix_tree=config.model.prefix_tree)
+    limit_training(critic, config.model, options.seed)
+    critic.to(DTYPE_OF[config.model.dtype])
+    count = count_model(critic)
     steps = total_steps(len(data.train), options)
     tokens, computed, micro_batches = [], [], []
     for step in tqdm(np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int)), desc="planning", disable=None):
@@ -41,7 +48,6 @@ def plan_table(config: TrainJobConfig) -> Table:
     table = Table(title=f"plan of {config.run.name}: nothing was started", title_justify="left")
     table.add_column("what")
     table.add_column("how much", overflow="fold")
-    held = shard_bytes(parameters, config.model, options, config.run.num_workers)
     budget = f"{np.mean(micro_batches):.1f} of each rank" if micro_batches else "found by a probe at the start"
     for what, amount in (
         ("data", str(data)),
@@ -49,9 +55,30 @@ def plan_table(config: TrainJobConfig) -> Table:
         ("tokens of a step", f"{np.mean(tokens):,.0f}"),
         ("  different ones, if computed together", f"{np.mean(computed):,.0f}"),
         ("micro-batches of a step", budget),
-        ("parameters", f"{parameters:,}, of which embedding {embedding:,}"),
+        ("parameters", f"{count.parameters:,}, of which embedding {embedding:,}, trained {sum(count.trained):,}"),
         ("shards", f"{config.run.num_workers}, ZeRO-{options.zero_stage}, {config.model.dtype}"),
-        ("memory of a shard (calculated)", f"{held / 1e9:.2f} GB if all is trained, without activations and buckets"),
+        *_memory(config, critic, count, data.encoder.max_length),
     ):
         table.add_row(what, amount)
     return table
+
+
+def _memory(config: TrainJobConfig, critic: Critic, count: ModelCount, length: int) -> Iterator[tuple[str, str]]:
+    """What `rlhf_critic.memory` calculates of it; a budget that a probe will find is taken to be one sequence."""
+    options = config.train
+    tokens = length if options.token_budget == "auto" else options.token_budget
+    kept = activation_bytes(
+        critic,
+        tokens,
+        length,
+        gradient_checkpointing=options.gradient_checkpointing,
+        rewards_only=not needs_values(options),
+    )
+    memory = shard_memory(count, config.model, options, config.run.num_workers, kept)
+    yield (
+        "memory of a shard (calculated)",
+        f"{memory.peak / 1e9:.2f} GB at most: {memory.states / 1e9:.2f} of parameters, gradients and optimizer, "
+        f"{kept / 1e9:.2f} of activations of {tokens:,} tokens, the rest buffers",
+    )
+    if memory.host:
+        yield "  beside it in the memory of the CPUs", f"{memory.host / 1e9:.2f} GB"

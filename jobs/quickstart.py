@@ -18,7 +18,7 @@ from rich.table import Table
 from actors.run_directory import resolve_run, run_exists
 from jobs.cli import run_job
 from jobs.quickstart_data import QuickstartError, bring_model, bring_preferences
-from jobs.train import train
+from jobs.train import checkpoint_of, train
 from rlhf_critic.checkpoint import CriticCard, export_critic, load_critic, read_card
 from rlhf_critic.config import TrainJobConfig, load_config_file
 from rlhf_critic.critic import score_sequences
@@ -47,7 +47,7 @@ def main() -> None:
     if not export.exists():
         resume = run_exists(*resolve_run(config.run.storage_path, config.run.name))
         result = train(config.model_copy(update={"resume": resume}))
-        export_critic(result.checkpoint.path, export, auto_map=True)
+        export_critic(checkpoint_of(config, result), export, auto_map=True)
         ray.shutdown()
     show(console, export)
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from actors.directories import directory_at
 from actors.part_scorer import PartScorer, Work, added_fields, json_line, read_rewards, schema_of
+from actors.ray_session import init_ray
 from actors.scorer import version_name
 from jobs.cli import refuse_in_package, run_job
 from rlhf_critic.checkpoint import check_critic, weights_digest, write_text_atomically
@@ -194,7 +195,7 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
 
 def _score_parts(missing: list[int], rows: int, work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
     if not ray.is_initialized():
-        ray.init(logging_level="WARNING")
+        init_ray(logging_level="WARNING")
     to_do = sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing)
     with tqdm(total=rows, initial=rows - to_do, desc="scoring", unit="row", disable=None) as bar:
         try:

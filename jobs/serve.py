@@ -18,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 from rich.console import Console
 
 from actors import pool
+from actors.ray_session import address_to_join, init_ray
 from jobs.cli import run_job
 from rlhf_critic.config import parse_command_line
 from rlhf_critic.errors import ConfigError
@@ -56,15 +57,17 @@ def join_ray(may_start: bool) -> bool:
     """
     if ray.is_initialized():
         return False
-    try:
-        ray.init(address="auto", logging_level="WARNING", log_to_driver=False)
-    except ConnectionError as error:
-        if not may_start:
-            raise ConfigError(
-                "there is no Ray cluster to join here: set RAY_ADDRESS, or submit this as a job to the pool's cluster"
-            ) from error
-        ray.init(logging_level="WARNING", log_to_driver=False)
+    address = address_to_join()
+    if address is None and may_start:
+        init_ray(address="local", logging_level="WARNING", log_to_driver=False)
         return True
+    try:
+        # A pool that runs alone has a Ray that nobody else knows of; Ray finds it among the processes of this machine.
+        init_ray(address=address or "auto", logging_level="WARNING", log_to_driver=False)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster could be joined ({error}): set RAY_ADDRESS, or submit this as a job to the pool's cluster"
+        ) from error
     return False
 
 

@@ -8,24 +8,33 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
-from actors.run_directory import absolute_storage_path, resolve_run, run_exists
+from actors.ray_session import init_ray
+from actors.run_directory import absolute_storage_path, remove_broken_list, resolve_run, run_exists
+from actors.train_backend import PrivateTorchConfig
 from actors.train_worker import SCORE, TrainOutcome, train_loop
-from jobs.cli import refuse_in_package, run_job
+from jobs.cli import FULL, refuse_in_package, run_job
 from jobs.dry_run import plan_table
+from jobs.run_lock import lock_run
 from rlhf_critic.config import TrainJobConfig, parse_command_line
-from rlhf_critic.errors import ConfigError, PlacementError
+from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 from rlhf_critic.sources import is_local_source
+
+# Ray Train decides on the size of an elastic group by what it saw up to 20 s before (the period of its autoscaling
+# coordinator), and so may wait for a node that is gone; after so many seconds it decides again.
+ELASTIC_START_TIMEOUT_S = 60.0
+GROW_EVERY_S = 60.0  # how often an elastic group looks whether it can grow
 
 
 def main() -> None:
@@ -43,9 +52,7 @@ def main() -> None:
 def report(config: TrainJobConfig, result: Result) -> str:
     """Says how a run ended; returns where its last checkpoint is."""
     outcome: TrainOutcome = result.return_value
-    run = with_absolute_paths(config).run
-    directory = f"{run.storage_path}/{run.name}"
-    checkpoint = f"{directory}/{Path(result.checkpoint.path).name}"
+    checkpoint = checkpoint_of(config, result)
     print(f"\nfitted {outcome.steps} steps; the critic is in {checkpoint}")
     if outcome.evaluation:
         print(
@@ -57,6 +64,12 @@ def report(config: TrainJobConfig, result: Result) -> str:
             f"{outcome.progress.best_step}"
         )
     return checkpoint
+
+
+def checkpoint_of(config: TrainJobConfig, result: Result) -> str:
+    """Where a run's last checkpoint is, a path or URI."""
+    run = with_absolute_paths(config).run
+    return f"{run.storage_path}/{run.name}/{result.return_value.checkpoint}"
 
 
 def compare_seeds(config: TrainJobConfig) -> Table:
@@ -98,10 +111,11 @@ def train(config: TrainJobConfig) -> Result:
     """Runs a training job to its end.
 
     Returns:
-        Ray Train's result: ``checkpoint`` is the last one, ``return_value`` a `TrainOutcome`.
+        Ray Train's result, whose ``return_value`` is a `TrainOutcome`.
 
     Raises:
-        CriticError: The options, the data or the model are wrong, or the loss became NaN.
+        CriticError: The options, the data or the model are wrong, another job works on the run, no checkpoint of it is
+            whole, there is no room for the next, or the loss became NaN.
         PlacementError: The workers could not be placed in time.
         TrainingFailedError: Workers were lost more often than ``run.max_failures``.
     """
@@ -110,6 +124,11 @@ def train(config: TrainJobConfig) -> Result:
     if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
     config = with_absolute_paths(config)
+    with lock_run(config.run.storage_path, config.run.name):
+        return _train(config)
+
+
+def _train(config: TrainJobConfig) -> Result:
     run = config.run
     exists = run_exists(*resolve_run(run.storage_path, run.name))
     if exists and not config.resume:
@@ -117,31 +136,39 @@ def train(config: TrainJobConfig) -> Result:
             f"there is a run named {run.name!r} in {run.storage_path}: continue it with --resume, or choose another "
             "--run.name"
         )
+    remove_broken_list(*resolve_run(run.storage_path, run.name))
     if config.resume and not exists:
         print(f"there is no run named {run.name!r} in {run.storage_path} yet: starting it")
     # Ray Train's own limit is a minute, after which it tries again without end; an autoscaler needs longer, and a
     # user wants to be told.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(run.start_timeout_s)
+    is_elastic = run.min_workers is not None
+    try_s = min(run.start_timeout_s, ELASTIC_START_TIMEOUT_S) if is_elastic else run.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(try_s)
     # Train's wrapper around print() would tear the lines apart that the progress bar travels in.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     worker_environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}
     if not run.use_gpu:
         worker_environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"] = "cpu"
     if not ray.is_initialized():
-        ray.init(logging_level="WARNING")
+        init_ray(logging_level="WARNING")
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=config.model_dump(mode="json"),
-        torch_config=TorchConfig(backend="nccl" if run.use_gpu else "gloo"),
+        torch_config=PrivateTorchConfig(backend="nccl" if run.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=run.num_workers,
+            num_workers=(run.min_workers, run.num_workers) if is_elastic else run.num_workers,
+            elastic_resize_monitor_interval_s=GROW_EVERY_S,
             use_gpu=run.use_gpu,
             resources_per_worker={"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=run.name,
             storage_path=run.storage_path,
-            failure_config=FailureConfig(max_failures=run.max_failures, controller_failure_limit=0),
+            failure_config=FailureConfig(
+                max_failures=run.max_failures,
+                # Every lost worker may cost a try to place more workers than there is room for.
+                controller_failure_limit=run.max_failures + ceil(run.start_timeout_s / try_s) if is_elastic else 0,
+            ),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=run.keep_checkpoints,
                 checkpoint_score_attribute=SCORE if run.keep == "best" else None,
@@ -151,12 +178,24 @@ def train(config: TrainJobConfig) -> Result:
             worker_runtime_env={"env_vars": worker_environment},
         ),
     )
-    try:
-        result = trainer.fit()
-    except ControllerError as error:
-        if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            raise PlacementError(_why_not_placed(config)) from error
-        raise
+    failures = 0
+    while True:
+        try:
+            result = trainer.fit()
+            break
+        except ControllerError as error:
+            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                raise PlacementError(_why_not_placed(config)) from error
+            if getattr(error.controller_failure, "errno", None) in FULL:
+                raise CheckpointError(
+                    f"{run.storage_path}: {error.controller_failure}; the checkpoints of the run {run.name!r} are "
+                    "whole. Free some space, and go on with --resume"
+                ) from error
+            # Ray Train replaces workers that it loses later; one that dies while they start ends the whole attempt.
+            failures += 1
+            if failures > run.max_failures:
+                raise
+            print(f"workers were lost while they started: starting again ({failures} of {run.max_failures})")
     outcome = result.return_value
     if outcome.error is not None:
         raise outcome.error

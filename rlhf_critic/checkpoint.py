@@ -23,18 +23,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import AutoConfig
 
 from rlhf_critic import modeling
 from rlhf_critic.critic import Critic
 from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.factory import HEAD_NAME, check_critic_model, create_critic_model
+from rlhf_critic.factory import HEAD_NAME, check_critic_model, create_critic_model, load_config
 from rlhf_critic.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
-EARLIER = "Start a new run from an earlier one: --model.path RUN/step-N"
+OTHERWISE = "Take another checkpoint of the run, or another copy of this one"
 MANIFEST_PATTERN = "manifest-{node}-of-{nodes}.json"
 
 
@@ -160,6 +159,7 @@ def load_critic(directory: str | Path) -> LoadedCritic:
     Raises:
         CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was fitted with.
     """
+    verify_critic(directory)
     card = read_card(directory)
     encoder = load_encoder(directory, card)
     critic = create_critic_model(
@@ -169,7 +169,7 @@ def load_critic(directory: str | Path) -> LoadedCritic:
         card.num_padding_at_beginning,
         rlhf_training=True,
         disable_dropout=True,
-        dtype=AutoConfig.from_pretrained(directory).dtype,
+        dtype=load_config(str(directory)).dtype,
         weights=WeightReader(str(directory), safetensors_only=True),
     )
     return LoadedCritic(critic.eval(), encoder, card)
@@ -179,9 +179,10 @@ def check_critic(directory: str | Path) -> CriticCard:
     """Checks a critic directory without loading its body: what can be known of it on a machine that is too small.
 
     Raises:
-        CheckpointError: A file is missing or cut short, the weights are no safetensors or do not fit the config, the
+        CheckpointError: A file is missing or damaged, the weights are no safetensors or do not fit the config, the
             tokenizer is not the one it was fitted with, or the head is NaN or infinite.
     """
+    verify_critic(directory)
     card = read_card(directory)
     encoder = load_encoder(directory, card)
     reader = WeightReader(str(directory), safetensors_only=True)
@@ -257,6 +258,7 @@ def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> Critic
         WeightReader(str(building))  # refuses a file that was cut short
         if auto_map:
             add_auto_map(building)
+        write_manifest(building, 0, 1)
     return card
 
 
@@ -290,23 +292,22 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     """A directory that appears at ``path`` when the block ends well, and never otherwise.
 
     Raises:
-        CheckpointError: There is something at ``path`` already, or the disk is full.
+        CheckpointError: There is something at ``path`` already, or it cannot be written.
     """
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path} exists already; give a new directory or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
-        yield building
-        building.chmod(0o755)
-        os.rename(building, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", ignore_cleanup_errors=True) as name:
+            building = Path(name)
+            yield building
+            building.chmod(0o755)
+            os.rename(building, path)
     except OSError as error:
         raise CheckpointError(
             f"{path}: could not be written ({error}); nothing was left there. Free some space, or give another place"
         ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -316,12 +317,19 @@ def write_text_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_manifest(directory: str | Path, node: int, nodes: int) -> None:
-    """Records the size and CRC-32 of every file this node wrote into a checkpoint; the last thing to be written."""
+def write_manifest(directory: str | Path, node: int, nodes: int, pattern: str = "**/*") -> None:
+    """Records the size and CRC-32 of every file this node wrote into a checkpoint; the last thing to be written.
+
+    Args:
+        directory: The checkpoint.
+        node: Number of this node.
+        nodes: How many write a manifest.
+        pattern: Of the files to record; what has a manifest of its own need not be read again.
+    """
     directory = Path(directory)
     files = {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-        for path in sorted(directory.rglob("*"))
+        for path in sorted(directory.glob(pattern))
         if path.is_file()
     }
     write_text_atomically(directory / MANIFEST_PATTERN.format(node=node, nodes=nodes), json.dumps(files, indent=1))
@@ -331,22 +339,54 @@ def verify_manifest(directory: str | Path) -> None:
     """Checks a checkpoint against its manifests.
 
     Raises:
-        CheckpointError: A manifest is missing, or a file is missing, cut short or changed.
+        CheckpointError: A manifest is missing or damaged, or a file is missing, cut short or changed.
     """
     directory = Path(directory)
-    manifests = sorted(directory.glob(MANIFEST_PATTERN.format(node="*", nodes="*")))
-    nodes = int(manifests[0].stem.rsplit("-", 1)[1]) if manifests else 1
+    manifests, nodes = _manifests(directory)
     if len(manifests) != nodes:
         raise CheckpointError(
-            f"{directory}: {len(manifests)} of {nodes} manifests: this checkpoint was not written whole"
+            f"{directory}: {len(manifests)} of {nodes} manifests: this checkpoint was not written whole. {OTHERWISE}"
         )
     for manifest in manifests:
-        for name, recorded in json.loads(manifest.read_text(encoding="utf-8")).items():
-            path = directory / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing; this checkpoint is not whole. {EARLIER}")
-            if path.stat().st_size != recorded["bytes"] or _crc32(path) != recorded["crc32"]:
-                raise CheckpointError(f"{path}: damaged (size or checksum differs). {EARLIER}")
+        _verify_files(directory, _read_manifest(manifest))
+
+
+def verify_critic(directory: str | Path) -> None:
+    """Checks what scoring reads (all but the state that a run resumes from) against the manifests, where there are any.
+
+    Raises:
+        CheckpointError: A manifest is damaged, or a file is missing, cut short or changed.
+    """
+    directory = Path(directory)
+    for manifest in _manifests(directory)[0]:
+        files = _read_manifest(manifest)
+        _verify_files(directory, {name: files[name] for name in files if not name.startswith(f"{RESUME_FOLDER}/")})
+
+
+def _manifests(directory: Path) -> tuple[list[Path], int]:
+    """The manifests that are there, and how many there should be."""
+    found = sorted(directory.glob(MANIFEST_PATTERN.format(node="*", nodes="*")))
+    return found, int(found[0].stem.rsplit("-", 1)[1]) if found else 1
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of each file."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))
+        return {name: (recorded["bytes"], recorded["crc32"]) for name, recorded in files.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged (no manifest: {error}). {OTHERWISE}") from error
+
+
+def _verify_files(directory: Path, files: dict[str, tuple[int, int]]) -> None:
+    for name, (size, checksum) in files.items():
+        path = directory / name
+        try:
+            whole = path.stat().st_size == size and _crc32(path) == checksum
+        except OSError as error:
+            raise CheckpointError(f"{path}: missing, or not to be read ({error}). {OTHERWISE}") from error
+        if not whole:
+            raise CheckpointError(f"{path}: damaged (size or checksum differs). {OTHERWISE}")
 
 
 def _crc32(path: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -31,6 +33,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+# USER:PASSWORD@ of any URI, and what Arrow's file systems take as parameters.
+SECRET_IN_URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#\s]*:[^/?#\s]*@|.*[?&](?:access|secret)_key=)")
 
 
 class Section(BaseModel):
@@ -38,9 +42,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _no_secret(cls, value: Any, info: ValidationInfo) -> Any:
+        """Options are written into checkpoints, histories and logs, so no secret may be among them."""
+        texts = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+        if any(isinstance(text, str) and SECRET_IN_URI.search(text) for text in texts):
+            # Not a ValueError, with which pydantic would show the value.
+            raise ConfigError(
+                f"{info.field_name}: a URI with a password or key in it, which would be written into checkpoints and "
+                "logs: leave it out, and give it by the environment, as the storage's own tools take it "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+            )
+        return value
 
-class ModelConfig(Section):
-    """The base model and how the critic is made of it."""
+
+class BodyConfig(Section):
+    """A base model and how much of it is used."""
 
     path: str = Field("", description="Base model: a Hugging Face directory or hub id (required).")
     num_layers: PositiveInt | None = Field(None, description="Keep only the first layers of the body; None keeps all.")
@@ -48,10 +66,9 @@ class ModelConfig(Section):
         0, description="Leave the embeddings and this many of the first layers as they are; 0 trains everything."
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of parameters and activations. The head is computed in float32 all the same."
+        "float32",
+        description="Of parameters and activations. Values, rewards and log-probabilities are float32 all the same.",
     )
-    head_init: Literal["normal", "zero"] = Field("normal", description="New head: N(0, 1/sqrt(hidden + 1)) or zero.")
-    disable_dropout: bool = Field(True, description="Set every dropout probability to 0, as rewards want.")
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
         description="Attention kernel of transformers; auto is sdpa where the family has it, else eager. "
@@ -60,6 +77,13 @@ class ModelConfig(Section):
     prefix_tree: bool = Field(
         True, description="Compute what sequences share at their beginning once; off pads instead. Same results."
     )
+
+
+class ModelConfig(BodyConfig):
+    """The base model and how the critic is made of it."""
+
+    head_init: Literal["normal", "zero"] = Field("normal", description="New head: N(0, 1/sqrt(hidden + 1)) or zero.")
+    disable_dropout: bool = Field(True, description="Set every dropout probability to 0, as rewards want.")
     lora_rank: NonNegativeInt = Field(
         0,
         description="Fit low-rank adapters of this rank and the head instead of all weights (needs peft: "
@@ -137,14 +161,9 @@ class DataConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """The optimization."""
+class OptimizerConfig(Section):
+    """AdamW, its schedule and how DeepSpeed shards them."""
 
-    global_batch_size: PositiveInt = Field(64, description="Preferences per optimizer step, over all ranks together.")
-    epochs: PositiveFloat = Field(1.0, description="How often each preference is seen; fractions are fine.")
-    max_steps: PositiveInt | None = Field(
-        None, description="Stop after this many optimizer steps, whatever epochs say."
-    )
     learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_fraction: Fraction = Field(0.05, description="Fraction of all steps over which the rate rises from 0.")
@@ -165,6 +184,30 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="What DeepSpeed shards: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."
     )
+    offload_optimizer: bool = Field(
+        False, description="Keep the optimizer's state in the memory of the CPUs; needs zero_stage 1 to 3."
+    )
+    offload_parameters: bool = Field(
+        False, description="Keep parameters in the memory of the CPUs until they are used; needs zero_stage 3."
+    )
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self) -> OptimizerConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        return self
+
+
+class TrainConfig(OptimizerConfig):
+    """The optimization."""
+
+    global_batch_size: PositiveInt = Field(64, description="Preferences per optimizer step, over all ranks together.")
+    epochs: PositiveFloat = Field(1.0, description="How often each preference is seen; fractions are fine.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Stop after this many optimizer steps, whatever epochs say."
+    )
     loss: Literal["sequence", "per_token"] = Field(
         "sequence",
         description="sequence compares rewards (Bradley-Terry; Plackett-Luce for rankings); per_token compares values "
@@ -180,12 +223,6 @@ class TrainConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="The share of judgements taken to be the wrong way round."
     )
-    offload_optimizer: bool = Field(
-        False, description="Keep the optimizer's state in the memory of the CPUs; needs zero_stage 1 to 3."
-    )
-    offload_parameters: bool = Field(
-        False, description="Keep parameters in the memory of the CPUs until they are used; needs zero_stage 3."
-    )
     early_stopping_patience: NonNegativeInt = Field(
         0, description="Stop after this many validations in a row without a lower log-loss; 0 goes on to the end."
     )
@@ -200,10 +237,6 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("train.offload_optimizer needs train.zero_stage 1, 2 or 3")
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError("train.offload_parameters needs train.zero_stage 3")
         if self.loss == "per_token" and self.margin_scale:
             raise ValueError("train.margin_scale is defined for train.loss sequence, not for per_token: set it to 0")
         if self.early_stopping_patience and not self.validate_every:
@@ -216,7 +249,16 @@ class RunConfig(Section):
 
     name: str = Field("critic", description="Name of the run; its directory is STORAGE_PATH/NAME.")
     storage_path: str = Field("runs", description="Local path, shared path or URI (s3://, gs://) for checkpoints.")
-    num_workers: PositiveInt = Field(1, description="Ray Train workers, each holding one shard of the critic.")
+    num_workers: PositiveInt = Field(
+        1,
+        description="Ray Train workers, each holding one shard of the critic; a resumed run may have another number.",
+    )
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="Fewest workers to go on with when nodes go; up to num_workers when they come (Ray Train's elastic "
+        "training). Each change goes back to the last checkpoint. Only where nothing else uses those nodes: Ray Train "
+        "counts what they have, not what is free. None keeps num_workers.",
+    )
     use_gpu: bool = Field(False, description="One GPU per worker and NCCL, instead of CPUs and Gloo.")
     cpus_per_worker: PositiveInt = Field(
         1, description="CPUs that Ray reserves per worker, and torch threads if no GPU."
@@ -241,6 +283,12 @@ class RunConfig(Section):
         if not name or name in {".", ".."} or any(character in name for character in "/\\"):
             raise ValueError("must be a single directory name")
         return name
+
+    @model_validator(mode="after")
+    def _fewest_and_most(self) -> RunConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError("run.min_workers is more than run.num_workers")
+        return self
 
 
 class TrainJobConfig(Section):

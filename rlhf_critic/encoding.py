@@ -35,6 +35,7 @@ AUTO_TEMPLATE = "auto"
 PLAIN_TEMPLATE_NAME = "plain"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
 # A template that asks for today's date would give another reward tomorrow: it gets this one, for ever.
+RESPONSE_MARK = "\u2402"  # a visible symbol, which no template strips
 PINNED_DATE_MACRO = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 
 
@@ -57,7 +58,9 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         EncodingError: There is no tokenizer, it is not a fast one, it has no EOS, or the template cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="right", truncation_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, padding_side="right", truncation_side="left", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise EncodingError(f"no tokenizer could be loaded from {name_or_path!r}: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -177,8 +180,15 @@ class Encoder:
     @cached_property
     def ending(self) -> str:
         """What the chat template puts after the last response, such as the EOS token."""
-        mark = "\u2402"  # a visible symbol, which no template strips
-        return self.render("", mark).rpartition(mark)[2]
+        return self.render("", RESPONSE_MARK).rpartition(RESPONSE_MARK)[2]
+
+    def open(self, prompt: Prompt) -> str:
+        """What comes before a response: the text that a policy goes on from, so that its tokens are the critic's.
+
+        Raises:
+            EncodingError: The template refuses the prompt.
+        """
+        return self.render(prompt, RESPONSE_MARK).rpartition(RESPONSE_MARK)[0]
 
     def without_ending(self, text: str) -> str:
         """A text without pad tokens, EOS tokens and the template's ending at its end.
@@ -219,3 +229,24 @@ class Encoder:
         }
         canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def require_same_ids(policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
+    """Checks that a policy's token ids mean the same to a critic, which is to give values at the policy's tokens.
+
+    The pad token may differ: it is never read.
+
+    Raises:
+        EncodingError: Names a token that differs.
+    """
+    pads = {policy.pad_token, critic.pad_token}  # that of the one may be an ordinary token of the other
+    entries = policy.get_vocab().items() ^ critic.get_vocab().items()
+    differing = sorted((entry for entry in entries if entry[0] not in pads), key=lambda entry: entry[1])
+    if differing:
+        token, index = differing[0]
+        raise EncodingError(
+            f"the policy's tokenizer is not the critic's: {len(differing)} entries differ, such as {token!r} with the "
+            f"id {index}. Values stand at the policy's tokens, so the critic must read the same ids: start it from the "
+            "policy (leave critic.model.path empty) or from a model of the policy's family. Scorers read texts and may "
+            "be of any family"
+        )

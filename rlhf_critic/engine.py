@@ -1,4 +1,4 @@
-"""One rank's DeepSpeed engine around the critic: train, score, save, load.
+"""One rank's DeepSpeed engine around the critic: fit it to preferences or returns, score, save, load.
 
 Every method is collective: all ranks call it with the same arguments, in the same order, and get the same result.
 Which rank computes what is decided inside, so a caller cannot make ranks disagree. The caller initialises
@@ -9,43 +9,28 @@ Shape legend: P preferences of a micro-batch, G of a global batch, S sequences.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from math import isfinite
 from pathlib import Path
-from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
-from transformers import get_scheduler
+from numpy.typing import NDArray
 
-from rlhf_critic.adapters import add_adapters
-from rlhf_critic.batching import plan_micro_batches
-from rlhf_critic.checkpoint import RESUME_FOLDER, CriticCard, save_critic, write_text_atomically
+from rlhf_critic.actions import Actions, check_rollouts, with_actions
+from rlhf_critic.checkpoint import CriticCard, save_critic
 from rlhf_critic.config import ModelConfig, TrainConfig
 from rlhf_critic.critic import Critic
 from rlhf_critic.encoding import Encoder
-from rlhf_critic.errors import CheckpointError, DataError, NonFiniteLossError
+from rlhf_critic.errors import DataError, NonFiniteLossError
 from rlhf_critic.evaluation import Evaluation, evaluate_rewards
-from rlhf_critic.factory import DTYPE_OF, create_critic_model, freeze_first_layers, require_positions
+from rlhf_critic.factory import DTYPE_OF, create_critic_model, limit_training, require_positions
 from rlhf_critic.inference import InferenceEngine
 from rlhf_critic.objective import judge, needs_values
 from rlhf_critic.preference_table import EncodedPreferences
-from rlhf_critic.prefix_tree import IntArray
-from rlhf_critic.token_budget import ActivationMeter, Measurement, probe_token_budget
-from rlhf_critic.weights import full_shape
-
-STATE_NAME = "engine.json"
-STATE_TAG = "state"
-PROBE_LENGTH = 128  # tokens of each sequence in the probe of the token budget
+from rlhf_critic.prefix_tree import IntArray, TokenIds
+from rlhf_critic.rl import clipped_value_loss
+from rlhf_critic.training import Batch, MicroBatchLoss, TrainingEngine, deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -75,76 +60,67 @@ class StepMetrics:
     micro_batches: int
 
 
-def deepspeed_config(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration for our options.
+@dataclass(frozen=True)
+class ValueMetrics:
+    """What one optimizer step on values did, over all ranks.
 
-    The engine decides itself when a step ends (`CriticEngine.train_step`), so DeepSpeed is told that every micro-batch
-    is a batch.
+    Attributes:
+        step: Steps done, this one included.
+        loss: Mean value loss of the actions, before the step.
+        clip_fraction: Share of the actions whose loss was the clipped one.
+        grad_norm: Global gradient norm before clipping.
+        learning_rate: The rate the step was taken with.
+        tokens: Tokens of all rollouts.
+        computed_tokens: Tokens computed for them: what is shared once, padding and dummies included.
     """
-    zero: dict[str, Any] = {
-        "stage": train.zero_stage,
-        # DeepSpeed's default bucket is 500 million elements, which ZeRO-3 sets aside before it has anything to reduce.
-        "reduce_bucket_size": 20_000_000,
-    }
-    if train.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if train.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": train.max_grad_norm,
-        "zero_optimization": zero,
-        # Ours is torch's fused AdamW, on CPUs too; DeepSpeed's own would have to be compiled first.
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": model.dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-    }
+
+    step: int
+    loss: float
+    clip_fraction: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    computed_tokens: int
 
 
 class CriticEngine(InferenceEngine):
     """A critic, its optimizer and its schedule, sharded by DeepSpeed over the ranks of ``torch.distributed``.
 
     Args:
-        critic: Built with the ``ds_config`` of the same options (under ZeRO-3 it is partitioned already).
+        critic: Built with the ``deepspeed_config`` of the same options (under ZeRO-3 it is partitioned already).
         model: Options of the model.
         train: Options of the optimization.
         total_steps: Optimizer steps of the whole run; the schedule ends there.
+
+    Attributes:
+        training: The optimizer's side of the engine.
     """
 
     def __init__(self, critic: Critic, model: ModelConfig, train: TrainConfig, total_steps: int) -> None:
         self.options = train
-        self.step = 0
-        self._embedding_gradient: EmbeddingGradient | None = None
-        if train.gradient_checkpointing:
-            critic.model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW(
-            parameter_groups(critic, train.weight_decay),
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-            fused=True,  # one pass over memory instead of six
+        self.training = TrainingEngine(
+            critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum()
         )
-        engine, *_ = deepspeed.initialize(
-            model=critic,
-            optimizer=optimizer,
-            lr_scheduler=lambda wrapped: _schedule(wrapped, train, total_steps),
-            config=deepspeed_config(model, train),
-        )
-        super().__init__(critic, engine, token_budget=0)  # see `token_budget`
-        if self.world_size == 1 and train.zero_stage == 0:
-            # DeepSpeed would flatten all gradients, reduce them over one rank and copy them back.
-            self._engine.enable_backward_allreduce = False
-            if model.dtype == "float32":
-                embedding = critic.model.get_input_embeddings()
-                if isinstance(embedding, nn.Embedding) and embedding.weight.requires_grad:
-                    self._embedding_gradient = EmbeddingGradient(embedding)
+        super().__init__(critic, self.training.engine, token_budget=0)  # see `token_budget`
 
     @classmethod
     def from_pretrained(
-        cls, encoder: Encoder, model: ModelConfig, train: TrainConfig, total_steps: int
+        cls,
+        encoder: Encoder,
+        model: ModelConfig,
+        train: TrainConfig,
+        total_steps: int,
+        *,
+        rlhf_training: bool = False,
     ) -> CriticEngine:
         """Builds the critic from a base model, on all ranks with the same head.
+
+        Args:
+            encoder: Gives the tokenizer and the length limit.
+            model: Options of the model.
+            train: Options of the optimization.
+            total_steps: Optimizer steps of the whole run; the schedule ends there.
+            rlhf_training: Whether ``model.path`` is a trained critic: then a missing head is an error.
 
         Raises:
             CheckpointError: See `rlhf_critic.factory.create_hf_model`.
@@ -154,6 +130,7 @@ class CriticEngine(InferenceEngine):
             model.path,
             encoder.tokenizer,
             deepspeed_config(model, train),
+            rlhf_training=rlhf_training,
             disable_dropout=model.disable_dropout,
             num_layers=model.num_layers,
             head_init=model.head_init,
@@ -162,21 +139,18 @@ class CriticEngine(InferenceEngine):
             prefix_tree=model.prefix_tree,
         )
         require_positions(critic.model, encoder.max_length)
-        if model.lora_rank:
-            add_adapters(critic.model, model, train.seed)
-        if model.freeze_layers:  # after the adapters, so that those of frozen layers are frozen too
-            freeze_first_layers(critic, model.freeze_layers)
+        limit_training(critic, model, train.seed)
         return cls(critic, model, train, total_steps)
 
-    @cached_property
+    @property
     def token_budget(self) -> int:
-        """The most tokens of a micro-batch: as configured, or found by a probe when it is first asked for."""
-        if self.options.token_budget != "auto":
-            return self.options.token_budget
-        # Ranks of a node share its memory, but each has a GPU to itself.
-        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        free_bytes = get_accelerator().available_memory() // sharing
-        return probe_token_budget(self._measure_micro_batch, int(self._agree(free_bytes, dist.ReduceOp.MIN)))
+        """The most tokens of a micro-batch; the first look at it may be a probe, on all ranks together."""
+        return self.training.token_budget
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.training.step
 
     def refuse_unfit(self, preferences: EncodedPreferences) -> None:
         """Checks that the loss is defined for every preference.
@@ -206,55 +180,90 @@ class CriticEngine(InferenceEngine):
         Raises:
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
-        pairs = preferences.take(rows_G)
-        units = [pair.responses for pair in pairs]
-        plan = plan_micro_batches(units, self.world_size, self.token_budget, self.critic.prefix_tree)
-        mine = plan[self.rank]
-        # Dropout draws from (seed, step, rank), so a step that is run again after a failure draws the same.
-        torch.manual_seed(int(np.random.SeedSequence([self.options.seed, self.step, self.rank]).generate_state(1)[0]))
-        learning_rate = float(self._engine.get_lr()[0])
-        self._engine.train()
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        losses: list[tuple[list[int], Tensor]] = []
-        for index, micro_batch in enumerate(mine):
-            is_last = index == len(mine) - 1
-            self._engine.set_gradient_accumulation_boundary(is_last)
-            rows = rows_G[list(micro_batch.units)]
-            chosen = [units[unit] for unit in micro_batch.units]
-            batch = self.critic.batch_of([ids for responses in chosen for ids in responses], self.device)
-            output = self._engine(batch, rewards_only=not needs_values(self.options))
-            judged = judge(output, chosen, preferences.margins_N[rows], self.options)
-            losses.append((rows.tolist(), judged.loss_P.detach()))
-            if micro_batch.weight:
-                totals[:3] += judged.sums()
-            totals[3] += batch.computed_tokens
-            if is_last:
-                dist.all_reduce(totals)
-                self._refuse_non_finite(float(totals[0]), losses, preferences)
-            # DeepSpeed averages gradients over ranks; this makes the sum over ranks a mean over the global batch.
-            self._engine.backward(judged.loss_P.sum() * (micro_batch.weight * self.world_size / len(rows_G)))
-            if self._embedding_gradient:
-                self._embedding_gradient.collect(is_last)
-            if is_last and self.options.zero_stage == 0:
-                # Nothing is sharded: gradients are whole here, and DeepSpeed neither keeps their norm nor checks it.
-                grad_norm = float(get_total_norm([p.grad for p in self.critic.parameters() if p.grad is not None]))
-                self._refuse_non_finite(grad_norm, losses, preferences)
-            self._engine.step()
-        if self.options.zero_stage > 0:
-            grad_norm = float(self._engine.get_global_grad_norm())
-            self._refuse_non_finite(grad_norm, losses, preferences)
-        self.step += 1
-        loss_sum, right_sum, margin_sum, computed_tokens = totals.tolist()
+        options = self.options
+        units = [pair.responses for pair in preferences.take(rows_G)]
+
+        def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
+            output = self._engine(batch, rewards_only=not needs_values(options))
+            chosen = [units[position] for position in positions]
+            judged = judge(output, chosen, preferences.margins_N[rows_G[list(positions)]], options)
+            return MicroBatchLoss(judged.loss_P, judged.sums())
+
+        def name_of(position: int) -> str:
+            return preferences.origin(int(rows_G[position]))
+
+        result = self.training.take_step(units, loss_of, len(rows_G), options.seed, name_of)
+        right_sum, margin_sum = result.sums
         return StepMetrics(
             step=self.step,
-            loss=loss_sum / len(rows_G),
+            loss=result.loss,
             accuracy=right_sum / len(rows_G),
             margin=margin_sum / len(rows_G),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
             tokens=int(preferences.tokens_N[rows_G].sum()),
-            computed_tokens=int(computed_tokens),
-            micro_batches=len(mine),
+            computed_tokens=result.computed_tokens,
+            micro_batches=result.micro_batches,
+        )
+
+    def update(
+        self,
+        sequences: Sequence[TokenIds],
+        prompt_lengths: Sequence[int],
+        returns: Sequence[NDArray[np.floating]],
+        old_values: Sequence[NDArray[np.floating]],
+        clip: float | None,
+    ) -> ValueMetrics:
+        """Takes one optimizer step on the mean value loss of all actions of some rollouts; see `rlhf_critic.rl`.
+
+        Rollouts of one prompt compute it once, as in `values`; the last token of a rollout, whose value stands before
+        no action, is not computed. A rollout with an empty response adds nothing.
+
+        Args:
+            sequences: Token ids of prompt and response, the same on every rank.
+            prompt_lengths: Tokens of each prompt, at least 1.
+            returns: For every rollout what the value of each action should be, ``[R]``.
+            old_values: And what it was when the rollouts were made, ``[R]``.
+            clip: See `rlhf_critic.rl.clipped_value_loss`.
+
+        Raises:
+            ValueError: Shapes do not fit, a number is not finite, or no rollout has an action.
+            NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
+        """
+        check_rollouts(sequences, prompt_lengths, returns=returns, old_values=old_values)
+        fitted = with_actions(sequences, prompt_lengths)
+        if not fitted:
+            raise ValueError("no rollout has an action: there is nothing to fit the values to")
+
+        def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
+            rows = [fitted[position] for position in positions]
+            actions = Actions.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+            values_SL = self._engine(batch)
+            rows_A, columns_A = (torch.from_numpy(places).to(self.device) for places in actions.places)
+            old_A, returns_A = (
+                torch.from_numpy(np.concatenate([numbers[row] for row in rows])).to(self.device, torch.float32)
+                for numbers in (old_values, returns)
+            )
+            loss_A, clipped_A = clipped_value_loss(values_SL[rows_A, columns_A], old_A, returns_A, clip)
+            loss_U = loss_A.new_zeros(len(rows)).index_add(0, rows_A, loss_A)
+            return MicroBatchLoss(loss_U, clipped_A.sum()[None].double())
+
+        actions = sum(len(returns[row]) for row in fitted)
+        result = self.training.take_step(
+            [[sequences[row][:-1]] for row in fitted],
+            loss_of,
+            actions,
+            self.options.seed,
+            lambda position: f"rollout {fitted[position]}",
+        )
+        return ValueMetrics(
+            step=self.step,
+            loss=result.loss,
+            clip_fraction=result.sums[0] / actions,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            tokens=sum(len(ids) for ids in sequences),
+            computed_tokens=result.computed_tokens,
         )
 
     def evaluate(self, preferences: EncodedPreferences) -> Evaluation:
@@ -274,129 +283,17 @@ class CriticEngine(InferenceEngine):
     def save(self, directory: str | Path, encoder: Encoder, card: CriticCard) -> None:
         """Writes a critic directory and beside it, in ``resume``, what a continued run needs.
 
-        Every node needs the same path, which need not be shared: each file is written by one rank, on its node.
+        All ranks of a node need the same path, nodes need not: each file is written by one rank, on its node.
         """
-        directory = Path(directory)
-        (directory / RESUME_FOLDER / STATE_TAG).mkdir(parents=True, exist_ok=True)
         save_critic(directory, self.critic, encoder, card, is_main=self.rank == 0)
-        self._engine.save_checkpoint(str(directory / RESUME_FOLDER), tag=STATE_TAG)
-        token_budget = self.token_budget  # on all ranks: the first look at it may be a probe
-        if self.rank == 0:
-            state = {
-                "step": self.step,
-                "world_size": self.world_size,
-                "zero_stage": self.options.zero_stage,
-                "token_budget": token_budget,
-            }
-            write_text_atomically(directory / RESUME_FOLDER / STATE_NAME, json.dumps(state))
-        dist.barrier()
+        self.training.save_state(directory)
 
     def load(self, directory: str | Path) -> None:
-        """Continues from what `save` wrote: weights, optimizer, schedule and step.
+        """Continues from what `save` wrote on any number of ranks: weights, optimizer, schedule and step.
 
         DeepSpeed unpickles this state, so load only what this project wrote.
 
         Raises:
-            CheckpointError: It is not there, or was saved with another world size or ZeRO stage.
+            CheckpointError: See `rlhf_critic.training.TrainingEngine.load_state`.
         """
-        resume = Path(directory) / RESUME_FOLDER
-        try:
-            state = json.loads((resume / STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory}: no state to resume from: {error}") from error
-        for option, here in (("world_size", self.world_size), ("zero_stage", self.options.zero_stage)):
-            if state[option] != here:
-                raise CheckpointError(
-                    f"{directory}: saved with {option}={state[option]}, now {here}; resume with the same"
-                )
-        self._engine.load_checkpoint(str(resume), tag=STATE_TAG)
-        self.step = int(state["step"])
-        if self.options.token_budget == "auto":
-            self.token_budget = int(state["token_budget"])  # a new probe might find another, and sum in another order
-
-    def _measure_micro_batch(self, tokens: int) -> Measurement:
-        """Runs a micro-batch of weight zero, which changes nothing, and measures it; the slowest rank counts."""
-        config = self.critic.model.config.get_text_config()
-        length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", PROBE_LENGTH))
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // length, length))
-        batch = self.critic.batch_of(list(ids), self.device)
-        meter = ActivationMeter()
-        self._engine.train()
-        self._engine.set_gradient_accumulation_boundary(False)
-        with torch.enable_grad(), meter.running(self.critic.parameters(), get_accelerator().synchronize):
-            self._engine.backward(self._engine(batch, rewards_only=True).sum() * 0.0)
-            self._engine.step()
-        if self._embedding_gradient:
-            self._embedding_gradient.collect(is_last=False)
-        seconds, activation_bytes = (
-            self._agree(measured, dist.ReduceOp.MAX) for measured in (meter.seconds, meter.bytes)
-        )
-        return Measurement(seconds, int(activation_bytes))
-
-    def _agree(self, number: float, how: Any) -> float:
-        agreed = torch.tensor(float(number), dtype=torch.float64, device=self.device)
-        dist.all_reduce(agreed, how)
-        return agreed.item()
-
-    def _refuse_non_finite(
-        self, value: float, losses: Sequence[tuple[list[int], Tensor]], preferences: EncodedPreferences
-    ) -> None:
-        """Raises on all ranks if ``value``, the same on all ranks, is not finite; names the rows that caused it."""
-        if isfinite(value):
-            return
-        mine = [
-            row
-            for rows, loss_P in losses
-            for row, loss in zip(rows, loss_P.tolist(), strict=True)
-            if not isfinite(loss)
-        ]
-        # A gradient can be infinite where every loss is finite: then any row of the batch may be the cause.
-        of_ranks: list[list[list[int]]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(of_ranks, [mine, [row for rows, _ in losses for row in rows]])
-        rows = {row for found, _ in of_ranks for row in found} or {row for _, rows in of_ranks for row in rows}
-        raise NonFiniteLossError(self.step, [preferences.origin(row) for row in sorted(rows)])
-
-
-class EmbeddingGradient:
-    """The gradient of an embedding, row by row until a step needs it whole.
-
-    A step touches a few thousand rows of a table that may have a hundred thousand: autograd would fill a table of zeros
-    for every micro-batch. Here is one table, whose touched rows are cleared after use.
-    """
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        embedding.sparse = True
-        self._weight = embedding.weight
-        self._whole = torch.zeros_like(embedding.weight)
-        self._touched: list[Tensor] = []
-        self._used = False
-
-    def collect(self, is_last: bool) -> None:
-        """Takes what a micro-batch's backward pass left; after the last, puts the whole gradient in its place."""
-        if self._used:
-            for rows in self._touched:
-                self._whole.index_fill_(0, rows, 0.0)
-            self._touched, self._used = [], False
-        gradient = self._weight.grad
-        if gradient is not None and gradient.is_sparse:
-            rows = gradient._indices()[0]
-            self._whole.index_add_(0, rows, gradient._values())
-            self._touched.append(rows)
-            self._weight.grad = None
-        if is_last:
-            self._weight.grad, self._used = self._whole, True
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: decay applies to matrices, not to norms and biases; empty groups are left out."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if len(full_shape(parameter)) > 1]
-    others = [parameter for parameter in trainable if len(full_shape(parameter)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> Any:
-    name = "constant_with_warmup" if train.schedule == "constant" else train.schedule
-    warmup_steps = round(train.warmup_fraction * total_steps)
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+        self.training.load_state(directory)

@@ -46,6 +46,18 @@ class PlacementError(CriticError):
     """The cluster has no room for the workers, and got none in time."""
 
 
+class RankLost(CriticError):
+    """A rank of a group was lost, failed, or did not answer in time; the group has ended and must be started again."""
+
+
+class RolloutsUnavailable(CriticError):
+    """Rollout workers did not deliver in time, or were lost again and again."""
+
+
+class DivergedError(CriticError):
+    """The policy ran away from its reference, or a number became NaN; the checkpoints saved before are untouched."""
+
+
 class NonFiniteRewardError(CriticError):
     """A critic gives rewards that are NaN or infinite."""
 

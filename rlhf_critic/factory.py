@@ -25,6 +25,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig
 
+from rlhf_critic.adapters import add_adapters
+from rlhf_critic.backbone import Backbone
+from rlhf_critic.config import ModelConfig
 from rlhf_critic.critic import Critic
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.weights import WeightReader, full_shape, gathered, is_writer, load_weights, match_weights
@@ -99,6 +102,7 @@ def create_hf_model(
         attn_implementation=attn_implementation,
     )
     reader = weights or WeightReader(model_name_or_path)
+    _rename_output_layer(model, reader)
     missing = load_weights(model, reader, **_tolerances(model, rlhf_training, num_layers))
     if HEAD_NAME in missing:
         init_head(model.score.weight, head_init, head_seed)
@@ -131,6 +135,38 @@ def check_critic_model(
     return model
 
 
+def critic_without_weights(config: PreTrainedConfig, options: ModelConfig) -> Critic:
+    """The critic that training would make of a base model with this config, on the meta device, as it is trained.
+
+    Args:
+        config: Of the base model; it is changed.
+        options: Which of it is used and trained. ``path`` is not looked at.
+
+    Raises:
+        CheckpointError: transformers makes no critic of it, or the options do not fit it.
+        ConfigError: See `rlhf_critic.adapters.add_adapters`.
+    """
+    config.num_labels = 1
+    if options.num_layers is not None:
+        keep_layers(config, options.num_layers)
+    if options.disable_dropout:
+        silence_dropout(config)
+    text_config = config.get_text_config()
+    rows = text_config.vocab_size
+    text_config.vocab_size = -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if getattr(text_config, "pad_token_id", None) is None:
+        config.pad_token_id = text_config.pad_token_id = 0
+    attention = None if options.attn_implementation == "auto" else options.attn_implementation
+    with torch.device("meta"):
+        name = getattr(config, "name_or_path", "") or config.model_type
+        model = _build(
+            AutoModelForSequenceClassification, name, config, {}, dtype=DTYPE_OF[options.dtype], attention=attention
+        )
+        critic = Critic(model, prefix_tree=options.prefix_tree)
+        limit_training(critic, options, seed=0)
+    return critic.to(DTYPE_OF[options.dtype])  # peft leaves adapters in fp32 on the meta device
+
+
 def _construct(
     model_class: Any,
     model_name_or_path: str,
@@ -143,7 +179,8 @@ def _construct(
     attn_implementation: str | None,
 ) -> PreTrainedModel:
     """The model with its final vocabulary and without its weights."""
-    config = _load_config(model_name_or_path)
+    config = load_config(model_name_or_path)
+    config.num_labels = 1
     if num_layers is not None:
         keep_layers(config, num_layers)
     if disable_dropout:
@@ -153,19 +190,38 @@ def _construct(
     text_config.vocab_size = padded_vocabulary_size(tokenizer, config)
     config.pad_token_id = text_config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = text_config.eos_token_id = tokenizer.eos_token_id
+    return _build(model_class, model_name_or_path, config, ds_config, dtype=dtype, attention=attn_implementation)
+
+
+def _build(
+    model_class: Any,
+    name: str,
+    config: PreTrainedConfig,
+    ds_config: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> PreTrainedModel:
+    """The model of a config without its weights; ``name`` is for errors."""
     construct = getattr(model_class, "from_config", None) or model_class._from_config
-    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options = {} if attention is None else {"attn_implementation": attention}
     try:
         with _zero3_construction(ds_config), no_init_weights():
-            model = construct(config, dtype=dtype, **attention)
+            model = construct(config, dtype=dtype, **options)
     except ValueError as error:  # whose further lines list every class there is
         raise CheckpointError(
-            f"{model_name_or_path}: transformers makes no {model_class.__name__} of model type "
+            f"{name}: transformers makes no {model_class.__name__} of model type "
             f"{config.model_type!r} with these options: {str(error).splitlines()[0]} Choose a model of a family that "
             "has this class, or another --model.attn-implementation."
         ) from error
     model.tie_weights()  # part of what the block above leaves out
     return model
+
+
+def _rename_output_layer(model: PreTrainedModel, reader: WeightReader) -> None:
+    """Calls the output layer in GPT-NeoX's files what transformers 5 calls it in its model."""
+    if hasattr(model, "lm_head"):
+        reader.rename(lambda key: re.sub(r"^embed_out\.", "lm_head.", key))
 
 
 def _tolerances(model: PreTrainedModel, rlhf_training: bool, num_layers: int | None) -> dict[str, Any]:
@@ -264,14 +320,27 @@ def require_positions(model: PreTrainedModel, max_length: int) -> None:
         )
 
 
-def freeze_first_layers(critic: Critic, number: int) -> None:
-    """Takes the embeddings and the first layers of a critic's body out of training.
+def limit_training(critic: Critic, options: ModelConfig, seed: int) -> None:
+    """Adds adapters and takes layers out of training, as the options say, in place.
+
+    Raises:
+        CheckpointError: There are fewer layers than should be frozen.
+        ConfigError: See `rlhf_critic.adapters.add_adapters`.
+    """
+    if options.lora_rank:
+        add_adapters(critic.model, options, seed)
+    if options.freeze_layers:  # after the adapters, so that those of frozen layers are frozen too
+        freeze_first_layers(critic, options.freeze_layers)
+
+
+def freeze_first_layers(backbone: Backbone, number: int) -> None:
+    """Takes the embeddings and the first layers of a model's body out of training.
 
     Raises:
         CheckpointError: The body has fewer layers.
     """
-    body = getattr(critic.model, critic.model.base_model_prefix)
-    available = critic.model.config.get_text_config().num_hidden_layers
+    body = getattr(backbone.model, backbone.model.base_model_prefix)
+    available = backbone.model.config.get_text_config().num_hidden_layers
     stacks = [module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == available]
     if number > available or not stacks:
         raise CheckpointError(f"model.freeze_layers is {number}, but the model has {available} layers")
@@ -297,12 +366,19 @@ def init_head(weight_1D: nn.Parameter, how: HeadInit, seed: int) -> None:
             weight_1D.copy_(drawn_1D)
 
 
-def _load_config(model_name_or_path: str) -> PreTrainedConfig:
+def load_config(model_name_or_path: str) -> PreTrainedConfig:
+    """Loads a model's config; code that comes with it is neither run nor asked about.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read without running code.
+    """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
+        # False and not the default, with which transformers asks at the terminal whether to run the code.
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model_name_or_path}: no model config could be loaded: {error}") from error
-    config.num_labels = 1
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # or building a model from this config would ask
     return config
 
 

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig
 
+from rlhf_critic.backbone import forward_micro_batches
 from rlhf_critic.batching import plan_sequences
 from rlhf_critic.checkpoint import load_encoder, read_card
-from rlhf_critic.critic import Critic, forward_micro_batches
-from rlhf_critic.factory import create_critic_model
+from rlhf_critic.critic import Critic
+from rlhf_critic.factory import create_critic_model, load_config
 from rlhf_critic.prefix_tree import TokenIds
 from rlhf_critic.weights import WeightReader
 
@@ -58,7 +58,7 @@ class InferenceEngine:
             CheckpointError: See `rlhf_critic.checkpoint.load_critic`.
         """
         card = read_card(directory)
-        dtype = AutoConfig.from_pretrained(directory).dtype
+        dtype = load_config(str(directory)).dtype
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3},
@@ -121,4 +121,10 @@ class InferenceEngine:
         """This rank's part of the sequences, micro-batch by micro-batch."""
         plan = plan_sequences(sequences, self.world_size, self.token_budget, self.critic.prefix_tree)
         self._engine.eval()  # after the plan: the probe of the token budget trains
-        return forward_micro_batches(self.critic, self._engine, sequences, plan[self.rank], rewards_only, self.device)
+        return forward_micro_batches(
+            self.critic,
+            sequences,
+            plan[self.rank],
+            lambda batch, _: self._engine(batch, rewards_only=rewards_only),
+            self.device,
+        )

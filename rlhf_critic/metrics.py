@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -56,6 +57,11 @@ class MetricsLog:
         """Ends the history of this process."""
         self._file.close()
         self._board.close()
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """The records of a history, as they were written."""
+    return [json.loads(line) for line in _whole_lines(Path(directory) / METRICS_NAME)]
 
 
 def _whole_lines(path: Path) -> list[str]:

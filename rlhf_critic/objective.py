@@ -37,14 +37,14 @@ class Judged:
 
     @torch.no_grad()
     def sums(self) -> Tensor:
-        """Sums over the preferences: loss, share of right orders (a tie half), best minus worst reward; float64 [3]."""
+        """Sums over the preferences: share of right orders (a tie half), best minus worst reward; float64 ``[2]``."""
         number = self.rewards_PK.shape[1]
         better_C, worse_C = torch.triu_indices(number, number, 1, device=self.rewards_PK.device)
         right_PC = ((self.rewards_PK[:, better_C] - self.rewards_PK[:, worse_C]).sign() + 1) / 2
         counted_PC = self.present_PK[:, worse_C]  # where the worse is present, so is the better
         right_P = (right_PC * counted_PC).sum(1) / counted_PC.sum(1)
         worst_P = self.rewards_PK.gather(1, self.present_PK.sum(1, keepdim=True) - 1)[:, 0]
-        return torch.stack([self.loss_P.sum(), right_P.sum(), (self.rewards_PK[:, 0] - worst_P).sum()]).double()
+        return torch.stack([right_P.sum(), (self.rewards_PK[:, 0] - worst_P).sum()]).double()
 
 
 def needs_values(options: TrainConfig) -> bool:

@@ -1,7 +1,7 @@
-"""Plots of an evaluation as inline SVG that takes its colours from the page. Knows only numbers.
+"""Plots of an evaluation as inline SVG that takes its colours from the page, and of a PPO run as a PNG file.
 
-The colours given to matplotlib are placeholders that become CSS variables, so that one drawing is right on a light page
-and on a dark one.
+The colours given to matplotlib are placeholders: in SVG they become CSS variables, so that one drawing is right on a
+light page and on a dark one; in a file they become those of `PRINTED`. Knows only numbers.
 
 Shape legend: P preferences, S responses.
 """
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.ticker
@@ -120,3 +123,38 @@ def _inline(figure: Figure) -> str:
     svg = drawn.getvalue()
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg[svg.index("<svg") :], count=2)
     return re.sub("#01020[3-8]", lambda found: f"var(--{VARIABLES[found[0]]})", svg)
+
+
+CURVES = (
+    ("reward", "mean reward", "linear"),
+    ("kl", "KL from the reference (nats)", "linear"),
+    ("value_loss", "value loss", "log"),
+    ("explained_variance", "explained variance of returns", "linear"),
+)
+PRINTED = {INK: "#1b1b1f", MUTED: "#5c5c66", GRID: "#d9d9e0", FIRST: "#1f6fb2", SECOND: "#c2571a", PAPER: "#ffffff"}
+
+
+def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws how a PPO run went, by iteration: reward (also on held-out prompts), KL, value loss, explained variance.
+
+    Args:
+        records: Of the run's ``metrics.jsonl``.
+        path: A PNG file.
+    """
+    style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor=PRINTED[PAPER])
+        for axes, (name, label, scale) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+            for kind, colour, marker in (("train", PRINTED[FIRST], None), ("validation", PRINTED[SECOND], "o")):
+                points = [(one["step"], one[name]) for one in records if one["kind"] == kind and name in one]
+                if points:
+                    what = "held-out prompts" if kind == "validation" else "rollouts"
+                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.8, label=what)
+            axes.set_xlabel("iteration")
+            axes.set_ylabel(label)
+            axes.tick_params(length=0)
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axes.set_yscale(scale)
+            if len(axes.lines) > 1:
+                axes.legend(loc="best")
+        figure.savefig(path, dpi=130)

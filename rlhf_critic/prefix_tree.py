@@ -187,7 +187,7 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class PrefixTreeBatch:
-    """Sequences as one packed row on a device; the counterpart of `rlhf_critic.critic.PaddedBatch`.
+    """Sequences as one packed row on a device; the counterpart of `rlhf_critic.backbone.PaddedBatch`.
 
     Attributes:
         tree: Their prefix tree.

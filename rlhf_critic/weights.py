@@ -52,6 +52,7 @@ class WeightReader:
 
     def __init__(self, name_or_path: str, *, safetensors_only: bool = False) -> None:
         self.source = name_or_path
+        self._safetensors_only = safetensors_only
         self._place_of: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its key there
         self._open_files: dict[Path, Any] = {}
         for name, is_index in (
@@ -63,11 +64,6 @@ class WeightReader:
             path = self._resolve(name)
             if path is None:
                 continue
-            if safetensors_only and name in {WEIGHTS_INDEX_NAME, WEIGHTS_NAME}:
-                raise CheckpointError(
-                    f"{path}: a critic's weights are read from safetensors only, and this is a pickle: save the model "
-                    "again, or convert it with jobs.export"
-                )
             self._index(path) if is_index else self._add_file(path)
             return
         raise CheckpointError(
@@ -97,6 +93,11 @@ class WeightReader:
             self._add_file(path)
 
     def _add_file(self, path: Path) -> None:
+        if self._safetensors_only and path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{path}: a critic's weights are read from safetensors only, and this is a pickle: save the model "
+                "again, or convert it with jobs.export"
+            )
         try:
             opened: Any
             if path.suffix == ".safetensors":

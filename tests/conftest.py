@@ -60,7 +60,7 @@ def preference_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """One Ray for the whole session, with the Jobs API; it offers more CPUs than there are, for placement only."""
-    context = ray.init(num_cpus=6, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
+    context = ray.init("local", num_cpus=6, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

@@ -156,6 +156,35 @@ def run_command(
     )
 
 
+def submit_job(
+    dashboard: str, arguments: list[str], *options: str, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
+    """Types ``ray job submit -- python -m ARGUMENTS`` in the repository, and returns how it ended."""
+    submit = ["submit", "--address", dashboard, *options, "--working-dir", "."]
+    done: list[subprocess.CompletedProcess[str]] = []
+
+    def was_taken() -> bool:
+        """On a busy machine Ray's agent that starts jobs comes some time after Ray itself."""
+        done[:] = [ray_job(dashboard, *submit, "--", sys.executable, "-m", *arguments, timeout=timeout)]
+        return "No available agent" not in done[0].stdout + done[0].stderr
+
+    wait_until(was_taken, "an agent that takes the job")
+    return done[0]
+
+
+def ray_job(dashboard: str, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """Types ``ray job ARGUMENTS``; of a Ray that the environment names, it would ask that one instead."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("ray")), "job", *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "RAY_ADDRESS": dashboard},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
     """Waits for a condition, and says what it was if it does not come true."""
     deadline = time.monotonic() + timeout

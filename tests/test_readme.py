@@ -4,11 +4,13 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 from pydantic import BaseModel
 
 from rlhf_critic.config import TrainJobConfig
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+TOP = Path(__file__).parents[1]
+README = (TOP / "README.md").read_text(encoding="utf-8")
 
 
 def option_rows() -> list[str]:
@@ -28,7 +30,8 @@ def test_every_option_is_in_the_table_as_it_is():
     assert not missing, "paste into README.md:\n" + "\n".join(option_rows())
 
 
-def test_every_command_in_the_readme_exists():
-    modules = set(re.findall(r"python -m ((?:jobs|benchmarks)\.\w+)", README))
+@pytest.mark.parametrize("page", ["README.md", "cluster/README.md"])
+def test_every_command_in_the_readme_exists(page):
+    modules = set(re.findall(r"python -m ((?:jobs|benchmarks)\.\w+)", (TOP / page).read_text(encoding="utf-8")))
     assert modules
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []

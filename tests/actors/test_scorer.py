@@ -91,7 +91,7 @@ def test_two_shards_give_the_rewards_of_one_and_leave_nothing_behind(ray_address
         for call in [callers.submit(scorer.score, items[n : n + 5]) for n in range(0, 25, 5)]:
             call.result(120)
     scorer.require_whole()
-    ray.kill(scorer._version.backend._shards[1])
+    ray.kill(scorer._version.backend._group._ranks[1])
     with pytest.raises(ScorerUnavailable, match="lost one of its 2 shards"):
         scorer.score(items)
     with pytest.raises(ScorerUnavailable, match="must be started again"):

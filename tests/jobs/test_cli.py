@@ -1,5 +1,7 @@
 """An error of ours is one message and an exit code; a bug keeps its traceback."""
 
+import errno
+
 import pytest
 
 from jobs import export
@@ -28,6 +30,15 @@ def test_expected_failures_exit_with_1_and_bugs_are_not_hidden(capsys):
     assert "waited 3 s for workers" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):
         run_job(fail(ZeroDivisionError()))
+
+
+def test_a_full_disk_is_no_bug_and_another_error_of_the_system_may_be(capsys):
+    with pytest.raises(SystemExit) as exited:
+        run_job(fail(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")))
+    assert exited.value.code == 1
+    assert "No space left on device: 'metrics.jsonl'. Free some space" in capsys.readouterr().err
+    with pytest.raises(PermissionError):
+        run_job(fail(PermissionError(errno.EACCES, "Permission denied")))
 
 
 def test_a_command_refuses_what_is_no_critic(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,11 +17,11 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from jobs.train import train
-from rlhf_critic.checkpoint import export_critic, load_critic, read_card
+from jobs.train import checkpoint_of, train
+from rlhf_critic.checkpoint import export_critic, load_critic, read_card, verify_manifest
 from rlhf_critic.config import TrainJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, PlacementError
-from tests.helpers import run_command, wait_until, write_preferences
+from tests.helpers import run_command, submit_job, wait_until, write_preferences
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)  # a hang guard: a run may take minutes on a busy machine
@@ -87,7 +88,11 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 def train_workers(root: psutil.Process) -> list[psutil.Process]:
-    found = [process for process in root.children(recursive=True) if "RayTrainWorker" in " ".join(process.cmdline())]
+    found = []
+    for process in root.children(recursive=True):
+        with suppress(psutil.Error):  # one that is ending
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
     return sorted(found, key=lambda process: process.pid)
 
 
@@ -105,28 +110,9 @@ def submitted(options, ray_address) -> tuple[Path, str]:
     config = storage_of(options) / "config.yaml"
     config.write_text(json.dumps(options))  # JSON is YAML
     dashboard = "http://" + ray._private.worker.global_worker.node.address_info["webui_url"]
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", dashboard]
-    command = [sys.executable, "-m", "jobs.train", "--config", str(config), "--run.name", "submitted"]
-    finished: list[subprocess.CompletedProcess[str]] = []
-
-    def was_taken() -> bool:
-        """On a busy machine Ray's agent that starts jobs comes some time after Ray itself."""
-        finished[:] = [
-            subprocess.run(
-                [*submit, "--working-dir", ".", "--", *command],
-                cwd=REPOSITORY,
-                env={**os.environ, "RAY_ADDRESS": dashboard},
-                capture_output=True,
-                text=True,
-                timeout=280,
-                check=False,
-            )
-        ]
-        return "No available agent" not in finished[0].stdout + finished[0].stderr
-
-    wait_until(was_taken, "an agent that takes the job")
-    output = finished[0].stdout + finished[0].stderr
-    assert finished[0].returncode == 0, output[-4000:]
+    finished = submit_job(dashboard, ["jobs.train", "--config", str(config), "--run.name", "submitted"])
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 0, output[-4000:]
     return storage_of(options) / "submitted", output
 
 
@@ -177,6 +163,28 @@ def test_the_result_evaluates_and_exports_from_the_command_line(submitted, optio
     assert {"model.safetensors", "config.json", "critic.json", "modeling_llama_reward.py"} <= files
 
 
+def test_a_run_of_which_ray_train_knows_no_checkpoint_has_come_to_its_end_nevertheless(submitted, options):
+    """As one whose last worker was lost between saving and telling."""
+    run = storage_of(options) / "untold"
+    shutil.copytree(submitted[0], run)
+    (run / "checkpoint_manager_snapshot.json").unlink()
+    config = config_of(options, run={"name": run.name}, resume=True)
+    result = train(config)
+    assert result.return_value.steps == STEPS
+    assert checkpoint_of(config, result) == f"file://{run}/step-{STEPS:06d}"
+
+
+def test_what_a_lost_attempt_left_of_its_first_checkpoint_keeps_no_run_from_starting_again(submitted, options):
+    """Files are copied in any order: here the manifest came first."""
+    run = storage_of(options) / "barely-begun"
+    left = run / f"step-{CHECKPOINT_EVERY:06d}"
+    shutil.copytree(submitted[0] / f"step-{STEPS:06d}", left)
+    os.truncate(left / "model.safetensors", 1000)
+    train(config_of(options, run={"name": run.name, "keep_checkpoints": 9}, resume=True))
+    assert_same_run(run, submitted[0])
+    verify_manifest(left)
+
+
 def test_a_worker_killed_in_mid_step_changes_nothing(submitted, options):
     run = storage_of(options) / "worker-killed"
     finished: list[object] = []
@@ -189,6 +197,22 @@ def test_a_worker_killed_in_mid_step_changes_nothing(submitted, options):
     assert finished, "the job did not survive a killed worker"
     assert not victim.is_running()
     assert_same_run(run, submitted[0])
+
+
+def test_a_worker_killed_while_workers_start_is_replaced_too(options):
+    run = storage_of(options) / "killed-at-start"
+    finished: list[object] = []
+    short = config_of(options, run={"name": run.name}, train={"max_steps": 2, "checkpoint_every": 0})
+    job = threading.Thread(target=lambda: finished.append(train(short)))
+    before = set(train_workers(psutil.Process()))
+    job.start()
+    wait_until(lambda: set(train_workers(psutil.Process())) - before, "a worker that starts")
+    victim = (set(train_workers(psutil.Process())) - before).pop()
+    victim.send_signal(signal.SIGKILL)
+    job.join(timeout=200)
+    assert finished, "the job did not survive a worker killed at its start"
+    assert finished[0].return_value.steps == 2
+    assert [record["step"] for record in history_of(run)] == [1, 2]
 
 
 def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, request):
@@ -225,9 +249,16 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
 
     with pytest.raises(ConfigError, match="continue it with --resume, or choose another"):
         train(config_of(options, run={"name": run.name}))
+    sizes = {1: run.with_name("job-killed-1"), 4: run.with_name("job-killed-4")}
+    for copy in sizes.values():
+        shutil.copytree(run, copy)
     result = train(config_of(options, run={"name": run.name}, resume=True))
     assert result.return_value.steps == STEPS
     assert_same_run(run, submitted[0])
+    for num_workers, copy in sizes.items():
+        train(config_of(options, run={"name": copy.name, "num_workers": num_workers}, resume=True))
+        losses, expected = ([record["loss"] for record in history_of(of)] for of in (copy, submitted[0]))
+        assert losses == pytest.approx(expected, rel=1e-4), f"resumed with {num_workers} workers"
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(options, validation_file):

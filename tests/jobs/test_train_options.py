@@ -67,6 +67,15 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tiny_model, preference_fil
     )
     assert 8 * 2 * 10 < different < tokens <= 8 * 2 * 64
     assert float(plan["micro-batches of a step"].split()[0]) >= different / 300
+    assert float(plan["memory of a shard (calculated)"].split()[0]) > 0
+    sparing = ["--model.freeze-layers", "1", "--train.offload-optimizer", "--model.dtype", "bfloat16"]
+    code, output, _ = run(train_job.main, [*arguments, *options, *sparing], monkeypatch, capsys)
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if line.count("│") == 3]
+    parameters, embedding, trained = (
+        int(words.split()[-1].replace(",", "")) for words in dict(rows)["parameters"].replace(",  ", ", ").split(", ")
+    )
+    assert trained < parameters - embedding
+    assert "beside it in the memory of the CPUs" in dict(rows)
     assert not (tmp_path / "runs").exists()
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from rlhf_critic.attention import FAMILIES, AttentionPlan, _eager, _flex, _fused
-from rlhf_critic.critic import Critic, PaddedBatch
+from rlhf_critic.backbone import PaddedBatch
+from rlhf_critic.critic import Critic
 from rlhf_critic.prefix_tree import PrefixTree, PrefixTreeBatch
 from tests.rlhf_critic.families import VOCABULARY, WINDOW, family_configs, kernels_of, random_model
 

@@ -12,6 +12,7 @@ from rlhf_critic.checkpoint import (
     CARD_NAME,
     CriticCard,
     EncoderCard,
+    check_critic,
     export_critic,
     load_critic,
     save_critic,
@@ -62,7 +63,7 @@ def test_an_export_loads_here_too_and_leaves_the_resume_state_behind(tiny_model,
     write_manifest(saved, 0, 1)
     export_critic(saved, tmp_path / "export", auto_map=True)
     assert not (tmp_path / "export" / "resume").exists()
-    assert not list((tmp_path / "export").glob("manifest*"))
+    verify_manifest(tmp_path / "export")
     again = load_critic(tmp_path / "export")
     save_critic(tmp_path / "again", again.critic, again.encoder, again.card)
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
@@ -82,7 +83,10 @@ def test_an_export_is_whole_or_absent(tiny_model, tmp_path):
     with pytest.raises(RuntimeError, match="half way"), whole_directory(tmp_path / "absent") as building:
         (building / "file").write_text("half")
         raise RuntimeError("half way")
-    assert {path.name for path in tmp_path.iterdir()} == {"saved", "there"}
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(CheckpointError, match="could not be written"), whole_directory(tmp_path / "file" / "absent"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "there", "file"}
 
 
 def cut_weights(directory: Path) -> None:
@@ -101,6 +105,11 @@ def lose_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
 
+def change_the_manifest(directory: Path) -> None:
+    path = directory / "manifest-1-of-2.json"
+    path.write_text(path.read_text()[:-5])
+
+
 def lose_manifest(directory: Path) -> None:
     (directory / "manifest-0-of-2.json").unlink()
 
@@ -111,6 +120,7 @@ def lose_manifest(directory: Path) -> None:
         (cut_weights, r"model\.safetensors: damaged"),
         (flip_a_bit, r"model\.safetensors: damaged"),
         (lose_weights, r"model\.safetensors: missing"),
+        (change_the_manifest, r"manifest-1-of-2\.json: damaged"),
         (lose_manifest, "1 of 2 manifests"),
     ],
 )
@@ -122,6 +132,31 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tiny_model, tmp_path, damage,
     damage(saved)
     with pytest.raises(CheckpointError, match=message):
         verify_manifest(saved)
+
+
+@pytest.mark.parametrize("use", [load_critic, check_critic])
+def test_a_critic_that_was_damaged_is_no_critic_and_what_only_a_resumed_run_reads_may_be(tiny_model, tmp_path, use):
+    saved = save(tiny_model, tmp_path / "saved")
+    (saved / "resume").mkdir()
+    (saved / "resume" / "state.pt").write_bytes(b"pickle")
+    write_manifest(saved, 0, 1)
+    (saved / "resume" / "state.pt").unlink()
+    use(saved)
+    flip_a_bit(saved)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+        use(saved)
+
+
+def test_a_manifest_may_leave_to_others_what_they_recorded(tmp_path):
+    (tmp_path / "part").mkdir()
+    for path in (tmp_path / "part" / "weights", tmp_path / "state"):
+        path.write_text("whole")
+    write_manifest(tmp_path, 0, 1, "state")
+    (tmp_path / "part" / "weights").write_text("damaged")
+    verify_manifest(tmp_path)
+    (tmp_path / "state").write_text("broken")
+    with pytest.raises(CheckpointError, match="state: damaged"):
+        verify_manifest(tmp_path)
 
 
 def test_without_a_manifest_nothing_is_whole(tmp_path):

@@ -68,3 +68,15 @@ def test_help_gives_every_option_with_its_default(capsys):
             if field.default in ((), {}):
                 shown = ""
             assert f"(default: {shown})" in " ".join(text.replace("│", " ").split()) or isinstance(field.default, str)
+
+
+@pytest.mark.parametrize("uri", ["s3://KEY:hush@bucket/runs", "ftp://me:hush@host/x", "s3://bucket/x?secret_key=hush"])
+def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri, tmp_path):
+    """Options are written into critic.json, TensorBoard's and W&B's records and the log."""
+    (tmp_path / "c.yaml").write_text(f"data:\n  train: [a.jsonl, '{uri}']\n")
+    for arguments in (["--config", str(tmp_path / "c.yaml")], ["--run.storage-path", uri]):
+        with pytest.raises(ConfigError, match=r"(train|storage_path): a URI with a password or key") as refused:
+            parse_command_line(TrainJobConfig, arguments)
+        assert "hush" not in str(refused.value)
+    harmless = ["--run.storage-path", "s3://bucket/runs?region=eu", "--data.train", "https://host:443/a@b.jsonl"]
+    assert parse_command_line(TrainJobConfig, harmless).run.storage_path == harmless[1]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from rlhf_critic.critic import Critic, PaddedBatch, score_sequences
+from rlhf_critic.backbone import PaddedBatch
+from rlhf_critic.critic import Critic, score_sequences
 from rlhf_critic.encoding import load_tokenizer
 from rlhf_critic.factory import create_critic_model
 from tests.helpers import tiny_config

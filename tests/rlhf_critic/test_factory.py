@@ -80,6 +80,21 @@ def test_the_causal_model_computes_the_same_logits(tiny_model):
     torch.testing.assert_close(after(ids).logits[..., : expected.shape[-1]], expected)
 
 
+def test_a_causal_gpt_neox_has_its_output_layer_though_files_call_it_otherwise(tiny_model, tmp_path):
+    source = copy_of(tiny_model, tmp_path / "gpt_neox")
+    tokenizer = load_tokenizer(tiny_model)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = AutoConfig.for_model("gpt_neox", vocab_size=len(tokenizer) - 1, **shape)
+    before = AutoModelForCausalLM.from_config(config)
+    before.save_pretrained(source)
+    assert "embed_out.weight" in load_file(source / "model.safetensors")
+    after = create_hf_model(AutoModelForCausalLM, str(source), tokenizer, rlhf_training=True)
+    rows, old_rows = after.get_output_embeddings().weight, before.get_output_embeddings().weight
+    assert torch.equal(rows[: len(old_rows)], old_rows)
+    assert not rows[len(old_rows) :].any()
+    assert create_critic_model(str(source), tokenizer, None).model.score.weight.any()
+
+
 @pytest.mark.parametrize(
     ("config", "names"),
     [

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from rlhf_critic.attention import FAMILIES
+from rlhf_critic.backbone import PADDED_FAMILIES, PaddedBatch
 from rlhf_critic.checkpoint import CriticCard, EncoderCard, load_critic, save_critic
 from rlhf_critic.config import ModelConfig, TrainConfig
-from rlhf_critic.critic import PADDED_FAMILIES, PaddedBatch, score_sequences
+from rlhf_critic.critic import score_sequences
 from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.engine import CriticEngine
 from rlhf_critic.errors import CheckpointError

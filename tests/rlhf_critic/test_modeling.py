@@ -9,8 +9,9 @@ import torch
 
 from rlhf_critic import modeling
 from rlhf_critic.attention import FAMILIES
+from rlhf_critic.backbone import PADDED_FAMILIES
 from rlhf_critic.checkpoint import export_critic, load_critic
-from rlhf_critic.critic import PADDED_FAMILIES, score_sequences
+from rlhf_critic.critic import score_sequences
 from tests.helpers import make_preferences, run_command
 from tests.rlhf_critic.test_checkpoint import save
 from tests.rlhf_critic.test_families import save_base_model
