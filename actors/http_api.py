@@ -21,7 +21,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from actors.scorer import ScorerInfo
 from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.http_schema import (
     ClassifyDatum,
@@ -38,7 +37,7 @@ from rlhf_critic.http_schema import (
     ScoreResponse,
     Usage,
 )
-from rlhf_critic.scoring import Conversation, Item, Scores, Text
+from rlhf_critic.scoring import Conversation, Item, ScorerInfo, Scores, Text
 
 RETRY_AFTER_S = "1"
 KIND_OF_STATUS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}

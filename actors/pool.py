@@ -24,7 +24,6 @@ from actors.directories import directory_at
 from actors.pool_board import read_board, remove_board
 from actors.scorer_handle import DEFAULT_APP, SCORER_DEPLOYMENT
 from actors.serving import digest_of
-from rlhf_critic.checkpoint import check_critic, weights_digest
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 from rlhf_critic.scorer_config import ScorerConfig, ServeJobConfig
 
@@ -218,6 +217,8 @@ def is_running(app: str) -> bool:
 
 
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
+    from rlhf_critic.checkpoint import check_critic, weights_digest  # torch and transformers, for this alone
+
     with directory_at(scorer.checkpoint) as directory:
         card = check_critic(directory)
         if scorer.normalize:

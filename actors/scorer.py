@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from rlhf_critic.prefix_tree import TokenIds
 from rlhf_critic.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.reward_components import RewardComponents
 from rlhf_critic.scorer_config import ScorerConfig
-from rlhf_critic.scoring import Item, Limits, Scores, encode_items, finish_items
+from rlhf_critic.scoring import Item, Limits, ScorerInfo, Scores, encode_items, finish_items
 
 if TYPE_CHECKING:
     from actors.shard_group import ShardGroup
@@ -40,36 +40,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 600.0
 DIGITS_OF_VERSION = 8
-
-
-class Observer:
-    """Is told what a scorer does; this one does not listen."""
-
-    def on_batch(self, batch: BatchRecord) -> None:
-        """After every micro-batch."""
-
-
-@dataclass(frozen=True)
-class ScorerInfo:
-    """What a scorer says of itself.
-
-    Attributes:
-        model_version: The critic it serves; every answer names it.
-        checkpoint: Where that was loaded from.
-        fingerprint: Of its encoding.
-        max_length: The most tokens of a sequence that it reads.
-        limits: What a call may ask.
-        normalized: Whether the critic's rewards are put on the scale of its reference responses.
-        components: What a reward is the weighted sum of, by name, with weights.
-    """
-
-    model_version: str
-    checkpoint: str
-    fingerprint: str
-    max_length: int
-    limits: Limits
-    normalized: bool
-    components: dict[str, float]
 
 
 class LocalCritic:
@@ -111,7 +81,11 @@ class _Version:
     """One published critic: loaded, warm and with a queue of its own, so that no call sees two of them."""
 
     def __init__(
-        self, config: ScorerConfig, backend: LocalCritic | ShardGroup, digest: str, observer: Observer
+        self,
+        config: ScorerConfig,
+        backend: LocalCritic | ShardGroup,
+        digest: str,
+        on_batch: Callable[[BatchRecord], None],
     ) -> None:
         self.config = config
         self.backend = backend
@@ -123,9 +97,7 @@ class _Version:
         if config.normalize:
             backend.card.require_scale()
         self._warm_up()
-        self.batcher = RequestBatcher(
-            backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=observer.on_batch
-        )
+        self.batcher = RequestBatcher(backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=on_batch)
 
     def encode(self, items: Sequence[Item]) -> tuple[list[Item], list[Encoded]]:
         with self._encoding:
@@ -186,7 +158,7 @@ class Scorer:
         shards: Actors that share the critic; 1 keeps it in this process.
         cpus_per_shard: CPUs that Ray reserves for each of them, where there are several.
         use_gpu: Whether to use a GPU, or one for each of them (not yet run on a GPU).
-        observer: Is told what happens, for metrics.
+        on_batch: Called after every micro-batch, for metrics.
 
     Raises:
         CheckpointError: The critic is not whole, not the one with ``config.digest``, has another encoding than it was
@@ -200,10 +172,10 @@ class Scorer:
         shards: int = 1,
         cpus_per_shard: float = 1.0,
         use_gpu: bool = False,
-        observer: Observer | None = None,
+        on_batch: Callable[[BatchRecord], None] = lambda _: None,
     ) -> None:
         self._shards, self._cpus_per_shard, self._use_gpu = shards, cpus_per_shard, use_gpu
-        self._observer = observer or Observer()
+        self._on_batch = on_batch
         self._publishing = threading.Lock()
         self._version = self._load(config)
 
@@ -292,12 +264,12 @@ class Scorer:
             )
         if self._shards == 1:
             local = LocalCritic(config.checkpoint, config.token_budget, self._use_gpu)
-            return _Version(config, local, digest, self._observer)
+            return _Version(config, local, digest, self._on_batch)
         from actors.shard_group import ShardGroup
 
         group = ShardGroup(config.checkpoint, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu)
         try:
-            return _Version(config, group, digest, self._observer)
+            return _Version(config, group, digest, self._on_batch)
         except BaseException:
             group.close()
             raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from actors.scorer import Observer
 from rlhf_critic.request_batcher import BatchRecord
 from rlhf_critic.scoring import Scores
 
@@ -16,7 +15,7 @@ LATENCY_BOUNDS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30,
 TOKEN_BOUNDS = [64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 
 
-class ScorerMetrics(Observer):
+class ScorerMetrics:
     """Counts what one replica does.
 
     Args:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -22,13 +22,15 @@ from ray.serve.handle import DeploymentHandle
 from actors.http_api import HttpSettings, build_app
 from actors.pool_board import ON_HEAD, ReplicaReport, board_of
 from actors.ray_session import listen_at_node_address
-from actors.scorer import Scorer, ScorerInfo
 from actors.scorer_handle import SCORER_DEPLOYMENT, HandleTransport
 from actors.scorer_metrics import ScorerMetrics
 from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.scorer_client import ScorerClient
 from rlhf_critic.scorer_config import ScorerConfig
-from rlhf_critic.scoring import Item, Scores
+from rlhf_critic.scoring import Item, ScorerInfo, Scores
+
+if TYPE_CHECKING:
+    from actors.scorer import Scorer
 
 logger = logging.getLogger("ray.serve")
 
@@ -132,12 +134,14 @@ class ScorerReplica:
 
 
 def _make_scorer(user_config: dict[str, Any], metrics: ScorerMetrics) -> Scorer:
+    from actors.scorer import Scorer  # only replicas need torch and transformers: seconds, and memory on the head
+
     return Scorer(
         ScorerConfig(**user_config["scorer"]),
         shards=user_config["shards"],
         cpus_per_shard=user_config["cpus_per_shard"],
         use_gpu=user_config["use_gpu"],
-        observer=metrics,
+        on_batch=metrics.on_batch,
     )
 
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from actors.run_directory import (
     resolve_run,
     size_of,
 )
+from actors.train_outcome import SCORE, TrainOutcome, ValidationProgress
 from rlhf_critic.batching import global_batch, steps_in
 from rlhf_critic.checkpoint import CriticCard, EncoderCard, read_card, verify_manifest, write_manifest
 from rlhf_critic.config import TrainConfig, TrainJobConfig
@@ -54,29 +55,7 @@ from rlhf_critic.weights import WeightReader
 
 T = TypeVar("T")
 
-SCORE = "validation_log_loss"  # the metric by which Ray Train keeps the best checkpoints
 MOST_REFERENCES = 1000  # training preferences whose rewards are measured for their mean
-
-
-@dataclass(frozen=True)
-class ValidationProgress:
-    """What validations have shown so far; the same on all ranks, and kept in checkpoints.
-
-    Attributes:
-        best_step: The step with the lowest log-loss; 0 before the first validation.
-        best_log_loss: That log-loss, in nats; None before the first validation.
-        without_better: Validations since.
-    """
-
-    best_step: int = 0
-    best_log_loss: float | None = None
-    without_better: int = 0
-
-    def after(self, log_loss: float, step: int) -> ValidationProgress:
-        """The progress with one validation more."""
-        if self.best_log_loss is None or log_loss < self.best_log_loss:
-            return ValidationProgress(step, log_loss, 0)
-        return replace(self, without_better=self.without_better + 1)
 
 
 @dataclass(frozen=True)
@@ -86,27 +65,6 @@ class Reference:
     mean: float
     std: float
     what: str
-
-
-@dataclass(frozen=True)
-class TrainOutcome:
-    """What a training run returns to its driver.
-
-    Attributes:
-        error: Why the run ended early: an error that another try would meet again. Ray Train would retry an exception,
-            so such errors are returned instead of raised.
-        steps: Optimizer steps done.
-        checkpoint: The name of the last one's directory. (Ray Train tells none that it did not see made: one whose
-            worker was lost before it was told, where that one was the last.)
-        evaluation: Of the final critic on the validation data, where there is any.
-        progress: How validation went.
-    """
-
-    error: CriticError | None = None
-    steps: int = 0
-    checkpoint: str = ""
-    evaluation: Evaluation | None = None
-    progress: ValidationProgress = ValidationProgress()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import importlib.util
 import os
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -23,9 +24,8 @@ from rich.table import Table
 from actors.ray_session import init_ray
 from actors.run_directory import absolute_storage_path, remove_broken_list, resolve_run, run_exists
 from actors.train_backend import PrivateTorchConfig
-from actors.train_worker import SCORE, TrainOutcome, train_loop
+from actors.train_outcome import SCORE, TrainOutcome
 from jobs.cli import FULL, refuse_in_package, run_job
-from jobs.dry_run import plan_table
 from jobs.run_lock import lock_run
 from rlhf_critic.config import TrainJobConfig, parse_command_line
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
@@ -42,6 +42,8 @@ def main() -> None:
     config = parse_command_line(TrainJobConfig, prog="python -m jobs.train")
     config.require_complete()
     if config.dry_run:
+        from jobs.dry_run import plan_table
+
         Console().print(plan_table(config))
     elif config.seeds:
         Console().print(compare_seeds(config))
@@ -152,7 +154,7 @@ def _train(config: TrainJobConfig) -> Result:
     if not ray.is_initialized():
         init_ray(logging_level="WARNING")
     trainer = TorchTrainer(
-        train_loop,
+        _train_loop,
         train_loop_config=config.model_dump(mode="json"),
         torch_config=PrivateTorchConfig(backend="nccl" if run.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -200,6 +202,12 @@ def _train(config: TrainJobConfig) -> Result:
     if outcome.error is not None:
         raise outcome.error
     return result
+
+
+def _train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
+    from actors.train_worker import train_loop  # here, where model code is needed: see `actors.train_outcome`
+
+    return train_loop(loop_config)
 
 
 def _why_not_placed(config: TrainJobConfig) -> str:

@@ -68,6 +68,29 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class ScorerInfo:
+    """What a scorer says of itself.
+
+    Attributes:
+        model_version: The critic it serves; every answer names it.
+        checkpoint: Where that was loaded from.
+        fingerprint: Of its encoding.
+        max_length: The most tokens of a sequence that it reads.
+        limits: What a call may ask.
+        normalized: Whether the critic's rewards are put on the scale of its reference responses.
+        components: What a reward is the weighted sum of, by name, with weights.
+    """
+
+    model_version: str
+    checkpoint: str
+    fingerprint: str
+    max_length: int
+    limits: Limits
+    normalized: bool
+    components: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Scores:
     """The answer to one call.
 

@@ -249,16 +249,14 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
 
     with pytest.raises(ConfigError, match="continue it with --resume, or choose another"):
         train(config_of(options, run={"name": run.name}))
-    sizes = {1: run.with_name("job-killed-1"), 4: run.with_name("job-killed-4")}
-    for copy in sizes.values():
-        shutil.copytree(run, copy)
+    grown = run.with_name("job-killed-4")
+    shutil.copytree(run, grown)
     result = train(config_of(options, run={"name": run.name}, resume=True))
     assert result.return_value.steps == STEPS
     assert_same_run(run, submitted[0])
-    for num_workers, copy in sizes.items():
-        train(config_of(options, run={"name": copy.name, "num_workers": num_workers}, resume=True))
-        losses, expected = ([record["loss"] for record in history_of(of)] for of in (copy, submitted[0]))
-        assert losses == pytest.approx(expected, rel=1e-4), f"resumed with {num_workers} workers"
+    train(config_of(options, run={"name": grown.name, "num_workers": 4}, resume=True))
+    losses, expected = ([record["loss"] for record in history_of(of)] for of in (grown, submitted[0]))
+    assert losses == pytest.approx(expected, rel=1e-4), "resumed with 4 workers"
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(options, validation_file):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.scorer import Observer, Scorer
+from actors.scorer import Scorer
 from rlhf_critic.errors import ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scorer_client import ScorerClient
 from rlhf_critic.scorer_config import ScorerConfig
@@ -76,7 +76,7 @@ def client_threads():
 
 @pytest.fixture(scope="module")
 def scorer(critics):
-    made = Scorer(ScorerConfig(checkpoint=critics["first"], token_budget=512), observer=Observer())
+    made = Scorer(ScorerConfig(checkpoint=critics["first"], token_budget=512))
     yield made
     made.close()
 
