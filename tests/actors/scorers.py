@@ -1,14 +1,18 @@
-"""What tests of scorers share: critics on disk, texts, and the rewards that every way of asking must give."""
+"""What tests of scorers share: critics on disk, texts, the rewards that every way of asking must give, and callers."""
 
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from actors.scorer_handle import connect
 from rlhf_critic.checkpoint import CriticCard, EncoderCard, load_critic, save_critic
 from rlhf_critic.critic import score_sequences
 from rlhf_critic.encoding import Encoder, load_tokenizer
@@ -17,6 +21,7 @@ from rlhf_critic.scoring import Conversation
 from tests.helpers import WORDS
 
 MAX_LENGTH = 64
+CONVERSATIONS, CONVERSATIONS_A_CALL = 24, 8
 
 
 def save_tiny_critic(model: str, directory: Path, seed: int = 0, version: str = "tiny@1") -> str:
@@ -51,3 +56,53 @@ def rewards_by_engine(critic: str, items: list[Conversation]) -> NDArray[np.floa
     loaded = load_critic(critic)
     sequences = [one.ids for one in loaded.encoder.encode_batch(items)]
     return np.concatenate([score_sequences(loaded.critic, [ids], token_budget=4096) for ids in sequences])
+
+
+class Calls:
+    """Callers of the pool, who compare each answer with the engine's.
+
+    Args:
+        critic: That the pool serves.
+        deadline_s: Of a call.
+    """
+
+    def __init__(self, critic: str, deadline_s: float) -> None:
+        self.answered = 0
+        self.failures: list[str] = []
+        self.versions: set[str] = set()
+        self.largest_error = 0.0
+        self._deadline_s = deadline_s
+        self._items = make_conversations(CONVERSATIONS)
+        self._expected = rewards_by_engine(critic, self._items)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def running(self, callers: int, pause_s: float = 0.0) -> Iterator[None]:
+        """Each calls again and again for as long as the block runs; the last calls are waited for."""
+        enough = threading.Event()
+        threads = [threading.Thread(target=self._call, args=(number, pause_s, enough)) for number in range(callers)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            enough.set()
+            for thread in threads:
+                thread.join()
+
+    def _call(self, first: int, pause_s: float, enough: threading.Event) -> None:
+        with connect(deadline_s=self._deadline_s) as client:
+            while not enough.wait(pause_s):
+                rows = [(first + step) % CONVERSATIONS for step in range(CONVERSATIONS_A_CALL)]
+                first += 1
+                try:
+                    scores = client.score_items([self._items[row] for row in rows])
+                except Exception as error:
+                    with self._lock:
+                        self.failures.append(f"{type(error).__name__}: {error}")
+                    continue
+                difference = float(np.abs(scores.rewards_S - self._expected[rows]).max())
+                with self._lock:
+                    self.answered += 1
+                    self.versions.add(scores.model_version)
+                    self.largest_error = max(self.largest_error, difference)

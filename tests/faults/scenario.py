@@ -28,13 +28,13 @@ from safetensors.numpy import load_file
 
 from actors import pool
 from actors.critic_group import CriticGroup, CriticOptions
-from actors.scorer_handle import DEFAULT_APP, connect
+from actors.scorer_handle import DEFAULT_APP
 from rlhf_critic.checkpoint import RESUME_FOLDER
 from rlhf_critic.config import EncodingConfig, ModelConfig, TrainConfig
-from rlhf_critic.errors import CriticError, RankLost
+from rlhf_critic.errors import RankLost
 from rlhf_critic.metrics import read_metrics
 from tests.actors.groups import make_rollouts
-from tests.actors.scorers import make_conversations, rewards_by_engine
+from tests.actors.scorers import Calls
 from tests.helpers import run_command, save_tiny_model, wait_until, write_preferences
 
 NODES, WORKERS = 3, 2
@@ -44,7 +44,7 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 TIMEOUT_S = 400.0  # generous: the machine may have other things to do
 DISK = "16m"
 SLOWNESS, SLICE_S = 10, 0.2
-CALLERS = 3
+CALLERS, PAUSE_S = 3, 0.05
 
 
 def observe(directory: Path) -> dict[str, Any]:
@@ -215,13 +215,14 @@ def driver_killed(world: World) -> dict[str, Any]:
 
 
 def slow_rank(world: World) -> dict[str, Any]:
-    """One of two ranks gets a tenth of the time from the first step on."""
+    """One of two ranks gets a tenth of the time for half of the steps, over two checkpoints."""
     job = world.start("slow-rank")
     job.wait_for_steps(1)
     started, victim = time.monotonic(), processes_of("ray::RayTrainWorker")[-1]
     with slowed(victim):
-        ended = job.end()
-    return {**ended, "seconds of steps": round(time.monotonic() - started, 1)}
+        job.wait_for_steps(STEPS // 2 + 2)
+    seconds = round(time.monotonic() - started, 1)
+    return {**job.end(), "seconds of slow steps": seconds}
 
 
 @contextmanager
@@ -351,8 +352,8 @@ def node_of_scorer(world: World) -> dict[str, Any]:
         return {"code": done.returncode, "output": done.stdout + done.stderr}
 
     started = serve(str(critic), *replicas)
-    calls = Calls(str(critic))
-    with calls.running():
+    calls = Calls(str(critic), TIMEOUT_S)
+    with calls.running(CALLERS, PAUSE_S):
         wait_until(lambda: calls.answered > 20, "answers", TIMEOUT_S)
         world.remove_node_of("ServeReplica:scorers:Scorer")
         struck = calls.answered
@@ -372,45 +373,3 @@ def node_of_scorer(world: World) -> dict[str, Any]:
         "versions": sorted(calls.versions),
         "largest error": calls.largest_error,
     }
-
-
-class Calls:
-    """Callers of the pool, who compare each answer with the engine's."""
-
-    def __init__(self, critic: str) -> None:
-        self.answered = 0
-        self.failures: list[str] = []
-        self.versions: set[str] = set()
-        self.largest_error = 0.0
-        self._items = make_conversations(8)
-        self._expected = rewards_by_engine(critic, self._items)
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Calls for as long as the block runs; the last are waited for."""
-        enough = threading.Event()
-        threads = [threading.Thread(target=self._call, args=(enough,)) for _ in range(CALLERS)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            enough.set()
-            for thread in threads:
-                thread.join()
-
-    def _call(self, enough: threading.Event) -> None:
-        with connect(deadline_s=TIMEOUT_S) as client:
-            while not enough.wait(0.05):
-                try:
-                    scores = client.score_items(self._items)
-                except CriticError as error:
-                    with self._lock:
-                        self.failures.append(f"{type(error).__name__}: {error}")
-                    continue
-                error_of_call = float(np.abs(scores.rewards_S - self._expected).max())
-                with self._lock:
-                    self.answered += 1
-                    self.versions.add(scores.model_version)
-                    self.largest_error = max(self.largest_error, error_of_call)

@@ -60,7 +60,7 @@ def rows_of(shape, items, encoder):
 
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [("pairs", "a.jsonl"), ("pairs", "a.parquet"), ("chats", "a.jsonl.gz"), ("texts", "a.parquet"), ("ids", "a.jsonl")],
+    [("pairs", "a.jsonl"), ("chats", "a.jsonl.gz"), ("texts", "a.parquet"), ("ids", "a.jsonl")],
 )
 def test_rewards_are_those_of_the_engine(ray_address, critics, tmp_path, monkeypatch, capsys, shape, name):
     items = make_conversations(23)

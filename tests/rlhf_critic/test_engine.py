@@ -149,7 +149,7 @@ def test_padded_batches_give_the_same_losses_for_more_tokens(
     assert sum(step["computed_tokens"] for step in packed[0]) < sum(step["tokens"] for step in packed[0])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize(
     "changes", [{"token_budget": "auto"}, {"gradient_checkpointing": True}], ids=["auto budget", "checkpointing"]
 )
@@ -160,7 +160,7 @@ def test_budget_and_checkpointing_change_no_loss(ranks, tiny_model, preference_f
         assert [step["micro_batches"] for step in metrics] == [step["micro_batches"] for step in of_ranks[0][0]]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bf16_trains_with_the_head_in_fp32(ranks, tiny_model, preference_file, cache, reference, stage):
     (metrics, rewards, _), _ = ranks(2).run(train_and_score, tiny_model, preference_file, cache, stage, "bfloat16")
     np.testing.assert_allclose([step["loss"] for step in metrics[:5]], reference[0][:5], rtol=0.1)
@@ -209,7 +209,7 @@ def resume(source: str, data: str, cache: str, stage: int, directory: str) -> tu
     return train(engine, preferences, STEPS), whole_weights(engine), optimizer_state(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_stopping_and_resuming_changes_nothing(ranks, tiny_model, preference_file, cache, tmp_path, stage):
     arguments = (tiny_model, preference_file, cache, stage)
     undisturbed = ranks(2).run(straight, *arguments)

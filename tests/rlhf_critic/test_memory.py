@@ -100,8 +100,7 @@ def calculated(source: str, model: ModelConfig, train: TrainConfig, world_size: 
     return shard_memory(count_model(critic), model, train, world_size)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("world_size", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_parameters_gradients_and_optimizer_are_what_a_rank_holds(
     ranks, small_model, preference_file, cache, stage, dtype, world_size
@@ -119,14 +118,13 @@ def test_parameters_gradients_and_optimizer_are_what_a_rank_holds(
 @pytest.mark.parametrize(
     ("stage", "dtype", "changes"),
     [
-        (1, "bfloat16", {"offload_optimizer": True}),
-        (2, "float32", {"offload_optimizer": True}),
+        (1, "float32", {"offload_optimizer": True}),
         (2, "bfloat16", {"offload_optimizer": True}),
         (3, "float32", {"offload_optimizer": True}),
         (3, "bfloat16", {"offload_optimizer": True, "offload_parameters": True}),
         (0, "bfloat16", {"lora_rank": 8}),
-        (2, "bfloat16", {"lora_rank": 8}),
-        (3, "bfloat16", {"lora_rank": 8}),
+        (2, "float32", {"lora_rank": 8}),
+        (3, "float32", {"lora_rank": 8}),
         (0, "float32", {"freeze_layers": 1}),
         (2, "float32", {"freeze_layers": 1}),
         (3, "bfloat16", {"freeze_layers": 1}),
@@ -162,8 +160,9 @@ def peak_of_a_step(
     return held, allocated(step, Path(f"{trace}-{engine.rank}.json"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [*((stage, "float32") for stage in range(4)), (2, "bfloat16"), (3, "bfloat16")]
+)
 def test_the_peak_is_what_the_allocator_gives_out_in_a_step(
     ranks, small_model, preference_file, cache, tmp_path, stage, dtype
 ):

@@ -93,8 +93,7 @@ def measure(source: str, data: str, cache: str, stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_the_memory_of_parameters_and_optimizer_goes_and_comes(
     ranks, large_model, preference_file, cache, stage, world_size
 ):
@@ -123,7 +122,7 @@ def run_steps(source: str, data: str, cache: str, stage: int, dtype: str, betwee
     return metrics, engine.values(SEQUENCES)
 
 
-@pytest.mark.parametrize(("world_size", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize(("world_size", "dtype"), [(2, "float32"), (2, "bfloat16")])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_steps_are_the_same_with_and_without_a_phase_away_between_them(
     ranks, tiny_model, preference_file, cache, stage, world_size, dtype
@@ -152,8 +151,7 @@ def score_around(source: str, data: str, cache: str, stage: int) -> tuple[list, 
     return scored, [torch.equal(*pair) for pair in zip(*bits, strict=True)], str(refused.value)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_scoring_is_refused_while_away_and_the_same_to_the_bit_after(
     ranks, tiny_model, preference_file, cache, stage, world_size
 ):

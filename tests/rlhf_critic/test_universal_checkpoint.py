@@ -84,8 +84,9 @@ def assert_goes_on(ranks, saved: Path, before: int, after: int, run: tuple, tole
         assert budget == OPTIONS.token_budget
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 4)])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "before", "after"), [(0, 2, 1), *((stage, 2, after) for stage in (1, 2, 3) for after in (1, 4))]
+)
 def test_another_number_of_ranks_changes_nothing(
     ranks, tiny_model, preference_file, cache, tmp_path, stage, before, after
 ):
@@ -97,8 +98,6 @@ def test_another_number_of_ranks_changes_nothing(
     ("stage", "model", "changes"),
     [
         (2, {"freeze_layers": 1}, {}),
-        (3, {"freeze_layers": 1}, {}),
-        (1, {"lora_rank": 3}, {}),
         (3, {"lora_rank": 3, "freeze_layers": 1}, {}),
         (1, {}, {"offload_optimizer": True}),
         (3, {}, {"offload_optimizer": True, "offload_parameters": True}),
@@ -140,7 +139,7 @@ def merged(saved: str, directory: Path, stage: int) -> dict[str, torch.Tensor]:
     return {name: content["param"] if isinstance(content, dict) else content for name, content in contents.items()}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_all_that_was_saved_comes_back_bit_for_bit_whatever_base_model_the_engine_was_built_from(
     ranks, tiny_model, preference_file, cache, tmp_path, stage
 ):

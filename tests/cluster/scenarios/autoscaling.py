@@ -11,17 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors import pool
-from actors.scorer_handle import DEFAULT_APP, connect
-from tests.actors.scorers import make_conversations, rewards_by_engine, save_tiny_critic
+from actors.scorer_handle import DEFAULT_APP
+from tests.actors.scorers import Calls, save_tiny_critic
 from tests.helpers import run_command, save_tiny_model, write_preferences
 
 ADDRESS = "127.0.0.1:6379"
@@ -31,7 +29,6 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 # Generous: nodes are started on a machine that has other things to do.
 JOB_TIMEOUT_S = NODES_TIMEOUT_S = 300.0
 CALLERS = 8
-CONVERSATIONS, CONVERSATIONS_A_CALL = 24, 8
 UNDER_FULL_LOAD_S = 4.0
 PAUSE_OF_THE_LAST_S = 0.2
 
@@ -177,9 +174,9 @@ def observe_scoring(nodes: Nodes, critic: str) -> dict[str, Any]:
     }
     started = run_job("jobs.serve", critic, *(part for name, value in scaling.items() for part in (f"--{name}", value)))
     counts["started"] = nodes.now
-    calls = Calls(critic)
-    with calls.caller(pause_s=PAUSE_OF_THE_LAST_S):
-        with calls.load():
+    calls = Calls(critic, deadline_s=NODES_TIMEOUT_S)
+    with calls.running(1, PAUSE_OF_THE_LAST_S):
+        with calls.running(CALLERS):
             counts["under load"] = nodes.after(lambda: replicas() == MOST_NODES)
             most_replicas = replicas()
             time.sleep(UNDER_FULL_LOAD_S)
@@ -188,7 +185,7 @@ def observe_scoring(nodes: Nodes, critic: str) -> dict[str, Any]:
         with_one_caller = calls.answered - under_load
     counts["without a caller"] = nodes.when(0)
     before_return = calls.answered
-    with calls.caller(pause_s=PAUSE_OF_THE_LAST_S):
+    with calls.running(1, PAUSE_OF_THE_LAST_S):
         counts["called again"] = nodes.after(lambda: calls.answered > before_return)
     stopped = run_job("jobs.serve", "--stop")
     counts["stopped"] = nodes.when(0)
@@ -210,57 +207,3 @@ def observe_scoring(nodes: Nodes, critic: str) -> dict[str, Any]:
 def replicas() -> int:
     """Scorers that run."""
     return len(pool._state(DEFAULT_APP)[2])
-
-
-class Calls:
-    """Callers of the pool, who compare each answer with the engine's."""
-
-    def __init__(self, critic: str) -> None:
-        self.answered = 0
-        self.failures: list[str] = []
-        self.largest_error = 0.0
-        self._items = make_conversations(CONVERSATIONS)
-        self._expected = rewards_by_engine(critic, self._items)
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def load(self) -> Iterator[None]:
-        """As many calls at once as there are callers."""
-        with self._callers(CALLERS, 0.0):
-            yield
-
-    @contextmanager
-    def caller(self, pause_s: float) -> Iterator[None]:
-        """One call after the other, as long as the block runs; the last is waited for."""
-        with self._callers(1, pause_s):
-            yield
-
-    @contextmanager
-    def _callers(self, count: int, pause_s: float) -> Iterator[None]:
-        enough = threading.Event()
-        threads = [threading.Thread(target=self._call, args=(number, pause_s, enough)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            enough.set()
-            for thread in threads:
-                thread.join()
-
-    def _call(self, number: int, pause_s: float, enough: threading.Event) -> None:
-        with connect(deadline_s=NODES_TIMEOUT_S) as client:
-            first = number
-            while not enough.wait(pause_s):
-                rows = [(first + step) % CONVERSATIONS for step in range(CONVERSATIONS_A_CALL)]
-                first += 1
-                try:
-                    scores = client.score_items([self._items[row] for row in rows])
-                except Exception as error:
-                    with self._lock:
-                        self.failures.append(f"{type(error).__name__}: {error}")
-                    continue
-                error = float(np.abs(scores.rewards_S - self._expected[rows]).max())
-                with self._lock:
-                    self.answered += 1
-                    self.largest_error = max(self.largest_error, error)
