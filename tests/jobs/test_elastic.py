@@ -11,7 +11,7 @@ from rlhf_critic.config import RunConfig, TrainJobConfig
 from tests.helpers import run_command
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 150
+STEPS = 100
 
 
 def history_of(run: Path) -> list[dict]:
