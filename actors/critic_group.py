@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from actors.rank_group import START_TIMEOUT_S, Rank, RankGroup
+from actors.rank_group import START_TIMEOUT_S, Rank, RankGroup, write_failures_told
 from rlhf_critic.actions import check_rollouts
 from rlhf_critic.checkpoint import (
     CARD_NAME,
@@ -319,10 +319,10 @@ class CriticGroup:
 
         Raises:
             RankLost: A shard was lost.
-            CheckpointError: The directory is there already, or cannot be written.
+            CheckpointError: The directory is there already, or cannot be written, which ends the group.
             ValueError: The state is offloaded.
         """
-        with whole_directory(directory) as building:
+        with whole_directory(directory) as building, write_failures_told():
             self._ranks.call_all("save the critic", "save", str(building.resolve()), name)
             write_manifest(building, 0, 1)
 

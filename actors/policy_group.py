@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from actors.critic_group import require_known_ids
-from actors.rank_group import START_TIMEOUT_S, Rank, RankGroup
+from actors.rank_group import START_TIMEOUT_S, Rank, RankGroup, write_failures_told
 from rlhf_critic.checkpoint import verify_manifest, whole_directory, write_manifest
 from rlhf_critic.config import BodyConfig, OptimizerConfig
 from rlhf_critic.encoding import load_tokenizer
@@ -210,9 +210,9 @@ class PolicyGroup:
 
         Raises:
             RankLost: A shard was lost.
-            CheckpointError: The directory is there already, or cannot be written.
+            CheckpointError: The directory is there already, or cannot be written, which ends the group.
         """
-        with whole_directory(directory) as building:
+        with whole_directory(directory) as building, write_failures_told():
             self._ranks.call_all("save the policy", "save", str(building.resolve()))
             write_manifest(building, 0, 1)
 

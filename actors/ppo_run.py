@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from actors.ppo_state import (
     RunState,
     latest_checkpoint,
     read_state,
+    reference_digest,
     remove_old_checkpoints,
 )
 from actors.rollout import Rollout, RolloutPool, RolloutTask, Timings, score_again
@@ -110,6 +112,7 @@ class PPORun:
         self._groups: list[Any] = []
         checkpoint = latest_checkpoint(self.directory)
         state = None if checkpoint is None else read_state(checkpoint, config, prompts)
+        self._reference = reference_digest(config) if state is None else state.reference
         try:
             self._policy, self._critic, self._workers = together(
                 self._make_policy, self._make_critic, self._make_workers
@@ -216,12 +219,8 @@ class PPORun:
             options.ppo.seed,
             self._iteration,
         )
-        if options.critic.offload:
-            self._critic.offload()
         repeated = [int(row) for row in rows for _ in range(options.rollout.samples_per_prompt)]
         rollouts, timings = self._roll_out(self._prompts, repeated, (TRAINING_DRAWS, self._iteration))
-        if options.critic.offload:
-            self._critic.onload()
         rolled_out = time.perf_counter()
         sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
         prompt_lengths = [len(rollout.prompt_ids) for rollout in rollouts]
@@ -250,17 +249,10 @@ class PPORun:
             )
         ]
         moves = self._iteration >= options.ppo.value_warmup_iterations
-        try:
-            (of_values, critic_s), (of_policy, policy_s) = together(
-                lambda: timed(lambda: self._update_critic(judged, experience, batches)),
-                lambda: timed(lambda: self._update_policy(judged, experience, batches) if moves else []),
-            )
-        except NonFiniteLossError as error:
-            raise DivergedError(
-                f"iteration {self._iteration + 1}: the loss of {', '.join(error.rows[:8])} is not finite; the "
-                "checkpoints saved before are untouched. Lower --policy.optimizer.learning-rate or "
-                "--critic.optimizer.learning-rate, or clip rewards (--reward.clip)"
-            ) from error
+        (of_values, critic_s), (of_policy, policy_s) = together(
+            lambda: timed(lambda: self._update_critic(judged, experience, batches)),
+            lambda: timed(lambda: self._update_policy(judged, experience, batches) if moves else []),
+        )
         if of_policy:
             self._weights = None
         self._moments = experience.moments
@@ -275,6 +267,7 @@ class PPORun:
                 "policy", of_policy, ("loss", "clip_fraction", "entropy", "moved_kl", "grad_norm", "learning_rate")
             ),
             "rollouts": len(rollouts),
+            "judged_in_part": float(np.mean([rollout.judged_in_part for rollout in rollouts])),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "value_tokens_computed": computed_tokens,
@@ -291,28 +284,46 @@ class PPORun:
     def _update_critic(
         self, judged: Judged, experience: Experience, batches: Sequence[Sequence[int]]
     ) -> list[ValueMetrics]:
-        return [
-            self._critic.update(
-                *_of_rows(batch, judged.sequences, judged.prompt_lengths, experience.returns, experience.old_values),
-                clip=self.config.ppo.value_clip,
-            )
-            for batch in batches
-        ]
+        with self._divergence_told("critic"):
+            return [
+                self._critic.update(
+                    *_of_rows(
+                        batch, judged.sequences, judged.prompt_lengths, experience.returns, experience.old_values
+                    ),
+                    clip=self.config.ppo.value_clip,
+                )
+                for batch in batches
+            ]
 
     def _update_policy(
         self, judged: Judged, experience: Experience, batches: Sequence[Sequence[int]]
     ) -> list[PolicyMetrics]:
-        return [
-            self._policy.update(
-                *_of_rows(batch, judged.sequences, judged.prompt_lengths, judged.log_probs, experience.advantages),
-                clip=self.config.ppo.clip,
-                entropy_coefficient=self.config.ppo.entropy_coefficient,
-            )
-            for batch in batches
-        ]
+        with self._divergence_told("policy"):
+            return [
+                self._policy.update(
+                    *_of_rows(batch, judged.sequences, judged.prompt_lengths, judged.log_probs, experience.advantages),
+                    clip=self.config.ppo.clip,
+                    entropy_coefficient=self.config.ppo.entropy_coefficient,
+                )
+                for batch in batches
+            ]
+
+    @contextmanager
+    def _divergence_told(self, who: Literal["critic", "policy"]) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteLossError as error:
+            raise DivergedError(
+                f"iteration {self._iteration + 1}: the loss of the {who}, or its gradient, is not finite; the "
+                f"checkpoints saved before are untouched. Lower --{who}.optimizer.learning-rate, or clip rewards "
+                "(--reward.clip)"
+            ) from error
 
     def _roll_out(self, prompts: Prompts, rows: Sequence[int], seeds: tuple[int, ...]) -> tuple[list[Rollout], Timings]:
-        """A rollout for each of these rows of prompts, all judged by one version, unless they need not be."""
+        """A rollout for each of these rows of prompts, all judged by one version, unless they need not be.
+
+        Meanwhile the critic leaves its devices, if it is to.
+        """
         options = self.config
         size = options.rollout.prompts_per_task * options.rollout.samples_per_prompt
         tasks = []
@@ -323,6 +334,8 @@ class PPORun:
             tasks.append(RolloutTask(tuple(part), *of_rows, int(seed[0])))
         if self._weights is None:
             self._weights = self._policy.weights()
+        if options.critic.offload:
+            self._critic.offload()
         with tqdm(desc="rollouts", total=len(rows), leave=False, disable=None) as bar:
             rollouts, timings = self._workers.run(tasks, self._weights, options.rollout.timeout_s, bar.update)
         versions = {rollout.model_version for rollout in rollouts}
@@ -332,6 +345,8 @@ class PPORun:
         if versions != self._model_versions:
             tqdm.write(f"iteration {self._iteration + 1}: rewards are given by {', '.join(sorted(versions))}")
             self._model_versions = versions
+        if options.critic.offload:
+            self._critic.onload()
         return rollouts, timings
 
     def _evaluate(self, log: MetricsLog) -> None:
@@ -390,6 +405,7 @@ class PPORun:
             moments=self._moments,
             options=self.config.model_dump(mode="json"),
             prompts=self._prompts.fingerprint,
+            reference=self._reference,
         )
         path = self.directory / CHECKPOINT_PATTERN.format(self._iteration)
         with whole_directory(path) as building:

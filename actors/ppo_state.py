@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf_critic.checkpoint import verify_manifest
+from rlhf_critic.checkpoint import verify_manifest, weights_digest
 from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.ppo_config import PPOJobConfig
 from rlhf_critic.prompts import Prompts
@@ -21,7 +21,8 @@ from rlhf_critic.rl import RunningMoments
 STATE_NAME = "state.json"
 POLICY_FOLDER, CRITIC_FOLDER = "policy", "critic"
 CHECKPOINT_PATTERN = "iteration-{:06d}"
-# Options that a resumed run may change: they decide where and how fast, not what.
+# Options that a resumed run may change. They decide where and how fast, not what; and who judges, which may change
+# while a run goes on, too. What is at the path of the policy is compared by its files.
 FREE_OPTIONS = (
     *("policy.model.path", "policy.model.prefix_tree", "policy.optimizer.token_budget", "policy.cpus_per_shard"),
     *("critic.model.path", "critic.model.prefix_tree", "critic.optimizer.token_budget", "critic.cpus_per_shard"),
@@ -40,6 +41,7 @@ class RunState(BaseModel):
         moments: Of all rewards so far.
         options: The job's.
         prompts: Fingerprint of the prompts that are trained on.
+        reference: Digest of the base model's files, which the policy's reference is built from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +49,7 @@ class RunState(BaseModel):
     moments: RunningMoments
     options: dict[str, Any]
     prompts: str
+    reference: str
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -93,7 +96,7 @@ def read_state(checkpoint: Path, config: PPOJobConfig, prompts: Prompts) -> RunS
 
     Raises:
         CheckpointError: It cannot be read.
-        ConfigError: An option that decides the results was changed, or the prompts were.
+        ConfigError: An option that decides the results was changed, or the prompts or the base model were.
     """
     try:
         state = RunState.model_validate_json((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
@@ -110,7 +113,19 @@ def read_state(checkpoint: Path, config: PPOJobConfig, prompts: Prompts) -> RunS
             f"the run {config.run.name!r} cannot continue: its prompts, their template or length limit are not those "
             "it began with. Restore them, or start a run with another --run.name"
         )
+    if state.reference != reference_digest(config):
+        raise ConfigError(
+            f"the run {config.run.name!r} cannot continue: the base model {config.policy.model.path}, from which the "
+            "policy's reference is built, is not the one it began with. Restore it, or start a run with another "
+            "--run.name"
+        )
     return state
+
+
+def reference_digest(config: PPOJobConfig) -> str:
+    """A SHA-256 of the weights that the policy's reference is built from; of a hub's model, its name."""
+    path = Path(config.policy.model.path)
+    return weights_digest(path) if path.is_dir() else config.policy.model.path
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

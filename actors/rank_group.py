@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from safetensors import SafetensorError
 from torch.distributed import TCPStore
 
 from rlhf_critic.errors import CriticError, NonFiniteLossError, PlacementError, RankLost
@@ -81,7 +84,8 @@ class RankGroup:
         start_timeout_s: How long to wait for room, for the ranks to start and for them to meet.
         call_timeout_s: How long a call may take, unless it says otherwise.
         environment: Environment variables of the ranks.
-        in_own_bundles: Whether the placement group of the calling actor has bundles for the ranks, behind its own.
+        in_own_bundles: Whether the placement group of the calling actor has bundles for the ranks, behind its own, each
+            with room for a rank of this group and one of its successor.
 
     Raises:
         PlacementError: The cluster has no room for the ranks, and got none in time.
@@ -114,11 +118,17 @@ class RankGroup:
             nodes = placement_group_table(group)["bundles_to_node_id"]
             bundles = sorted(bundles, key=lambda bundle: (nodes[bundle], bundle))
             neighbours = [nodes[bundle] for bundle in bundles]
-            remote_class = ray.remote(num_cpus=cpus_per_rank, num_gpus=int(use_gpu), max_restarts=0)(actor_class)
+            # Half of a bundle that is not the group's own: its successor starts beside it, on the same device.
+            share = 1.0 if group is self._own_group else 0.5
+            remote_class = ray.remote(num_cpus=share * cpus_per_rank, num_gpus=share if use_gpu else 0, max_restarts=0)(
+                actor_class
+            )
+            # Ray would take the CPUs that are reserved for the threads that there may be.
+            variables = {"OMP_NUM_THREADS": str(max(1, int(cpus_per_rank))), **(environment or {})}
             self._ranks = [
                 remote_class.options(
                     scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
-                    runtime_env={"env_vars": {**({} if use_gpu else {"DS_ACCELERATOR": "cpu"}), **(environment or {})}},
+                    runtime_env={"env_vars": {**({} if use_gpu else {"DS_ACCELERATOR": "cpu"}), **variables}},
                 ).remote(rank, ranks, neighbours.count(nodes[bundle]), use_gpu, call_timeout_s)
                 for rank, bundle in enumerate(bundles)
             ]
@@ -231,3 +241,21 @@ class RankGroup:
 
 def _seconds_to(deadline: float) -> float:
     return max(1.0, deadline - time.monotonic())
+
+
+@contextmanager
+def write_failures_told() -> Iterator[None]:
+    """Around a call by which ranks write: a disk that is full is no lost rank, and another group would meet it too.
+
+    Raises:
+        OSError: A rank could not write; the group has ended, because the others wait for it.
+    """
+    try:
+        yield
+    except RankLost as error:
+        cause = getattr(error.__cause__, "cause", None)
+        # What Python, safetensors and torch raise, of which the last has no class of its own.
+        is_of_disk = isinstance(cause, OSError | SafetensorError) or "PytorchStreamWriter" in str(cause)
+        if is_of_disk and not isinstance(cause, ConnectionError):
+            raise OSError(str(cause)) from error
+        raise

@@ -28,7 +28,7 @@ from rlhf_critic.scorer_client import ScorerClient
 from rlhf_critic.scoring import Conversation
 
 TASKS_PER_WORKER = 2  # one is drawn, one is judged
-MOST_LOSSES = 10  # of workers, for one call; more are no accident
+MOST_LOSSES = 5  # of each worker on average, for one call; more are no accident
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Rollout:
         response_ids: Its token ids, EOS included where it came to its end; int64 ``[R]``.
         log_probs: With which each was drawn, fp32 ``[R]``, in nats.
         truncated: Whether it was cut.
+        judged_in_part: Whether it and its prompt were too long for the scorers, which then leave out the beginning.
         reward: What scorers gave it.
         components: Of the reward, before their weights; empty where the critic is the only one.
         model_version: Which version of the reward model that was.
@@ -73,6 +74,7 @@ class Rollout:
     response_ids: NDArray[np.int64]
     log_probs: NDArray[np.float32]
     truncated: bool
+    judged_in_part: bool
     reward: float
     components: dict[str, float]
     model_version: str
@@ -130,7 +132,7 @@ class RolloutWorker:
         """Draws a response to each prompt and waits for their rewards; meanwhile another thread may draw.
 
         Raises:
-            CriticError: The scorers cannot judge them, or did not in time.
+            CriticError: The scorers cannot judge them, or did not in time; or the policy's output is NaN.
         """
         with self._drawing:
             started = time.perf_counter()
@@ -154,6 +156,7 @@ class RolloutWorker:
                 response_ids=response.ids,
                 log_probs=response.log_probs,
                 truncated=response.truncated,
+                judged_in_part=bool(scores.truncated_S[index]),
                 reward=float(scores.rewards_S[index]),
                 components={name: float(numbers_S[index]) for name, numbers_S in scores.components.items()},
                 model_version=scores.model_version,
@@ -259,15 +262,7 @@ class RolloutPool:
                 worker = self._calls.pop(ready[0])
                 try:
                     answer = ray.get(ready[0])
-                except RayActorError as error:
-                    losses += 1
-                    if losses > MOST_LOSSES:
-                        raise RolloutsUnavailable(
-                            f"{losses} rollout workers were lost during one iteration, the last one so: {error}"
-                        ) from error
-                    waiting.extendleft(sorted(self._replace(worker), reverse=True))
-                    continue
-                except RayTaskError as error:
+                except RayTaskError as error:  # first: what a task raised may be of the other classes, too
                     if isinstance(error.cause, CriticError):
                         raise error.cause from error
                     if isinstance(error.cause, ObjectLostError):  # or its owner was
@@ -275,6 +270,14 @@ class RolloutPool:
                             f"the policy's weights were lost with the shard that held them: {error}"
                         ) from error
                     raise
+                except (RayActorError, ObjectLostError) as error:  # it is gone, or its node with what it had made
+                    losses += 1
+                    if losses > MOST_LOSSES * len(self._workers):
+                        raise RolloutsUnavailable(
+                            f"{losses} rollout workers were lost during one iteration, the last one so: {error}"
+                        ) from error
+                    waiting.extendleft(sorted(self._replace(worker), reverse=True))
+                    continue
                 if ready[0] not in worker.tasks:
                     worker.is_ready = True
                     continue
@@ -315,6 +318,7 @@ class RolloutPool:
         for other in lost.tasks:
             self._calls.pop(other, None)
         self._workers.remove(lost)
+        ray.kill(lost.actor)  # if only an object of it was lost, it still holds what its successor needs
         self._start_worker()
         return numbers
 
@@ -336,6 +340,7 @@ def score_again(rollouts: Sequence[Rollout], client: ScorerClient) -> list[Rollo
     return [
         replace(
             rollout,
+            judged_in_part=bool(scores.truncated_S[index]),
             reward=float(scores.rewards_S[index]),
             components={name: float(numbers_S[index]) for name, numbers_S in scores.components.items()},
             model_version=scores.model_version,

@@ -31,7 +31,7 @@ from jobs.cli import refuse_in_package, run_job
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config import parse_command_line
-from rlhf_critic.encoding import Encoder, load_tokenizer
+from rlhf_critic.encoding import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, Encoder, load_tokenizer
 from rlhf_critic.errors import ConfigError, RankLost
 from rlhf_critic.metrics import read_metrics
 from rlhf_critic.plots import save_curves
@@ -212,13 +212,21 @@ def show(console: Console, outcome: PPOOutcome) -> None:
             cells = (prompt, first.response, f"{first.reward:+.2f}", last.response, f"{last.reward:+.2f}")
             table.add_row(*map(Text, cells))  # not as markup, of which a response may be full
         console.print(table)
+        judges = [sorted({sample.model_version for sample in part}) for part in (outcome.first, outcome.last)]
         rise, spread = after.mean() - before.mean(), before.std()
         console.print(
             f"mean reward on {len(before)} held-out prompts: {before.mean():+.3f} before (standard deviation "
             f"{spread:.3f}), {after.mean():+.3f} after"
-            + (f": a rise of {rise / spread:.2f} standard deviations" if spread > 0 else ""),
+            + (f": a rise of {rise / spread:.2f} standard deviations" if spread > 0 and judges[0] == judges[1] else ""),
             highlight=False,
         )
+        if judges[0] != judges[1]:
+            before_by, after_by = (", ".join(versions) for versions in judges)
+            console.print(
+                f"they are on different scales: {before_by} judged before, {after_by} after",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print(f"curves: {outcome.directory / PLOT_NAME}", highlight=False, soft_wrap=True)
     console.print(f"policy: {outcome.checkpoint / 'policy'}", highlight=False, soft_wrap=True)
     console.print(f"critic: {outcome.checkpoint / 'critic'}", highlight=False, soft_wrap=True)
@@ -237,8 +245,11 @@ def with_absolute_paths(config: PPOJobConfig) -> PPOJobConfig:
         section = getattr(config, part)
         return {"model": section.model.model_copy(update={"path": absolute(section.model.path)})}
 
+    template = config.policy.chat_template
+    if template not in {AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME}:  # though there may be files of that name
+        template = os.path.abspath(template)
     changes: dict[str, dict[str, object]] = {
-        "policy": {**of_model("policy"), "chat_template": absolute(config.policy.chat_template)},
+        "policy": {**of_model("policy"), "chat_template": template},
         "critic": of_model("critic"),
         "prompts": {
             "train": absolute_sources(config.prompts.train),

@@ -195,15 +195,16 @@ def check_critic(directory: str | Path) -> CriticCard:
 
 
 def weights_digest(directory: str | Path) -> str:
-    """A SHA-256 over a critic's card, config and weights: two critics of one name are told apart by it.
+    """A SHA-256 over a model's weights, its config and, of a critic, its card: two of one name are told apart by it.
 
     Raises:
         CheckpointError: The directory has no weights, or a file cannot be read.
     """
     directory = Path(directory)
-    files = [directory / CARD_NAME, directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    if len(files) == 2:
-        raise CheckpointError(f"{directory}: no safetensors files: not a critic directory")
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    if not weights:
+        raise CheckpointError(f"{directory}: no files of weights: not a model's directory")
+    files = [*(path for name in (CARD_NAME, "config.json") if (path := directory / name).is_file()), *weights]
     digest = hashlib.sha256()
     try:
         for path in files:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlhf_critic.errors import DivergedError
 from rlhf_critic.ppo_config import AlgorithmConfig, RewardConfig
 from rlhf_critic.prefix_tree import TokenIds
 from rlhf_critic.rl import (
@@ -88,8 +89,12 @@ def make_experience(
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.
+        DivergedError: A value or a log-probability is.
         ValueError: A prompt is empty, or shapes differ.
     """
+    _require_finite("critic", "value", judged.values)
+    _require_finite("policy", "log-probability", judged.log_probs)
+    _require_finite("reference policy", "log-probability", judged.ref_log_probs)
     old_values, last_values_S = action_values(judged.values, judged.prompt_lengths)
     log_probs_SL, mask_SL = pad_rows(judged.log_probs)
     ref_log_probs_SL, _ = pad_rows(judged.ref_log_probs)
@@ -148,3 +153,12 @@ def minibatch_rows(prompts_S: Sequence[int], minibatches: int, seed: Sequence[in
     order = np.random.default_rng(seed).permutation(len(groups))
     parts = np.array_split(order, min(minibatches, len(groups)))
     return [[row for group in part for row in groups[group]] for part in parts]
+
+
+def _require_finite(who: str, what: str, numbers: Sequence[FloatArray]) -> None:
+    bad = [row for row, of_row in enumerate(numbers) if not np.isfinite(of_row).all()]
+    if bad:
+        raise DivergedError(
+            f"a {what} of the {who} is NaN or infinite in {len(bad)} of {len(numbers)} rollouts; the checkpoints saved "
+            "before are untouched. Lower --policy.optimizer.learning-rate or --critic.optimizer.learning-rate"
+        )

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from rlhf_critic.config import BodyConfig
-from rlhf_critic.errors import CheckpointError
+from rlhf_critic.encoding import Encoder
+from rlhf_critic.errors import CheckpointError, DivergedError
 from rlhf_critic.policy import NEVER_DRAWN, create_policy, sampling_logits
 from rlhf_critic.prefix_tree import TokenIds
 from rlhf_critic.weights import persistent_tensors
@@ -53,7 +54,11 @@ class Generator(Protocol):
         """Takes new weights of the policy, by the names of its state dict."""
 
     def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """A response to each prompt."""
+        """A response to each prompt.
+
+        Raises:
+            DivergedError: The policy's output is NaN or infinite.
+        """
 
 
 def create_generator(
@@ -66,8 +71,10 @@ def create_generator(
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS, with which the critic's texts end too."""
-    return [int(tokenizer.eos_token_id)]
+    """The ids that end a response: EOS and, where it is another special token, what ends a turn in the template."""
+    eos = int(tokenizer.eos_token_id)
+    ending = tokenizer(Encoder(tokenizer, max_length=1).ending, add_special_tokens=False)["input_ids"]
+    return sorted({eos, *(token for token in ending[:1] if token in tokenizer.all_special_ids)})
 
 
 class TransformersGenerator:
@@ -150,6 +157,11 @@ class _Draws(LogitsProcessor):
         self._collect(input_ids)
         logits_SV = sampling_logits(scores, self._temperature, self._suppressed)
         self._last = logits_SV.log_softmax(-1)
+        if self._last[:, 0].isnan().any():  # as every column of a row then is
+            raise DivergedError(
+                "the policy's output is NaN or infinite, so nothing can be drawn; the checkpoints saved before are "
+                "untouched. Lower --policy.optimizer.learning-rate"
+            )
         return logits_SV
 
     def log_probs(self, generated: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ class CriticConfig(Section):
     shards: PositiveInt = Field(1, description="Actors that it is sharded over.")
     cpus_per_shard: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each; torch threads if no GPU.")
     offload: bool = Field(
-        False, description="Take its state out of the devices while rollouts are made, for those who share them."
+        False,
+        description="Take its state out of the devices while rollouts are made, for those who share them. Of this job "
+        "that is nobody with use_gpu, where each actor has a GPU of its own.",
     )
 
 
@@ -88,7 +90,9 @@ class RolloutConfig(Section):
         1, description="Responses to each; they share the prompt's computation in critic and policy."
     )
     prompts_per_task: PositiveInt = Field(
-        8, description="Prompts that a worker takes at once: what is drawn depends on it, but not on the workers."
+        4,
+        description="Prompts that a worker takes at once; with several tasks it draws one while the last is judged. "
+        "What is drawn depends on it, but not on the workers.",
     )
     max_new_tokens: PositiveInt = Field(64, description="Most tokens of a response; longer ones are cut.")
     temperature: PositiveFloat = Field(1.0, description="With which tokens are drawn.")
@@ -204,6 +208,13 @@ class PPOJobConfig(Section):
             raise ValueError("prompts.validation and prompts.validation_fraction: give one or the other")
         if self.ppo.minibatches > self.rollout.prompts_per_iteration:
             raise ValueError("ppo.minibatches: there are fewer prompts in an iteration; rollouts of one stay together")
+        if self.ppo.bootstrap_truncated and self.reward.missing_eos_penalty:
+            raise ValueError(
+                "reward.missing_eos_penalty: with ppo.bootstrap_truncated a response that was cut is not judged, and "
+                "has no reward to take it off"
+            )
+        if self.ppo.value_warmup_iterations >= self.ppo.iterations:
+            raise ValueError("ppo.value_warmup_iterations: must leave the policy at least one of ppo.iterations")
         if self.reward.max_replicas < self.reward.min_replicas:
             raise ValueError(
                 f"reward.max_replicas {self.reward.max_replicas} is below reward.min_replicas "

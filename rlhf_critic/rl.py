@@ -257,7 +257,7 @@ def masked_mean(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
     return x_SL.float().masked_fill(~mask_SL, 0.0).sum() / mask_SL.sum().clamp(min=1)
 
 
-def whiten(x_SL: Tensor, mask_SL: Tensor, shift_mean: bool = True) -> Tensor:
+def whiten(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
     """Gives the tokens of the mask, over the whole batch, mean 0 and variance 1.
 
     ``(x - mean) / sqrt(variance + 1e-8)`` with the population variance (divided by n, not by n - 1), as in the code of
@@ -267,7 +267,6 @@ def whiten(x_SL: Tensor, mask_SL: Tensor, shift_mean: bool = True) -> Tensor:
     Args:
         x_SL: ``[S, L]``.
         mask_SL: Which tokens count, bool ``[S, L]``.
-        shift_mean: Whether the mean becomes 0; otherwise it stays, as for rewards, whose sign has a meaning.
 
     Returns:
         ``[S, L]``, fp32, 0 where the mask is False.
@@ -278,8 +277,6 @@ def whiten(x_SL: Tensor, mask_SL: Tensor, shift_mean: bool = True) -> Tensor:
     _same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
     mean, variance = _mean_and_variance(x_SL, mask_SL)
     whitened_SL = (x_SL.float().double() - mean) * torch.rsqrt(variance + WHITENING_EPSILON)
-    if not shift_mean:
-        whitened_SL = whitened_SL + mean
     return whitened_SL.float().masked_fill(~mask_SL, 0.0)
 
 

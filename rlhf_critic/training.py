@@ -1,8 +1,8 @@
 """A model, its AdamW and its schedule, sharded by DeepSpeed: takes steps over micro-batches and keeps their state.
 
-What `rlhf_critic.engine.CriticEngine` and `rlhf_critic.policy.PolicyEngine` have in common. Every method is collective:
-all ranks call it with the same arguments, in the same order, and get the same result. Knows nothing of what is fitted:
-the caller says what a micro-batch costs.
+What `rlhf_critic.engine.CriticEngine` and `rlhf_critic.policy_engine.PolicyEngine` have in common. Every method is
+collective: all ranks call it with the same arguments, in the same order, and get the same result. Knows nothing of what
+is fitted: the caller says what a micro-batch costs.
 
 Shape legend: U units (preferences, rollouts) of a micro-batch.
 """

@@ -31,7 +31,7 @@ from actors.critic_group import CriticGroup, CriticOptions
 from actors.scorer_handle import DEFAULT_APP
 from rlhf_critic.checkpoint import RESUME_FOLDER
 from rlhf_critic.config import EncodingConfig, ModelConfig, TrainConfig
-from rlhf_critic.errors import RankLost
+from rlhf_critic.errors import CheckpointError, RankLost
 from rlhf_critic.metrics import read_metrics
 from tests.actors.groups import make_rollouts
 from tests.actors.scorers import Calls
@@ -253,11 +253,7 @@ def full_disk(world: World) -> dict[str, Any]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], check=True)
     job = world.start("full-disk", storage=disk)
     job.wait_for_steps(CHECKPOINT_EVERY + 2)
-    filler = disk / "filler"
-    with suppress(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(4096))
-            file.flush()
+    filler = fill(disk)
     failed = job.end()
     filler.unlink()
     # What a disk that fills a second earlier leaves of Ray Train's own list.
@@ -322,12 +318,35 @@ def node_of_shard(world: World) -> dict[str, Any]:
             removed = time.monotonic()
             updating.result(TIMEOUT_S)
         seconds = time.monotonic() - removed
+    full = world.directory / "disk"  # `full_disk` made it
     with CriticGroup.restore(saved, WORKERS, cpus_per_shard=1, start_timeout_s=TIMEOUT_S) as group:
         for _ in range(UPDATES - SAVED_AFTER):
             group.update(*rollouts.arguments)
         group.save(ends[0])
+        fill(full)
+        try:
+            group.save(full / "group")
+            refused = ""
+        except CheckpointError as error:
+            refused = str(error)
     world.restore_nodes()
-    return {"lost": lost, "noticed after": round(seconds, 1), "difference": difference(*ends)}
+    return {
+        "lost": lost,
+        "noticed after": round(seconds, 1),
+        "difference": difference(*ends),
+        "full disk": refused,
+        "left on it": (full / "group").exists(),
+    }
+
+
+def fill(disk: Path) -> Path:
+    """Leaves no room on a disk; returns the file that takes it."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    return filler
 
 
 def update_until_lost(group: CriticGroup, arguments: tuple[Any, ...], lost: list[str]) -> None:

@@ -86,12 +86,14 @@ def test_a_run_without_a_whole_checkpoint_and_an_export_of_a_damaged_one_are_ref
     assert_refused(fault["exported"], f"hopeless/{CHECKPOINTS[1]}/model.safetensors: damaged")
 
 
-def test_the_node_under_a_critic_shard_goes(seen):
+def test_the_node_under_a_critic_shard_goes_and_another_group_meets_a_full_disk(seen):
     fault = seen["node_of_shard"]
     assert len(fault["lost"]) == 1
     assert "critic rank" in fault["lost"][0]
     assert fault["noticed after"] < 30
     assert fault["difference"] <= SAME
+    assert "disk/group: could not be written" in fault["full disk"]
+    assert not fault["left on it"]
 
 
 def test_the_node_under_a_scorer_goes_and_a_damaged_critic_is_published(seen):

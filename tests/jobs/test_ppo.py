@@ -4,6 +4,7 @@ The policy reads and writes with a tokenizer of its own; scorers judge its texts
 are compared with the first iterations of one undisturbed run: options are such that a run may be prolonged.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -323,6 +324,9 @@ def test_a_job_that_is_killed_resumes_and_changes_nothing(options, undisturbed, 
         ppo.run(config_of(options, run.name, resume=True, ppo=changed))
     with pytest.raises(ConfigError, match="its prompts, their template or length limit are not those it began with"):
         ppo.run(config_of(options, run.name, resume=True, ppo=of_length(SHORT), prompts={"validation_fraction": 0.5}))
+    sibling = {**options["policy"], "model": {"path": str(run / "iteration-000006" / "policy")}}
+    with pytest.raises(ConfigError, match=r"the base model .* is not the one it began with"):
+        ppo.run(config_of(options, run.name, resume=True, ppo=of_length(SHORT), policy=sibling))
 
 
 class Interrupted:
@@ -373,21 +377,34 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
     assert run.versions == [old, old, old, old | new if allow_mixed_versions else new, new, new]
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy ran away"),
+        ("nan", {"epochs": 1, "minibatches": 1}, "the policy's output is NaN or infinite, so nothing can be drawn"),
+    ],
+)
 def test_a_policy_that_runs_away_ends_the_job_with_advice_and_keeps_the_checkpoints(
-    options, tmp_path, monkeypatch, capsys
+    options, tmp_path, monkeypatch, capsys, name, changes, message
 ):
-    run = directory_of(options, "runaway")
+    """Also where the step that went too far was itself finite, and only the next responses show it."""
+    optimizer = {**options["policy"]["optimizer"], **({"learning_rate": 1e30} if name == "nan" else {})}
+    run = directory_of(options, name)
     pool.wait_until_served("scorers", 60, lambda _: None)
     config = tmp_path / "config.yaml"
     config.write_text(
         config_of(
-            options, run.name, ppo={**of_length(SHORT), "max_kl": 1e-3}, run={"checkpoint_every": 1}
+            options,
+            run.name,
+            policy={"optimizer": optimizer},
+            ppo={**of_length(SHORT), **changes},
+            run={"checkpoint_every": 1},
         ).model_dump_json()
     )
-    code, _, message = run_command_line(ppo.main, ["--config", str(config)], monkeypatch, capsys)
+    code, _, said = run_command_line(ppo.main, ["--config", str(config)], monkeypatch, capsys)
     assert code == EXIT_REFUSED
-    assert re.search(r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy ran away", message)
-    assert "Raise --ppo.kl-coefficient, lower --policy.optimizer.learning-rate" in message
+    assert re.search(message, said)
+    assert re.search("lower --policy.optimizer.learning-rate", said, re.IGNORECASE)
     assert [path.name for path in checkpoints(run)] == ["iteration-000001"]
     load_critic(run / "iteration-000001" / "critic")
     AutoModelForCausalLM.from_pretrained(run / "iteration-000001" / "policy")
@@ -425,6 +442,11 @@ def test_responses_that_look_like_markup_are_shown_as_they_are(tmp_path):
     assert "standard deviation 0.000), +4.000 after\n" in console.export_text(), "nothing is divided by 0"
     ppo.show(console, PPOOutcome(tmp_path, tmp_path, samples(1.0), samples(4.0, 4.0)))
     assert "before" not in console.export_text()
+    judged_by_another = [dataclasses.replace(sample, model_version="n") for sample in samples(4.0, 4.0)]
+    ppo.show(console, PPOOutcome(tmp_path, tmp_path, samples(1.0, 3.0), judged_by_another))
+    shown = console.export_text()
+    assert "they are on different scales: m judged before, n after" in shown
+    assert "a rise of" not in shown
 
 
 def test_scorers_that_stop_answering_end_the_job_after_the_deadline(options):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_critic.errors import NonFiniteRewardError
+from rlhf_critic.errors import DivergedError, NonFiniteRewardError
 from rlhf_critic.experience import Judged, make_experience, minibatch_rows
 from rlhf_critic.ppo_config import AlgorithmConfig, RewardConfig
 from rlhf_critic.rl import RunningMoments
@@ -228,3 +228,20 @@ def test_minibatches_come_from_the_seed_alone():
     prompts = list(range(40))
     assert minibatch_rows(prompts, 4, [1, 2, 3]) == minibatch_rows(prompts, 4, [1, 2, 3])
     assert minibatch_rows(prompts, 4, [1, 2, 3]) != minibatch_rows(prompts, 4, [1, 2, 4])
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize(
+    ("field", "who"),
+    [
+        ("values", "a value of the critic"),
+        ("log_probs", "a log-probability of the policy"),
+        ("ref_log_probs", "a log-probability of the reference policy"),
+    ],
+)
+def test_numbers_of_models_that_are_not_finite_end_the_run_with_advice(field, who, bad):
+    judged = two_rollouts()
+    numbers = [row.copy() for row in getattr(judged, field)]
+    numbers[1][0] = bad
+    with pytest.raises(DivergedError, match=rf"{who} is NaN or infinite in 1 of 2 rollouts.*learning-rate"):
+        make_experience(replace(judged, **{field: numbers}), PLAIN, RewardConfig(), RunningMoments())

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_critic.config import BodyConfig
 from rlhf_critic.encoding import load_tokenizer
-from rlhf_critic.errors import CheckpointError
+from rlhf_critic.errors import CheckpointError, DivergedError
 from rlhf_critic.generation import Response, TransformersGenerator, create_generator, stop_ids
 from rlhf_critic.policy import create_policy
 from rlhf_critic.weights import persistent_tensors
@@ -163,6 +163,35 @@ def test_generation_stops_when_all_have_come_to_their_end(tiny_model):
         assert response.ids.tolist() == [eos]
         assert response.log_probs == pytest.approx([0.0], abs=1e-5)
         assert not response.truncated
+
+
+def test_a_turn_may_end_with_another_special_token_than_eos(tiny_model, tmp_path):
+    """As in chat models whose EOS ends documents, not turns."""
+    template = tmp_path / "template.jinja"
+    turns = "{% for message in messages %}{{ message['content'] }}ENDING{% endfor %}"
+    ids = {token: load_tokenizer(tiny_model).convert_tokens_to_ids(token) for token in ("<unk>", "</s>")}
+    for ending, stops in (("<unk>\n", ["<unk>", "</s>"]), ("!\n", ["</s>"]), ("", ["</s>"]), ("</s>", ["</s>"])):
+        template.write_text(turns.replace("ENDING", ending))
+        tokenizer = load_tokenizer(tiny_model, str(template))
+        assert stop_ids(tokenizer) == sorted(ids[token] for token in stops), ending
+    template.write_text(turns.replace("ENDING", "<unk>"))
+    generator = TransformersGenerator(
+        BodyConfig(path=tiny_model), load_tokenizer(tiny_model, str(template)), 1.0, torch.device("cpu")
+    )
+    generator.load(weights_that_draw(tiny_model, PROMPTS[1], ids["<unk>"]))
+    (response,) = generator.generate([PROMPTS[1]], 20, seed=0)
+    assert response.ids.tolist() == [ids["<unk>"]]
+    assert not response.truncated
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_policy_whose_output_is_no_number_draws_nothing(tiny_model, bad):
+    generator = make(tiny_model)
+    weights = weights_that_draw(tiny_model, PROMPTS[1], 50)
+    weights["lm_head.weight"].fill_(bad)
+    generator.load(weights)
+    with pytest.raises(DivergedError, match=r"NaN or infinite.*--policy\.optimizer\.learning-rate"):
+        generator.generate([PROMPTS[1]] * 3, 20, seed=0)
 
 
 def test_what_must_not_be_drawn_never_is_however_likely(tiny_model):
