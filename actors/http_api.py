@@ -11,13 +11,13 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,10 +36,13 @@ from rlhf_critic.http_schema import (
     ScoreRequest,
     ScoreResponse,
     Usage,
+    conversation_of,
 )
-from rlhf_critic.scoring import Conversation, Item, ScorerInfo, Scores, Text
+from rlhf_critic.scoring import Item, ScorerInfo, Scores, Text
 
+HEALTH = "/health"
 RETRY_AFTER_S = "1"
+MOST_SHOWN = 200  # characters of a name that a caller made up
 KIND_OF_STATUS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}
 
 
@@ -68,6 +71,9 @@ class ScoringService(Protocol):
 
     async def info(self) -> ScorerInfo:
         """What is served; raises `ScorerUnavailable` where nothing is ready."""
+
+    def on_refusal(self, kind: str) -> None:
+        """Is told of every request that gets no scores, and why."""
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -101,8 +107,8 @@ class _StrictRoute(APIRoute):
         return strict
 
 
-class _BodyLimit:
-    """Stops reading a body that is too large, whatever its headers say."""
+class _Gate:
+    """Looks at a token before it reads a body, and stops reading one that is too large, whatever its headers say."""
 
     def __init__(self, app: ASGIApp, service: Callable[[], ScoringService]) -> None:
         self._app, self._service = app, service
@@ -111,7 +117,15 @@ class _BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._service().settings.max_body_bytes
+        settings = self._service().settings
+        request = Request(scope)
+        is_open = scope["path"].removeprefix(scope.get("root_path", "")) == HEALTH
+        if settings.token_sha256 and not is_open and not _shows_token(request, settings.token_sha256):
+            message = "show the pool's token: Authorization: Bearer TOKEN"
+            refusal = _error(request, 401, KIND_OF_STATUS[401], message, {"WWW-Authenticate": "Bearer"})
+            await refusal(scope, receive, send)
+            return
+        limit = settings.max_body_bytes
         read = 0
 
         async def counted() -> Message:
@@ -131,16 +145,6 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
     Args:
         service: Gives what answers, when a request comes.
     """
-    bearer = HTTPBearer(auto_error=False, description="The pool's token, if it wants one.")
-
-    async def authorize(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        wanted = service().settings.token_sha256
-        shown = credentials.credentials if credentials else ""
-        if wanted and not hmac.compare_digest(hashlib.sha256(shown.encode()).hexdigest(), wanted):
-            raise HTTPException(
-                401, "show the pool's token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
-            )
-
     app = FastAPI(
         title="rlhf-critic scorers",
         description="Rewards of a critic. One text has one reward, whichever endpoint is asked.",
@@ -148,17 +152,25 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(_BodyLimit, service=service)
+    app.state.on_refusal = lambda kind: service().on_refusal(kind)
+    app.add_middleware(_Gate, service=service)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(StarletteHTTPException, _on_http_exception)
     app.add_exception_handler(CriticError, _on_critic_error)
     app.add_exception_handler(Exception, _on_bug)
-    router = APIRouter(route_class=_StrictRoute, dependencies=[Depends(authorize)])
+    # Says in the OpenAPI document what `_Gate` does.
+    bearer = HTTPBearer(auto_error=False, description="The pool's token, if it wants one.")
+    router = APIRouter(route_class=_StrictRoute, dependencies=[Depends(bearer)])
 
     @router.post("/score", responses=ERRORS)
     async def score(request: ScoreRequest) -> ScoreResponse:
         """Scores conversations, chats, finished texts or token ids."""
-        items = [item.to_item() for item in request.items]
+        items: list[Item] = []
+        for item in request.items:
+            try:
+                items.append(item.to_item())
+            except ScorerRejected as error:
+                raise ScorerRejected(error.kind, f"item {len(items)}: {error.message}", len(items)) from error
         return ScoreResponse.of(await service().score(items, request.values, request.version))
 
     @router.post("/get_reward", responses=ERRORS)
@@ -220,7 +232,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
 
     app.include_router(router)
 
-    @app.get("/health", responses={status: ERRORS[status] for status in (500, 503)})
+    @app.get(HEALTH, responses={status: ERRORS[status] for status in (500, 503)})
     async def health() -> HealthResponse:
         """Says whether a warm scorer is there; the one endpoint that needs no token."""
         return HealthResponse(model_version=(await service().info()).model_version)
@@ -237,8 +249,7 @@ def _classified(request: ClassifyRequest) -> list[Item]:
     if (request.input is None) == (request.messages is None):
         raise ScorerRejected("no_items", "give input or messages, one of them")
     if request.messages is not None:
-        turns = [turn.model_dump() for turn in request.messages]
-        return [Conversation(turns[:-1], turns[-1]["content"])]
+        return [conversation_of(request.messages)]
     if isinstance(request.input, str):
         return [Text(request.input)]
     assert request.input is not None
@@ -251,34 +262,46 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _shows_token(request: Request, sha256: str) -> bool:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    shown = hashlib.sha256(token.strip().encode()).hexdigest()
+    return scheme.lower() == "bearer" and hmac.compare_digest(shown, sha256)
+
+
 def _error(
-    status: int, kind: str, message: str, headers: dict[str, str] | None = None, item: int | None = None
+    request: Request,
+    status: int,
+    kind: str,
+    message: str,
+    headers: dict[str, str] | None = None,
+    item: int | None = None,
 ) -> JSONResponse:
+    request.app.state.on_refusal(kind)
     body = ErrorResponse(error=ErrorDetail(kind=kind, message=message, item=item))
     return JSONResponse(body.model_dump(), status, headers)
 
 
-async def _on_invalid(_: Request, error: Any) -> JSONResponse:
+async def _on_invalid(request: Request, error: Any) -> JSONResponse:
     # Of the alternatives of a union, the one that got furthest is what the caller meant.
     first = max(error.errors(), key=lambda found: len(found["loc"]))
     place = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Model"))
-    return _error(422, "invalid_request", f"{place}: {first['msg']}")
+    return _error(request, 422, "invalid_request", f"{place[:MOST_SHOWN]}: {first['msg']}")
 
 
-async def _on_http_exception(_: Request, error: Any) -> JSONResponse:
+async def _on_http_exception(request: Request, error: Any) -> JSONResponse:
     kind = "body_too_large" if error.status_code == 413 else KIND_OF_STATUS.get(error.status_code, "bad_request")
-    return _error(error.status_code, kind, str(error.detail), error.headers)
+    return _error(request, error.status_code, kind, str(error.detail), error.headers)
 
 
-async def _on_critic_error(_: Request, error: Any) -> JSONResponse:
+async def _on_critic_error(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, ScorerRejected):
-        return _error(422, error.kind, error.message, item=error.item)
+        return _error(request, 422, error.kind, error.message, item=error.item)
     if isinstance(error, VersionMismatch):
-        return _error(409, "version_mismatch", str(error))
+        return _error(request, 409, "version_mismatch", str(error))
     if isinstance(error, ScorerUnavailable):
-        return _error(503, "unavailable", str(error), {"Retry-After": RETRY_AFTER_S})
-    return _error(500, "failed", str(error))
+        return _error(request, 503, "unavailable", str(error), {"Retry-After": RETRY_AFTER_S})
+    return _error(request, 500, "failed", str(error))
 
 
-async def _on_bug(_: Request, error: Exception) -> JSONResponse:
-    return _error(500, "failed", f"an internal error: {type(error).__name__}")
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    return _error(request, 500, "failed", f"an internal error: {type(error).__name__}")

@@ -11,6 +11,7 @@ import copy
 import ipaddress
 import os
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -79,10 +80,19 @@ def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
     return _with_digest(scorer)
 
 
-def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None) -> None:
-    """Tells Serve to run the pool so; returns before it does."""
-    runtime_environment = _runtime_environment(config.use_gpu)
-    _apply(config.app, {**application(config, scorer, token_sha256), "runtime_env": runtime_environment})
+def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None, progress: Progress) -> str:
+    """Runs the pool, or changes the one that runs.
+
+    Returns:
+        The version that every replica serves now.
+
+    Raises:
+        CheckpointError: The critic cannot be served.
+        PlacementError: Not every replica served it in time.
+        ConfigError: Somebody else changed the pool meanwhile.
+    """
+    after = {**application(config, scorer, token_sha256), "runtime_env": _runtime_environment(config.use_gpu)}
+    return _change(config.app, _deployed(config.app), after, config.start_timeout_s, progress)
 
 
 def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None) -> dict[str, Any]:
@@ -144,7 +154,7 @@ def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> 
         The version that every replica serves now.
 
     Raises:
-        ConfigError: There is no such pool.
+        ConfigError: There is no such pool, or somebody else changed it meanwhile.
         CheckpointError: The critic cannot be served; the pool goes on with what it had.
         PlacementError: Not every replica served it in time; the pool goes on with what it had.
     """
@@ -155,16 +165,20 @@ def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> 
     user_config = _replicas(after)["user_config"]
     scorer = ScorerConfig(**{**user_config["scorer"], "checkpoint": _absolute(checkpoint)})
     user_config["scorer"] = _with_digest(scorer).model_dump(mode="json")
-    _apply(app, after)
-    try:
-        return wait_until_served(app, timeout_s, progress)
-    except (CheckpointError, PlacementError):
-        _apply(app, before)
-        raise
+    return _change(app, before, after, timeout_s, progress)
 
 
-def wait_until_served(app: str, timeout_s: float, progress: Progress) -> str:
+def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: str | None = None) -> str:
     """Waits until every replica of a pool serves what it was told to.
+
+    A replica that was being started when it was told is not waited for: it comes with what was there before, names
+    that in its answers, and swaps then.
+
+    Args:
+        app: The pool's name.
+        timeout_s: For how long.
+        progress: Is told how far it is.
+        wanted: The digest of what it was told to serve; None takes what it was told last.
 
     Returns:
         The version.
@@ -172,12 +186,13 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress) -> str:
     Raises:
         CheckpointError: One cannot.
         PlacementError: They did not in time.
+        ConfigError: It was told to serve something else meanwhile.
     """
     deadline = time.monotonic() + timeout_s
-    application = _deployed(app)
-    assert application is not None
-    wanted = digest_of(_replicas(application)["user_config"])
+    wanted = wanted or _published(app)
     while True:
+        if _published(app) != wanted:
+            raise ConfigError(f"the pool {app!r} was changed by somebody else meanwhile, and serves what they gave it")
         status, message, running, target = _state(app)
         reports = [report for report in read_board(app) if report.replica in running and report.published == wanted]
         for report in reports:
@@ -188,7 +203,7 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress) -> str:
         if status == "DEPLOY_FAILED":
             raise CheckpointError(f"the pool could not be started: {_last_line(message)}")
         if status == "RUNNING" and running and len(current) == len(running):
-            return current[0].model_version
+            return current[0].info.model_version
         if time.monotonic() > deadline:
             why = f"{status}: {_last_line(message)}" if message else status
             raise PlacementError(
@@ -214,6 +229,37 @@ def stop(app: str) -> None:
 def is_running(app: str) -> bool:
     """Whether there is such a pool."""
     return _deployed(app) is not None
+
+
+def _change(
+    app: str, before: dict[str, Any] | None, after: dict[str, Any], timeout_s: float, progress: Progress
+) -> str:
+    """Gives a pool a config and waits until it is served; where it comes to nothing, gives back the one before."""
+    # A name of its own, so that what replicas said of the same critic earlier is not taken for their answer to this.
+    _replicas(after)["user_config"]["publication"] = uuid.uuid4().hex
+    wanted = digest_of(_replicas(after)["user_config"])
+    _apply(app, _at_its_size(app, after))
+    try:
+        return wait_until_served(app, timeout_s, progress, wanted)
+    except BaseException:  # an interrupt, too: half of the replicas would serve the one and half the other
+        if before is not None and _published(app) == wanted:
+            _apply(app, _at_its_size(app, before))
+        raise
+
+
+def _at_its_size(app: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A pool's config that leaves it as many replicas as it has: Serve goes back to the initial number with each."""
+    config = copy.deepcopy(config)
+    scaling = _replicas(config)["autoscaling_config"]
+    *_, target = _state(app)
+    scaling["initial_replicas"] = min(max(target, scaling["min_replicas"], 1), scaling["max_replicas"])
+    return config
+
+
+def _published(app: str) -> str | None:
+    """The digest of what a pool was told to serve."""
+    deployed = _deployed(app)
+    return None if deployed is None else digest_of(_replicas(deployed)["user_config"])
 
 
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
@@ -279,10 +325,11 @@ def _replicas(application: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(app: str) -> tuple[str, str, set[str], int]:
-    """An application's status and message, its running replicas, and how many there are to be."""
+    """An application's status and message, its replicas that answer, and how many there are to be."""
     details = _client().get_serve_details()["applications"].get(app, {})
     scorers = details.get("deployments", {}).get(SCORER_DEPLOYMENT, {})
-    running = {replica["replica_id"] for replica in scorers.get("replicas", []) if replica["state"] == "RUNNING"}
+    answering = {"RUNNING", "UPDATING"}
+    running = {replica["replica_id"] for replica in scorers.get("replicas", []) if replica["state"] in answering}
     message = details.get("message", "") or scorers.get("message", "")
     status = details["status"].value if details else "NOT_STARTED"
     return status, message, running, int(scorers.get("target_num_replicas", 0))

@@ -1,16 +1,20 @@
 """Where the replicas of a pool say what they serve, so that whoever publishes a critic knows how it went.
 
 Serve itself would replace a replica that cannot take a new configuration; ours keeps what it serves, and says so here.
-The board holds nothing that is not said again every few seconds, so it may be lost and made anew at any time.
+The board holds nothing that is not said again every few seconds, so its process may be lost and started again.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from rlhf_critic.scoring import ScorerInfo
 
 NAMESPACE = "rlhf-critic"
 CALL_TIMEOUT_S = 10.0
@@ -25,7 +29,7 @@ class ReplicaReport:
     Attributes:
         replica: Its id, as Serve has it.
         pid: Of its process.
-        model_version: What it serves.
+        info: What it serves.
         published: The digest of the configuration it was told to serve last.
         is_current: Whether that is what it serves.
         error: Why it does not serve it; empty while it loads, and when it does.
@@ -33,7 +37,7 @@ class ReplicaReport:
 
     replica: str
     pid: int
-    model_version: str
+    info: ScorerInfo
     published: str
     is_current: bool
     error: str = ""
@@ -43,15 +47,17 @@ class PoolBoard:
     """The actor."""
 
     def __init__(self) -> None:
-        self._reports: dict[str, ReplicaReport] = {}
+        self._reports: dict[str, tuple[float, ReplicaReport]] = {}
 
     def report(self, report: ReplicaReport) -> None:
         """Takes what a replica says, in place of what it said before."""
-        self._reports[report.replica] = report
+        self._reports[report.replica] = time.monotonic(), report
 
-    def reports(self) -> list[ReplicaReport]:
-        """What every replica said last, those that are gone included."""
-        return list(self._reports.values())
+    def reports(self, within_s: float = math.inf) -> list[ReplicaReport]:
+        """What every replica said last, the latest first; those that are gone included, unless they must be recent."""
+        earliest = time.monotonic() - within_s
+        latest_first = sorted(self._reports.values(), key=lambda told: told[0], reverse=True)
+        return [report for at, report in latest_first if at >= earliest]
 
 
 _Board: Any = ray.remote(PoolBoard)

@@ -42,7 +42,7 @@ class ScorerMetrics:
         self._tokens = counter("tokens_total", "Tokens of scored sequences, each by itself.")
         self._computed_tokens = counter("computed_tokens_total", "Tokens computed for them: the shared ones once.")
         self._shared = gauge("shared_token_ratio", "Share of a micro-batch's tokens that another one computed.")
-        self._queue = gauge("queue_depth", "Calls that wait or are computed.")
+        self._queue = gauge("queue_depth", "Calls that waited when a micro-batch was done.")
         self._items = counter("items_total", "Scored items.", "model_version")
         self._truncated = counter("truncated_items_total", "Items that lost their beginning to the length limit.")
         self._refusals = counter("refusals_total", "Calls that were refused or failed, by kind.", "kind")
@@ -80,3 +80,15 @@ class ScorerMetrics:
             self._version.set(0, {"model_version": self._served})
         self._version.set(1, {"model_version": model_version})
         self._served = model_version
+
+
+def http_refusals(app: str) -> Counter:
+    """Counts HTTP requests that got no scores, by the kind of the answer; those of replicas are among them.
+
+    Args:
+        app: The pool's name.
+    """
+    counter = Counter(
+        "rlhf_critic_http_refusals_total", "HTTP requests that were refused or failed, by kind.", ("app", "kind")
+    )
+    return counter.set_default_tags({"app": app})

@@ -23,7 +23,7 @@ from actors.http_api import HttpSettings, build_app
 from actors.pool_board import ON_HEAD, ReplicaReport, board_of
 from actors.ray_session import listen_at_node_address
 from actors.scorer_handle import SCORER_DEPLOYMENT, HandleTransport
-from actors.scorer_metrics import ScorerMetrics
+from actors.scorer_metrics import ScorerMetrics, http_refusals
 from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.scorer_client import ScorerClient
 from rlhf_critic.scorer_config import ScorerConfig
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 INFO_TIMEOUT_S = 5.0
+REPORT_EVERY_S = 2.0
+RECENT_S = 10.0  # a replica that has said nothing for so long is not taken for ready
 CONCURRENT_HTTP_CALLS = 1000
 
 
@@ -45,7 +47,7 @@ def digest_of(user_config: dict[str, Any]) -> str:
 
 @serve.deployment(
     name=SCORER_DEPLOYMENT,
-    health_check_period_s=2,
+    health_check_period_s=REPORT_EVERY_S,
     health_check_timeout_s=30,
     graceful_shutdown_wait_loop_s=0.5,
     graceful_shutdown_timeout_s=60,
@@ -92,11 +94,6 @@ class ScorerReplica:
         self._metrics.on_scores(scores, time.perf_counter() - started)
         return scores
 
-    def info(self) -> ScorerInfo:
-        """What this replica serves."""
-        assert self._scorer is not None
-        return self._scorer.info()
-
     def check_health(self) -> None:
         """Serve asks now and then, and replaces a replica that raises."""
         if self._scorer is not None:
@@ -125,7 +122,7 @@ class ScorerReplica:
         report = ReplicaReport(
             replica=self._replica,
             pid=os.getpid(),
-            model_version=self._scorer.info().model_version,
+            info=self._scorer.info(),
             published=digest_of(self._wanted),
             is_current=self._wanted == self._serving,
             error=self._error if self._wanted != self._serving else "",
@@ -160,14 +157,14 @@ def _http_app() -> Any:
 class Gateway:
     """The HTTP endpoints; a `actors.http_api.ScoringService`."""
 
-    def __init__(self, scorers: DeploymentHandle) -> None:
+    def __init__(self, _: DeploymentHandle) -> None:  # by which Serve knows that replicas come first
         listen_at_node_address()
-        self._scorers = scorers
+        app = serve.get_replica_context().app_name
+        self._board = board_of(app)
+        self._refusals = http_refusals(app)
         self.settings = HttpSettings()
         self._max_items = 0
-        self._client = ScorerClient(
-            HandleTransport(serve.get_replica_context().app_name), max_in_flight=CONCURRENT_HTTP_CALLS
-        )
+        self._client = ScorerClient(HandleTransport(app), max_in_flight=CONCURRENT_HTTP_CALLS)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes the limits from Serve."""
@@ -185,16 +182,20 @@ class Gateway:
         )
 
     async def info(self) -> ScorerInfo:
-        """See `actors.http_api.ScoringService`."""
+        """See `actors.http_api.ScoringService`. Asks the board: a call would wait behind those that are scored."""
         try:
-            told: ScorerInfo = await asyncio.wait_for(_answer(self._scorers.info.remote()), INFO_TIMEOUT_S)
-        except (asyncio.TimeoutError, RayError) as error:
-            raise ScorerUnavailable("no scorer is ready yet: wait, or look at the pool with `serve status`") from error
-        return told
+            reports = await asyncio.wait_for(self._board.reports.remote(RECENT_S), INFO_TIMEOUT_S)
+        except (asyncio.TimeoutError, RayError):
+            reports = []
+        # While a critic is being published, what is served next.
+        told = next((one for one in reports if one.is_current), reports[0] if reports else None)
+        if told is None:
+            raise ScorerUnavailable("no scorer is ready yet: wait, or look at the pool with `serve status`")
+        return told.info
 
-
-async def _answer(response: Any) -> Any:
-    return await response
+    def on_refusal(self, kind: str) -> None:
+        """See `actors.http_api.ScoringService`."""
+        self._refusals.inc(1, {"kind": kind})
 
 
 app = Gateway.bind(ScorerReplica.bind())  # type: ignore[attr-defined]

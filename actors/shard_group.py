@@ -79,7 +79,7 @@ class ShardGroup:
             cpus_per_rank=cpus_per_shard,
             use_gpu=use_gpu,
             call_timeout_s=CALL_TIMEOUT_S,
-            in_own_bundles=True,  # a replica reserves them with itself
+            in_own_bundles=True,  # a replica reserves them with itself, for the critic it serves and the next one
         )
         try:
             loaded = self._group.call_all("load the critic", "load", checkpoint, token_budget, timeout_s=LOAD_TIMEOUT_S)

@@ -68,6 +68,8 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         CriticError: The critic, the data or the options are wrong, or OUT is that of another job.
     """
     started = time.perf_counter()
+    if "://" in config.out:
+        raise ConfigError(f"OUT {config.out!r} must be a path: workers write their parts there; mount the store")
     refuse_in_package("OUT", config.out)
     with directory_at(config.checkpoint) as directory:
         card = check_critic(directory)

@@ -84,8 +84,7 @@ def run_pool(config: ServeJobConfig, progress: pool.Progress) -> tuple[str, str,
     scorer = pool.checked(config, str(config.checkpoint))
     token_sha256 = hashlib.sha256(read_token(config.token_file).encode()).hexdigest() if authenticated else None
     url = pool.start_serve(config, authenticated)
-    pool.deploy(config, scorer, token_sha256)
-    return url, pool.wait_until_served(config.app, config.start_timeout_s, progress), authenticated
+    return url, pool.deploy(config, scorer, token_sha256, progress), authenticated
 
 
 def read_token(path: str) -> str:

@@ -6,15 +6,20 @@ of sockets, and nothing of how a score comes about.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring import Conversation, Item, Scores, Text
 
 Name: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 TokenId: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+T = TypeVar("T")
+# Lists of a request end at their first error: one for each of a million entries takes seconds, and half a gigabyte.
+ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+Nonempty: TypeAlias = Annotated[list[T], Field(fail_fast=True, min_length=1)]
 
 
 class _Message(BaseModel):
@@ -31,7 +36,7 @@ class TurnModel(_Message):
 class ConversationModel(_Message):
     """A prompt and the response to be judged, which may be empty."""
 
-    prompt: StrictStr | list[TurnModel]
+    prompt: StrictStr | ListOf[TurnModel]
     response: StrictStr
 
     def to_item(self) -> Item:
@@ -40,14 +45,26 @@ class ConversationModel(_Message):
         return Conversation(prompt, self.response)
 
 
+def conversation_of(messages: list[TurnModel]) -> Conversation:
+    """A chat as a prompt and the response to be judged.
+
+    Raises:
+        ScorerRejected: Its last turn is not the assistant's.
+    """
+    *before, last = messages
+    if last.role != "assistant":
+        raise ScorerRejected("no_response", f"messages: the last turn is to be judged, and is the {last.role[:40]}'s")
+    return Conversation([turn.model_dump() for turn in before], last.content)
+
+
 class ChatModel(_Message):
     """A conversation whose last turn, the assistant's, is to be judged."""
 
-    messages: Annotated[list[TurnModel], Field(min_length=1)]
+    messages: Nonempty[TurnModel]
 
     def to_item(self) -> Item:
         """As `rlhf_critic.scoring` has it."""
-        return Conversation([turn.model_dump() for turn in self.messages[:-1]], self.messages[-1].content)
+        return conversation_of(self.messages)
 
 
 class TextModel(_Message):
@@ -68,7 +85,7 @@ class TextModel(_Message):
 class TokensModel(_Message):
     """Token ids of the critic's own tokenizer."""
 
-    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    token_ids: Nonempty[TokenId]
 
     def to_item(self) -> Item:
         """As `rlhf_critic.scoring` has it."""
@@ -81,7 +98,7 @@ ItemModel: TypeAlias = ConversationModel | ChatModel | TextModel | TokensModel
 class ScoreRequest(_Message):
     """What ``POST /score`` takes."""
 
-    items: Annotated[list[ItemModel], Field(min_length=1)]
+    items: Nonempty[ItemModel]
     values: bool = Field(False, strict=True, description="Answer with the value at every token too.")
     version: Name | None = Field(None, description="Answer only if this is the version that is served.")
 
@@ -131,8 +148,8 @@ class GetRewardRequest(BaseModel):
     """What OpenRLHF's ``remote_rm_url`` clients send; fields that other versions add are left alone."""
 
     model_config = ConfigDict(extra="ignore")
-    query: StrictStr | list[StrictStr] = Field(description="Finished texts: prompt and response together.")
-    prompts: StrictStr | list[StrictStr] | None = Field(None, description="Their beginnings, where known.")
+    query: StrictStr | ListOf[StrictStr] = Field(description="Finished texts: prompt and response together.")
+    prompts: StrictStr | ListOf[StrictStr] | None = Field(None, description="Their beginnings, where known.")
     labels: Any = Field(None, description="Taken, and not used.")
 
 
@@ -150,10 +167,8 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     model: StrictStr | None = Field(None, description="If given, the version that must be served.")
-    input: StrictStr | list[StrictStr] | Annotated[list[TokenId], Field(min_length=1)] | list[list[TokenId]] | None = (
-        None
-    )
-    messages: Annotated[list[TurnModel], Field(min_length=1)] | None = None
+    input: StrictStr | ListOf[StrictStr] | Nonempty[TokenId] | ListOf[ListOf[TokenId]] | None = None
+    messages: Nonempty[TurnModel] | None = None
 
 
 class ClassifyDatum(_Message):

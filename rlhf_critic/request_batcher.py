@@ -67,7 +67,7 @@ class BatchRecord:
         requests: How many callers they came from.
         tokens: Their tokens, each sequence by itself.
         computed_tokens: Tokens computed for them.
-        queue: Requests that were in the queue when it was chosen, those it served included.
+        queue: Requests that still waited when it was done, those of which it was a part included.
         seconds: How long it took.
     """
 
@@ -167,8 +167,7 @@ class RequestBatcher:
                         return
                     continue
                 window = self._oldest()
-                queue = len(self._queue)
-            self._compute(window, queue)
+            self._compute(window)
 
     def _drop_finished(self) -> None:
         self._queue = deque(request for request in self._queue if not request.future.done())
@@ -186,7 +185,7 @@ class RequestBatcher:
                 break
         return window
 
-    def _compute(self, window: list[tuple[_Request, int]], queue: int) -> None:
+    def _compute(self, window: list[tuple[_Request, int]]) -> None:
         started = time.perf_counter()
         chosen = window
         try:
@@ -204,6 +203,9 @@ class RequestBatcher:
             request.outputs[index] = output
         for request in _requests_of(chosen):
             _finish(request)
+        with self._changed:
+            self._drop_finished()
+            queue = len(self._queue)
         record = BatchRecord(
             sequences=len(units),
             requests=len(_requests_of(chosen)),

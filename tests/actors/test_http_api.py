@@ -39,6 +39,11 @@ BAD = {
     "more prompts than queries": ("/get_reward", {"query": ["a"], "prompts": ["a", "b"]}, 422, "unequal_lengths"),
     "no queries": ("/get_reward", {"query": []}, 422, "no_items"),
     "an empty query": ("/get_reward", {"query": [""], "prompts": None}, 422, "empty_text"),
+    "a chat that ends with a question": (
+        *("/score", {"items": [ITEM, {"messages": [{"role": "user", "content": "a"}]}]}),
+        *(422, "no_response"),
+    ),
+    "such a chat to be classified": ("/classify", {"messages": [{"role": "user", "content": "a"}]}, 422, "no_response"),
     "no input": ("/classify", {"model": None}, 422, "no_items"),
     "another model": ("/classify", {"model": "gpt-9", "input": "a"}, 409, "version_mismatch"),
     "an unknown place": ("/nowhere", GOOD, 404, "not_found"),
@@ -89,6 +94,8 @@ def test_a_pool_with_a_token_answers_only_those_who_show_it(serving, critics, tm
             answer = httpx.request(method, url + path, json=GOOD, headers=headers, timeout=60)
             assert (answer.status_code, answer.json()["error"]["kind"]) == (401, "unauthorized")
             assert answer.headers["WWW-Authenticate"] == "Bearer"
+    for unread in (b"[", b" " * 20_000_000):  # nobody without a token makes the pool read
+        assert httpx.post(f"{url}/score", content=unread, timeout=60).status_code == 401
     assert httpx.get(f"{url}/openapi.json", timeout=60).status_code == 401
     assert httpx.get(f"{url}/health", timeout=60).status_code == 200
     items = make_conversations(3)

@@ -1,5 +1,6 @@
 """One scorer by itself: what it refuses to serve, how it names what it serves, and what becomes of its shards."""
 
+import gc
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,6 +36,21 @@ def test_a_published_critic_is_swapped_between_calls(critics):
     scorer.close()
     with pytest.raises(ScorerUnavailable, match="shutting down"):
         scorer.score(items)
+
+
+def test_the_weights_of_a_critic_that_was_replaced_are_freed_though_nobody_collects_garbage(critics):
+    """As in a replica, whose first critic Serve has frozen out of the collector."""
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"], components=(CriticComponent(), LengthPenalty())))
+    tensors = list(scorer._version.backend._critic.parameters())
+    assert sum(tensor.numel() for tensor in tensors) > 10_000
+    gc.freeze()
+    try:
+        scorer.publish(ScorerConfig(checkpoint=critics["second"]))
+        assert sum(tensor.numel() for tensor in tensors) == 0
+    finally:
+        gc.unfreeze()
+    assert len(scorer.score(make_conversations(2)).rewards_S) == 2
+    scorer.close()
 
 
 def test_a_version_names_all_that_decides_a_reward(critics):

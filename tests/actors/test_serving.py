@@ -20,7 +20,14 @@ from actors import pool
 from actors.pool_board import read_board
 from actors.scorer_handle import connect
 from rlhf_critic.checkpoint import load_critic
-from rlhf_critic.errors import CheckpointError, CriticError, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.errors import (
+    CheckpointError,
+    ConfigError,
+    CriticError,
+    ScorerRejected,
+    ScorerUnavailable,
+    VersionMismatch,
+)
 from rlhf_critic.http_transport import connect_http
 from rlhf_critic.scoring import Conversation, Text
 from tests.actors.scorers import make_conversations, rewards_by_engine
@@ -138,7 +145,7 @@ def test_publishing_under_load_loses_nothing_and_mixes_nothing(serving, critics,
                 version = pool.publish("scorers", critics[name], 120, lambda _: None)
                 reports = [report for report in read_board("scorers") if report.pid in replica_pids()]
                 assert len(reports) == 2
-                assert {report.model_version for report in reports} == {version}
+                assert {report.info.model_version for report in reports} == {version}
             bad = shutil.copytree(critics["first"], tmp_path / "bad")
             weights = load_file(bad / "model.safetensors")
             weights["model.layers.0.mlp.up_proj.weight"].fill_(float("nan"))
@@ -162,6 +169,21 @@ def test_publishing_under_load_loses_nothing_and_mixes_nothing(serving, critics,
     wait_until(lambda: len(set(replica_pids()) - {pid}) == 2, "another replica", 90)
     for _ in range(20):
         assert client.score_items(items[:1]).model_version == version
+
+
+def test_of_two_that_publish_at_once_the_later_wins_and_the_other_is_told(serving, critics, client):
+    serving(critics["first"], min_replicas=2, max_replicas=2)
+    later: list[str] = []
+
+    def publish_another(_):
+        if not later:
+            later.append("")
+            later[0] = pool.publish("scorers", critics["first"], 120, lambda _: None)
+
+    with pytest.raises(ConfigError, match="'scorers' was changed by somebody else meanwhile"):
+        pool.publish("scorers", critics["second"], 120, publish_another)
+    assert pool.wait_until_served("scorers", 60, lambda _: None) == later[0]
+    assert client.score_items(make_conversations(3)).model_version == later[0]
 
 
 def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
@@ -201,11 +223,12 @@ def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
 
 
 def test_a_full_pool_turns_callers_away_at_their_deadline_and_recovers(serving, critics):
-    serving(critics["first"], max_replicas=1, max_ongoing_requests=1, max_queued_requests=1)
+    url = serving(critics["first"], max_replicas=1, max_ongoing_requests=1, max_queued_requests=1)
     heavy = [Conversation(f"please {number} " * 60, "thank you " * 60) for number in range(1024)]
     with connect(max_items_per_call=1024, max_in_flight=40) as client:
         started = time.monotonic()
         calls = [client.submit(heavy, deadline_s=1.5) for _ in range(20)]
+        assert httpx.get(f"{url}/health", timeout=30).status_code == 200, "it is warm, though busy"
         outcomes = []
         for call in calls:
             try:
@@ -244,6 +267,10 @@ def test_the_pool_grows_under_load_and_shrinks_when_idle(serving, critics, clien
         asking = [callers.submit(ask, seed) for seed in range(32)]
         try:
             wait_until(lambda: seen.add(len(replica_pids())) or max(seen) >= 2, "a second replica", 120)
+            there = len(replica_pids())
+            counts = [there]
+            pool.publish("scorers", critics["first"], 120, lambda _: counts.append(len(replica_pids())))
+            assert min(counts) == there, "a pool does not shrink because something is published"
         finally:
             ended.set()
         assert all(caller.result(120) > 0 for caller in asking)
@@ -258,16 +285,22 @@ def test_a_replica_of_two_shards_answers_like_one_in_one_process(serving, critic
     calls = [client.submit(items[start : start + 8], values=start % 16 == 0) for start in range(0, 40, 8)]
     rewards = np.concatenate([call.result(120).rewards_S for call in calls])
     np.testing.assert_allclose(rewards, wanted, atol=TOLERANCE)
+    # The next critic is loaded beside it, in the same bundles.
+    pool.publish("scorers", critics["second"], 120, lambda _: None)
+    wanted = rewards_by_engine(critics["second"], items)
+    np.testing.assert_allclose(client.score_items(items).rewards_S, wanted, atol=TOLERANCE)
+    wait_until(lambda: len(live_shards()) == 2, "the shards before to end", 60)
     # A lost shard takes its replica with it, and callers never see it.
-    shards = [process.pid for process in psutil.process_iter(["cmdline"]) if is_shard(process)]
-    assert len(shards) == 2
+    shards = live_shards()
     os.kill(shards[0], signal.SIGKILL)
     np.testing.assert_allclose(client.score_items(items).rewards_S, wanted, atol=TOLERANCE)
     wait_until(lambda: is_zombie(shards[1]), "the other shard to end", 60)
 
 
-def is_shard(process):
-    return bool(process.info["cmdline"]) and process.info["cmdline"][0].startswith("ray::Shard")
+def live_shards():
+    """The processes that hold a part of a critic."""
+    there = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
+    return [process.pid for process in there if process.info["cmdline"][0].startswith("ray::Shard")]
 
 
 def is_zombie(pid):

@@ -10,7 +10,7 @@ import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from actors.scorer_handle import connect
-from actors.scorer_metrics import ScorerMetrics
+from actors.scorer_metrics import ScorerMetrics, http_refusals
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring import Text
 from tests.actors.scorers import make_conversations
@@ -23,7 +23,8 @@ METRIC = re.compile(r"ray_rlhf_critic_\w+")
 
 @pytest.mark.timeout(300)
 def test_every_metric_of_a_pool_is_on_the_dashboard(serving, critics):
-    serving(critics["first"], max_replicas=1)
+    pool_url = serving(critics["first"], max_replicas=1)
+    httpx.post(f"{pool_url}/score", content=b"[", timeout=60)
     with connect() as client:
         scores = client.score_items(make_conversations(50))
         with pytest.raises(ScorerRejected):
@@ -45,6 +46,9 @@ def test_every_metric_of_a_pool_is_on_the_dashboard(serving, critics):
     assert re.search(rf'ray_rlhf_critic_items_total{{.*model_version="{version}".*}} 50\.0', text)
     assert re.search(rf'ray_rlhf_critic_version{{.*model_version="{version}".*}} 1\.0', text)
     assert re.search(r'ray_rlhf_critic_refusals_total{.*kind="empty_text".*} 1\.0', text)
+    assert re.search(
+        r'ray_rlhf_critic_http_refusals_total{.*kind="bad_request".*} [1-9]', text
+    )  # of all that this app had
     mean = float(re.search(rf'ray_rlhf_critic_reward_mean{{.*model_version="{version}".*}} (\S+)', text).group(1))
     assert mean == pytest.approx(float(scores.rewards_S.mean()), abs=1e-4)
     shared = float(re.search(r"ray_rlhf_critic_shared_token_ratio{.*} (\S+)", text).group(1))
@@ -52,8 +56,9 @@ def test_every_metric_of_a_pool_is_on_the_dashboard(serving, critics):
 
 
 def defined_metrics():
-    """The metrics that `ScorerMetrics` defines, by the name that it gives them."""
+    """The metrics that replicas and the gateway have, by the names that they give them."""
     metrics = [one for one in vars(ScorerMetrics("app", "replica")).values() if isinstance(one, METRIC_KINDS)]
+    metrics.append(http_refusals("app"))
     return {metric.info["name"]: metric for metric in metrics}
 
 

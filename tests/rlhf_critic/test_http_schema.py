@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pydantic import ValidationError
 
-from rlhf_critic.http_schema import ErrorResponse, ScoreRequest, ScoreResponse
+from rlhf_critic.http_schema import ClassifyRequest, ErrorResponse, GetRewardRequest, ScoreRequest, ScoreResponse
 from rlhf_critic.scoring import Conversation, Scores, Text
 
 fp32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -139,6 +139,28 @@ def test_a_chat_is_its_last_turn_in_answer_to_the_others():
 def test_what_is_no_request_is_refused(request_):
     with pytest.raises(ValidationError):
         ScoreRequest.model_validate_json(json.dumps(request_))
+
+
+@pytest.mark.parametrize(
+    ("model", "request_"),
+    [
+        (ScoreRequest, {"items": [0] * 10_000}),
+        (ScoreRequest, {"items": [{"token_ids": ["a"] * 10_000}]}),
+        (ScoreRequest, {"items": [{"messages": [0] * 10_000}]}),
+        (ScoreRequest, {"items": [{"prompt": [0] * 10_000, "response": "a"}]}),
+        (GetRewardRequest, {"query": [0] * 10_000}),
+        (GetRewardRequest, {"query": ["a"], "prompts": [0] * 10_000}),
+        (ClassifyRequest, {"input": [{}] * 10_000}),
+        (ClassifyRequest, {"input": [[{}] * 10_000]}),
+        (ClassifyRequest, {"messages": [0] * 10_000}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else next(iter(value)),
+)
+def test_a_list_of_what_is_no_item_is_not_read_to_its_end(model, request_):
+    """Each entry would cost its error, and a body of a few megabytes all of the memory."""
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(request_)
+    assert refused.value.error_count() < 20
 
 
 def test_an_error_says_which_item_it_is_about_or_that_it_is_about_none():

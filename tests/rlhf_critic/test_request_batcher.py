@@ -175,7 +175,7 @@ def test_what_callers_share_is_computed_once():
     assert [record.computed_tokens for record in records] == [1, 50 + 8]
     assert [record.requests for record in records] == [1, 8]
     assert [record.tokens for record in records] == [1, 8 * 51]
-    assert [record.queue for record in records] == [1, 8]
+    assert [record.queue for record in records] == [8, 0]
 
 
 def test_the_oldest_does_not_wait_for_the_newer():
