@@ -3,6 +3,7 @@
 Real workers and a real pool of scorers. Knows nothing of updates.
 """
 
+import dataclasses
 import os
 import random
 import signal
@@ -167,6 +168,13 @@ def test_killed_workers_and_replicas_lose_nothing_and_double_nothing(undisturbed
     wait_until(lambda: len(replica_pids()) == 2, "two replicas again")
 
 
+def test_a_worker_draws_the_next_task_while_scorers_judge_the_last(options, client, tasks, weights, tmp_path):
+    """Its second call comes while the first is not answered, and the first is answered when the second has come."""
+    meeting = [dataclasses.replace(task, prompts=(f"meet {tmp_path}",) * PROMPTS) for task in tasks[:2]]
+    with RolloutPool(1, options, client, TOKENS, cpus_per_worker=0.3) as alone:
+        assert len(alone.run(meeting, weights, 120)[0]) == 2 * PROMPTS
+
+
 def test_progress_tells_every_rollout_once(workers, tasks, weights):
     told: list[int] = []
     workers.run(tasks[:3], weights, 120, told.append)
@@ -204,7 +212,7 @@ def test_a_policy_that_cannot_be_built_is_an_error_at_once(options, client, task
 
 
 def test_workers_that_are_lost_too_often_are_given_up(workers, tasks, weights, monkeypatch):
-    monkeypatch.setattr(rollout, "MOST_LOSSES", 0)
+    monkeypatch.setattr(rollout, "MOST_LOSSES", 0)  # of each
     with pytest.raises(RolloutsUnavailable, match="1 rollout workers were lost during one iteration"):
         workers.run(tasks, weights, 120, lambda _: os.kill(pids_of("RolloutWorker")[0], signal.SIGKILL))
 

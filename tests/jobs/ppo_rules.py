@@ -1,6 +1,10 @@
 """Rules that judge responses, for scorers to import."""
 
 import time
+import uuid
+from pathlib import Path
+
+from tests.helpers import wait_until
 
 
 def exclaims(prompts, responses):
@@ -9,6 +13,13 @@ def exclaims(prompts, responses):
 
 
 def exclaims_slowly(prompts, responses):
-    """The same after a while, so that something can happen meanwhile."""
+    """The same after a while, so that something can happen meanwhile; or when two calls are there at once.
+
+    Those are calls whose prompts are ``meet DIRECTORY``, an empty one.
+    """
+    word, _, place = prompts[0].partition(" ")
+    if word == "meet":
+        (Path(place) / uuid.uuid4().hex).touch()
+        wait_until(lambda: len(list(Path(place).iterdir())) >= 2, "another call", 60)
     time.sleep(0.3)
     return exclaims(prompts, responses)
