@@ -44,7 +44,7 @@ from rlhf_critic.scoring import Item, Text
 CONTENDERS = "benchmarks.serve_contenders"
 SEQUENCES_A_CALL = 16
 CALLS_OF_A_CALLER = 3  # at least; few callers make more
-CALLS_OF_REFERENCE = 2  # it is slow
+CALLS_OF_REFERENCE = 8  # more than callers; it is slow
 FEWEST_CALLS = 8
 START_TIMEOUT_S = 120
 CALL_TIMEOUT_S = 600
@@ -264,7 +264,7 @@ def main(options: Options) -> None:
                         )
                     record((profile, "http", str(most)), put_under_load(by_http_here, texts, most))
                     # It computes one request after the other, at the same rate from the first on.
-                    some = texts[: CALLS_OF_REFERENCE * most * SEQUENCES_A_CALL]
+                    some = texts[: (most + CALLS_OF_REFERENCE) * SEQUENCES_A_CALL]
                     record((profile, "reference", str(most)), put_under_load(by_http_there, some, most))
                 if options.replicas:
                     for replicas in (1, 2):

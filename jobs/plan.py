@@ -72,7 +72,9 @@ class PlanJobConfig(Section):
     lora_rank: NonNegativeInt = Field(0, description="model.lora_rank of jobs.train.")
     gpu: GpuName = Field("a100-80g", description="The GPU of each rank.")
     cluster: str | None = Field(
-        None, description="A YAML for `ray up`, such as cluster/aws.yaml: says how many nodes of which group it takes."
+        None,
+        description="A YAML for `ray up`, such as cluster/aws.yaml: says how many nodes of which group it takes, "
+        "if they have the --gpu.",
     )
     tokens_per_step: PositiveInt = Field(
         65_536, description="Tokens of a global batch, counted as `tokens` in the history of a run."
@@ -179,8 +181,9 @@ class Planner:
         for sparing in _more_and_more_sparing(setup):
             stage = self.smallest_stage(sparing)
             if stage is not None:
-                # What was asked for is not made less.
-                return sparing.changed(zero_stage=max(stage, setup.options.zero_stage))
+                # What was asked for is not made less, unless it takes more: with one rank a higher stage does.
+                asked = sparing.changed(zero_stage=max(stage, setup.options.zero_stage))
+                return asked if self.fits(asked) else sparing.changed(zero_stage=stage)
         return None
 
     def enough_ranks(self, setup: Setup) -> int | None:
@@ -330,7 +333,7 @@ class Plan:
         for group in self.groups:
             nodes = group.nodes(config.world_size)
             short = f", but max_workers allows {group.most}" if nodes > group.most else ""
-            table.add_row(f"nodes of {group.name} (GPUs of each: {group.gpus})", f"{nodes}{short}")
+            table.add_row(f"nodes of {group.name} ({group.gpus} {config.gpu} each)", f"{nodes}{short}")
         source = (
             f"assumed: {config.utilisation:.0%} of the peak of {gpu.name}"
             if config.tokens_per_second is None

@@ -150,9 +150,9 @@ class ServeJobConfig(ScoringOptions, CallLimits):
         8.0, description="Requests per replica that autoscaling aims at: more add replicas, fewer take them away."
     )
     max_ongoing_requests: PositiveInt = Field(
-        16,
-        description="Most requests that a replica takes at once: a few micro-batches full, so that the rest can "
-        "still go to another.",
+        32,
+        description="Most requests that a replica takes at once: some micro-batches full, so that it never waits for "
+        "work, and the rest can still go to another.",
     )
     max_queued_requests: PositiveInt = Field(
         200, description="Most requests that wait at one caller for a replica; more are turned away, to be tried again."

@@ -160,7 +160,8 @@ def test_aws_lets_in_whom_our_own_group_lets_in():
 
 @pytest.mark.parametrize("path", TEXTS, ids=str)
 def test_no_secret_is_in_the_file(path):
-    assert not SECRET.search(TEXTS[path])
+    # The digest of a token is none, and users fill it in.
+    assert not SECRET.search(re.sub(r"token_sha256: [0-9a-f]{64}\b", "", TEXTS[path]))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import jsonschema
@@ -158,7 +159,7 @@ def test_versions_are_those_of_the_project(name):
         encoding="utf-8"
     )
     for pod in pods(name):
-        assert all(one["image"] == f"your-registry/rlhf-critic:{VERSION}" for one in pod["containers"])
+        assert all(one["image"].endswith(f"/rlhf-critic:{VERSION}") for one in pod["containers"])  # of any registry
 
 
 def test_the_training_job_is_one_that_its_own_cluster_has_room_for():
@@ -212,4 +213,4 @@ def test_nobody_is_let_in_before_a_token_is_set():
     """The service listens beyond loopback, so it asks for a token whose digest, until it is filled in, nothing has."""
     assert serve_config().http_options.host == "0.0.0.0"
     settings = HttpSettings(**serve_config().applications[0].deployments[1].user_config["http"])
-    assert settings.token_sha256 == "change-me"
+    assert re.fullmatch("change-me|[0-9a-f]{64}", str(settings.token_sha256))

@@ -219,20 +219,23 @@ def slow_rank(world: World) -> dict[str, Any]:
     job = world.start("slow-rank")
     job.wait_for_steps(1)
     started, victim = time.monotonic(), processes_of("ray::RayTrainWorker")[-1]
-    with slowed(victim):
+    with slowed(victim) as slices:
         job.wait_for_steps(STEPS // 2 + 2)
     seconds = round(time.monotonic() - started, 1)
-    return {**job.end(), "seconds of slow steps": seconds}
+    return {**job.end(), "seconds of slow steps": seconds, "slices": len(slices)}
 
 
 @contextmanager
-def slowed(process: psutil.Process) -> Iterator[None]:
+def slowed(process: psutil.Process) -> Iterator[list[float]]:
+    """Lets a process run for a tenth of the time; gives when it was stopped."""
     enough = threading.Event()
+    slices: list[float] = []
 
     def stutter() -> None:
         with suppress(psutil.NoSuchProcess):
             while not enough.is_set():
                 process.suspend()
+                slices.append(time.monotonic())
                 enough.wait(SLICE_S * (1 - 1 / SLOWNESS))
                 process.resume()
                 enough.wait(SLICE_S / SLOWNESS)
@@ -240,7 +243,7 @@ def slowed(process: psutil.Process) -> Iterator[None]:
     thread = threading.Thread(target=stutter)
     thread.start()
     try:
-        yield
+        yield slices
     finally:
         enough.set()
         thread.join()
@@ -253,7 +256,12 @@ def full_disk(world: World) -> dict[str, Any]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], check=True)
     job = world.start("full-disk", storage=disk)
     job.wait_for_steps(CHECKPOINT_EVERY + 2)
+    workers = processes_of("ray::RayTrainWorker")
+    for worker in workers:
+        worker.suspend()  # or they might be through with it before the disk is full
     filler = fill(disk)
+    for worker in workers:
+        worker.resume()
     failed = job.end()
     filler.unlink()
     # What a disk that fills a second earlier leaves of Ray Train's own list.

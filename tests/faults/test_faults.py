@@ -56,6 +56,7 @@ def test_a_driver_that_is_killed_leaves_a_run_that_goes_on(seen):
 
 def test_a_rank_that_gets_a_tenth_of_the_time_is_waited_for(seen):
     assert_undisturbed(seen["slow_rank"])
+    assert seen["slow_rank"]["slices"] > 5, "it was made slow"
 
 
 def test_a_full_disk_ends_the_run_with_its_checkpoints_and_it_goes_on_when_there_is_room(seen):

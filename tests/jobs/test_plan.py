@@ -53,8 +53,17 @@ def test_a_model_directory_and_its_config_file_count_what_the_model_has(tiny_mod
     assert sum(adapted.trained) < adapted.parameters / 2
 
 
-def test_what_does_not_fit_fits_as_advised(monkeypatch, capsys):
-    arguments = ["--model", "8B", "--world-size", "8", "--zero-stage", "0", "--gpu", "l4", "--json"]
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "--model 8B --world-size 8 --zero-stage 0 --gpu l4",
+        # With one rank a higher stage takes more.
+        "--model 3B --dtype float32 --world-size 1 --zero-stage 3",
+        "--model 1B --dtype float32 --world-size 1 --zero-stage 2 --gpu l4",
+    ],
+)
+def test_what_does_not_fit_fits_as_advised(monkeypatch, capsys, asked):
+    arguments = [*asked.split(), "--json"]
     code, output, _ = run(plan_job.main, arguments, monkeypatch, capsys)
     assert code == 0
     found = json.loads(output)
@@ -97,8 +106,8 @@ def test_nodes_are_counted_for_each_group_with_gpus(cluster, monkeypatch, capsys
     code, output, _ = run(plan_job.main, arguments, monkeypatch, capsys)
     assert code == 0
     rows = dict([cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if line.count("│") == 3)
-    assert rows["nodes of trainers (GPUs of each: 8)"] == "3, but max_workers allows 2"
-    assert rows["nodes of scorers (GPUs of each: 1)"] == "17, but max_workers allows 12"
+    assert rows["nodes of trainers (8 a100-80g each)"] == "3, but max_workers allows 2"
+    assert rows["nodes of scorers (1 a100-80g each)"] == "17, but max_workers allows 12"
 
 
 @pytest.mark.parametrize(
