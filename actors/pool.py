@@ -81,7 +81,7 @@ def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
 
 
 def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None, progress: Progress) -> str:
-    """Runs the pool, or changes the one that runs.
+    """Runs the pool, or changes the one that runs, which goes on with what it had where that cannot be done.
 
     Returns:
         The version that every replica serves now.
@@ -191,8 +191,9 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: st
     deadline = time.monotonic() + timeout_s
     wanted = wanted or _published(app)
     while True:
-        if _published(app) != wanted:
-            raise ConfigError(f"the pool {app!r} was changed by somebody else meanwhile, and serves what they gave it")
+        if (published := _published(app)) != wanted:
+            what = "ended" if published is None else "changed"
+            raise ConfigError(f"the pool {app!r} was {what} by somebody else meanwhile")
         status, message, running, target = _state(app)
         reports = [report for report in read_board(app) if report.replica in running and report.published == wanted]
         for report in reports:
@@ -238,12 +239,13 @@ def _change(
     # A name of its own, so that what replicas said of the same critic earlier is not taken for their answer to this.
     _replicas(after)["user_config"]["publication"] = uuid.uuid4().hex
     wanted = digest_of(_replicas(after)["user_config"])
+    before = None if before is None else _at_its_size(app, before)
     _apply(app, _at_its_size(app, after))
     try:
         return wait_until_served(app, timeout_s, progress, wanted)
     except BaseException:  # an interrupt, too: half of the replicas would serve the one and half the other
         if before is not None and _published(app) == wanted:
-            _apply(app, _at_its_size(app, before))
+            _apply(app, before)
         raise
 
 

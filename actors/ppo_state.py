@@ -7,6 +7,7 @@ all. Each of the three has its manifest.
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class RunState(BaseModel):
         moments: Of all rewards so far.
         options: The job's.
         prompts: Fingerprint of the prompts that are trained on.
-        reference: Digest of the base model's files, which the policy's reference is built from.
+        reference: Digest of the base model's files, which the policy's reference is built from; checkpoints of before
+            2026-11-25 have none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,7 +51,7 @@ class RunState(BaseModel):
     moments: RunningMoments
     options: dict[str, Any]
     prompts: str
-    reference: str
+    reference: str | None = None
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -113,7 +115,7 @@ def read_state(checkpoint: Path, config: PPOJobConfig, prompts: Prompts) -> RunS
             f"the run {config.run.name!r} cannot continue: its prompts, their template or length limit are not those "
             "it began with. Restore them, or start a run with another --run.name"
         )
-    if state.reference != reference_digest(config):
+    if state.reference not in {None, reference_digest(config)}:
         raise ConfigError(
             f"the run {config.run.name!r} cannot continue: the base model {config.policy.model.path}, from which the "
             "policy's reference is built, is not the one it began with. Restore it, or start a run with another "
@@ -124,8 +126,12 @@ def read_state(checkpoint: Path, config: PPOJobConfig, prompts: Prompts) -> RunS
 
 def reference_digest(config: PPOJobConfig) -> str:
     """A SHA-256 of the weights that the policy's reference is built from; of a hub's model, its name."""
-    path = Path(config.policy.model.path)
-    return weights_digest(path) if path.is_dir() else config.policy.model.path
+    return _digest_of_model(config.policy.model.path)
+
+
+@cache
+def _digest_of_model(name_or_path: str) -> str:
+    return weights_digest(name_or_path) if Path(name_or_path).is_dir() else name_or_path
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

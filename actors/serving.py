@@ -36,7 +36,7 @@ logger = logging.getLogger("ray.serve")
 
 INFO_TIMEOUT_S = 5.0
 REPORT_EVERY_S = 2.0
-RECENT_S = 10.0  # a replica that has said nothing for so long is not taken for ready
+SILENCE_S = 30.0  # a replica that has said nothing for so long is not taken for ready
 CONCURRENT_HTTP_CALLS = 1000
 
 
@@ -48,7 +48,7 @@ def digest_of(user_config: dict[str, Any]) -> str:
 @serve.deployment(
     name=SCORER_DEPLOYMENT,
     health_check_period_s=REPORT_EVERY_S,
-    health_check_timeout_s=30,
+    health_check_timeout_s=SILENCE_S,
     graceful_shutdown_wait_loop_s=0.5,
     graceful_shutdown_timeout_s=60,
 )
@@ -182,9 +182,13 @@ class Gateway:
         )
 
     async def info(self) -> ScorerInfo:
-        """See `actors.http_api.ScoringService`. Asks the board: a call would wait behind those that are scored."""
+        """See `actors.http_api.ScoringService`.
+
+        Asks the board, because a call would wait behind those that are scored. A pool that has vanished for want of
+        callers (``min_replicas: 0``) therefore looks as if it were not ready, until somebody scores.
+        """
         try:
-            reports = await asyncio.wait_for(self._board.reports.remote(RECENT_S), INFO_TIMEOUT_S)
+            reports = await asyncio.wait_for(self._board.reports.remote(SILENCE_S), INFO_TIMEOUT_S)
         except (asyncio.TimeoutError, RayError):
             reports = []
         # While a critic is being published, what is served next.

@@ -26,7 +26,7 @@ from transformers import (
 
 from rlhf_critic.config import BodyConfig
 from rlhf_critic.encoding import Encoder
-from rlhf_critic.errors import CheckpointError, DivergedError
+from rlhf_critic.errors import CheckpointError, DivergedError, EncodingError
 from rlhf_critic.policy import NEVER_DRAWN, create_policy, sampling_logits
 from rlhf_critic.prefix_tree import TokenIds
 from rlhf_critic.weights import persistent_tensors
@@ -73,8 +73,12 @@ def create_generator(
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response: EOS and, where it is another special token, what ends a turn in the template."""
     eos = int(tokenizer.eos_token_id)
-    ending = tokenizer(Encoder(tokenizer, max_length=1).ending, add_special_tokens=False)["input_ids"]
-    return sorted({eos, *(token for token in ending[:1] if token in tokenizer.all_special_ids)})
+    try:
+        ending = tokenizer(Encoder(tokenizer, max_length=1).ending, add_special_tokens=False)["input_ids"]
+    except EncodingError:  # a template that takes no conversation as short as the one that shows its ending
+        return [eos]
+    added = tokenizer.added_tokens_decoder  # where those are, too, that have no role in the tokenizer
+    return sorted({eos, *(token for token in ending[:1] if token in added and added[token].special)})
 
 
 class TransformersGenerator:

@@ -13,15 +13,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from rlhf_critic.encoding import Prompt
 from rlhf_critic.errors import ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scoring import Item, Scores, conversations
+
+if TYPE_CHECKING:
+    from rlhf_critic.encoding import Prompt
 
 FIRST_WAIT_S = 0.05
 LONGEST_WAIT_S = 2.0

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_critic.encoding import Encoded, Encoder, Prompt
 from rlhf_critic.errors import EncodingError, ScorerRejected
-from rlhf_critic.prefix_tree import TokenIds
+
+if TYPE_CHECKING:  # whoever only asks needs neither torch nor transformers
+    from rlhf_critic.encoding import Encoded, Encoder, Prompt
+    from rlhf_critic.prefix_tree import TokenIds
 
 
 class Conversation(NamedTuple):
@@ -149,6 +151,8 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
         ScorerRejected: There is no item, or too many; or one of them is of an unknown kind, empty, too long, refused by
             the chat template, or has ids that the vocabulary has not. Names the item by its index.
     """
+    from rlhf_critic.encoding import Encoded  # who calls this has an encoder
+
     if len(items) == 0:
         raise ScorerRejected("no_items", "there is nothing to score: give at least one item")
     if len(items) > limits.max_items:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from rlhf_critic.config import BodyConfig
 from rlhf_critic.encoding import load_tokenizer
@@ -174,6 +175,12 @@ def test_a_turn_may_end_with_another_special_token_than_eos(tiny_model, tmp_path
         template.write_text(turns.replace("ENDING", ending))
         tokenizer = load_tokenizer(tiny_model, str(template))
         assert stop_ids(tokenizer) == sorted(ids[token] for token in stops), ending
+    tokenizer = load_tokenizer(tiny_model, "plain")
+    tokenizer.add_tokens(AddedToken("<|turn|>", special=True))  # of no role, as in many chat models
+    tokenizer.chat_template = turns.replace("ENDING", "<|turn|>")
+    assert stop_ids(tokenizer) == sorted([tokenizer.convert_tokens_to_ids("<|turn|>"), ids["</s>"]])
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert stop_ids(tokenizer) == [ids["</s>"]]
     template.write_text(turns.replace("ENDING", "<unk>"))
     generator = TransformersGenerator(
         BodyConfig(path=tiny_model), load_tokenizer(tiny_model, str(template)), 1.0, torch.device("cpu")
