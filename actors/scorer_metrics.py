@@ -5,11 +5,15 @@ Prometheus knows every name below with ``ray_`` before it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from rlhf_critic.request_batcher import BatchRecord
 from rlhf_critic.scoring import Scores
+
+if TYPE_CHECKING:
+    from rlhf_critic.request_batcher import BatchRecord
 
 LATENCY_BOUNDS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 TOKEN_BOUNDS = [64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
