@@ -14,6 +14,8 @@ from rlhf_critic.scoring import Item, Scores
 
 VERSION_MISMATCH = 409
 TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})  # 500: from Serve's proxy, when a replica died under a request
+# What Serve's proxy says with 404: one that was started again answers before it knows where the pools are.
+NO_ROUTE_YET = "/-/routes for available routes"
 
 
 class HttpTransport:
@@ -85,7 +87,8 @@ def _raise(url: str, response: httpx.Response) -> None:
         kind, message = "", f"{url}: HTTP {response.status_code}: {response.text[:200]}"
     if response.status_code == VERSION_MISMATCH:
         raise VersionMismatch(message)
-    if response.status_code in TRY_AGAIN and kind != "failed":
+    knows_no_route = response.status_code == httpx.codes.NOT_FOUND and NO_ROUTE_YET in response.text
+    if (response.status_code in TRY_AGAIN and kind != "failed") or knows_no_route:
         raise ScorerUnavailable(message)
     if kind == "failed":
         raise ScorerFailed(message)

@@ -107,7 +107,14 @@ def test_what_asking_again_does_not_help_is_told_at_once(answer, raised, what):
 
 
 @pytest.mark.parametrize(
-    "answer", [error(503, "unavailable"), error(429, "busy"), (500, b"a replica died"), (502, b"")]
+    "answer",
+    [
+        error(503, "unavailable"),
+        error(429, "busy"),
+        (500, b"a replica died"),
+        (502, b""),
+        (404, b"Path '/score' not found. Ping http://.../-/routes for available routes."),
+    ],
 )
 def test_what_asking_again_may_help_is_asked_again(answer):
     answers = [answer] * 3
