@@ -388,7 +388,7 @@ def test_a_policy_that_runs_away_ends_the_job_with_advice_and_keeps_the_checkpoi
     options, tmp_path, monkeypatch, capsys, name, changes, message
 ):
     """Also where the step that went too far was itself finite, and only the next responses show it."""
-    optimizer = {**options["policy"]["optimizer"], **({"learning_rate": 1e30} if name == "nan" else {})}
+    optimizer = {**options["policy"]["optimizer"], **({"learning_rate": 1e39} if name == "nan" else {})}
     run = directory_of(options, name)
     pool.wait_until_served("scorers", 60, lambda _: None)
     config = tmp_path / "config.yaml"
