@@ -75,7 +75,7 @@ OF_RAY = {"_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
 # short soak tells both without judging them.
 MOST_MIB_A_MINUTE = 3.0
 MOST_MORE_FILES = 8
-# What a raylet holds open for each of its processes, among them the actors that stay of killed training drivers.
+# What a raylet holds open for each of its processes (measured), so for each of those actors that stay, and no more.
 FILES_OF_A_PROCESS = 3
 SHORTEST_JUDGED_MIN = 5.0
 MIB = 2**20
@@ -511,7 +511,7 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
     for life in lives if judged else []:
         if life["mib_a_minute"] > MOST_MIB_A_MINUTE:
             tally.problem("memory that grows", f"{life['process']}: {life['mib_a_minute']:.2f} MiB a minute")
-        of_ray = FILES_OF_A_PROCESS * kept_by_ray.total() if life["process"] == "raylet" else 0
+        of_ray = FILES_OF_A_PROCESS * kept_by_ray["PlacementGroupCleaner"] if life["process"] == "raylet" else 0
         if life["more_files"] > MOST_MORE_FILES + of_ray:
             tally.problem("open files that grow", f"{life['process']}: {life['more_files']:g} more")
     return {
