@@ -131,7 +131,7 @@ def reference_digest(config: PPOJobConfig) -> str:
 
 @cache
 def _digest_of_model(name_or_path: str) -> str:
-    return weights_digest(name_or_path) if Path(name_or_path).is_dir() else name_or_path
+    return weights_digest(name_or_path, safetensors_only=False) if Path(name_or_path).is_dir() else name_or_path
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -194,16 +194,18 @@ def check_critic(directory: str | Path) -> CriticCard:
     return card
 
 
-def weights_digest(directory: str | Path) -> str:
+def weights_digest(directory: str | Path, *, safetensors_only: bool = True) -> str:
     """A SHA-256 over a model's weights, its config and, of a critic, its card: two of one name are told apart by it.
 
+    Args:
+        directory: A model's directory.
+        safetensors_only: Whether a pickle is refused, as where a critic is loaded; a base model may be one.
+
     Raises:
-        CheckpointError: The directory has no weights, or a file cannot be read.
+        CheckpointError: The directory has no weights, or a file is damaged or cannot be read.
     """
     directory = Path(directory)
-    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
-    if not weights:
-        raise CheckpointError(f"{directory}: no files of weights: not a model's directory")
+    weights = WeightReader(str(directory), safetensors_only=safetensors_only).files
     files = [*(path for name in (CARD_NAME, "config.json") if (path := directory / name).is_file()), *weights]
     digest = hashlib.sha256()
     try:

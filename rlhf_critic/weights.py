@@ -115,6 +115,11 @@ class WeightReader:
         self._place_of.update({key: (path, key) for key in keys})
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, by name."""
+        return sorted(self._open_files)
+
+    @property
     def names(self) -> list[str]:
         """The names of all tensors."""
         return list(self._place_of)
