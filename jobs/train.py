@@ -10,7 +10,7 @@ import importlib.util
 import os
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -148,11 +148,14 @@ def _train(config: TrainJobConfig) -> Result:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(try_s)
     # Train's wrapper around print() would tear the lines apart that the progress bar travels in.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
     worker_environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}
     if not run.use_gpu:
         worker_environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"] = "cpu"
     if not ray.is_initialized():
         init_ray(logging_level="WARNING")
+    if is_elastic:
+        _wait_for_fewest(config, resources)
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=config.model_dump(mode="json"),
@@ -161,7 +164,7 @@ def _train(config: TrainJobConfig) -> Result:
             num_workers=(run.min_workers, run.num_workers) if is_elastic else run.num_workers,
             elastic_resize_monitor_interval_s=GROW_EVERY_S,
             use_gpu=run.use_gpu,
-            resources_per_worker={"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})},
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=run.name,
@@ -187,7 +190,7 @@ def _train(config: TrainJobConfig) -> Result:
             break
         except ControllerError as error:
             if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-                raise PlacementError(_why_not_placed(config)) from error
+                raise PlacementError(_why_not_placed(config, "num_workers")) from error
             if getattr(error.controller_failure, "errno", None) in FULL:
                 raise CheckpointError(
                     f"{run.storage_path}: {error.controller_failure}; the checkpoints of the run {run.name!r} are "
@@ -210,14 +213,30 @@ def _train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
     return train_loop(loop_config)
 
 
-def _why_not_placed(config: TrainJobConfig) -> str:
+def _wait_for_fewest(config: TrainJobConfig, resources: dict[str, float]) -> None:
+    """Waits for room for ``run.min_workers``: with less, Ray Train 2.60 would wait without a deadline or a word.
+
+    The others are asked for, too, so that an autoscaler brings all nodes at once and the run need not grow.
+    """
+    fewest = config.run.min_workers or 0
+    counts = (fewest, config.run.num_workers - fewest)
+    groups = [ray.util.placement_group([resources] * count) for count in counts if count]
+    try:
+        if not groups[0].wait(config.run.start_timeout_s):
+            raise PlacementError(_why_not_placed(config, "min_workers"))
+    finally:
+        for group in groups:
+            ray.util.remove_placement_group(group)
+
+
+def _why_not_placed(config: TrainJobConfig, option: Literal["num_workers", "min_workers"]) -> str:
     run = config.run
     wanted = f"{run.cpus_per_worker} CPU{' and 1 GPU' if run.use_gpu else ''}"
     there = ", ".join(
         f"{ray.cluster_resources().get(kind, 0):g} {kind}" for kind in ("CPU", *(["GPU"] if run.use_gpu else []))
     )
     return (
-        f"run.num_workers: {run.num_workers} workers with {wanted} each could not be placed within "
+        f"run.{option}: {getattr(run, option)} workers with {wanted} each could not be placed within "
         f"{run.start_timeout_s:g} s (run.start_timeout_s): the cluster has {there}. Ask for fewer workers or CPUs, let "
         "the autoscaler add more nodes, or wait longer"
     )

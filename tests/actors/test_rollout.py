@@ -115,6 +115,7 @@ def test_rollouts_carry_what_the_policy_drew_and_what_scorers_said(undisturbed, 
         row: (p, ids) for task in tasks for row, p, ids in zip(task.rows, task.prompts, task.prompt_ids, strict=True)
     }
     tokenizer = load_tokenizer(options.model.path)
+    unlimited = Encoder(load_tokenizer(critics["first"]), 10_000)
     critic = rewards_by_engine(critics["first"], [Conversation(one.prompt, one.response) for one in rollouts])
     for one, of_critic in zip(rollouts, critic, strict=True):
         assert (one.prompt, one.prompt_ids) == by_row[one.row]
@@ -130,6 +131,7 @@ def test_rollouts_carry_what_the_policy_drew_and_what_scorers_said(undisturbed, 
         assert one.reward == pytest.approx(of_critic + 2 * marks, abs=1e-5)
         assert one.model_version.startswith("tiny@1#")
         assert one.policy_version == 3
+        assert one.judged_in_part == (len(unlimited.encode(one.prompt, one.response).ids) > 64)
         assert one.log_probs.dtype == np.float32
         assert (one.log_probs <= 0).all()
     assert timings.generating > 0
@@ -250,6 +252,12 @@ def test_rewards_of_two_versions_become_those_of_one(undisturbed, client, critic
         assert after.components["exclaims"] == before.components["exclaims"]
         assert after.reward == pytest.approx(after.components["critic"] + 2 * after.components["exclaims"], abs=1e-5)
         assert after.policy_version == before.policy_version
+
+
+def test_what_was_too_long_for_the_scorers_says_so(undisturbed, client):
+    short = dataclasses.replace(undisturbed[0][0], prompt="please", response="explain")
+    long = dataclasses.replace(short, response="please " * 70)
+    assert [one.judged_in_part for one in score_again([long, short], client)] == [True, False]
 
 
 def test_scorers_that_are_gone_are_an_error_of_the_call_after_its_deadline(options, tasks, weights, slow_scorers):

@@ -186,6 +186,19 @@ def test_of_two_that_publish_at_once_the_later_wins_and_the_other_is_told(servin
     assert client.score_items(make_conversations(3)).model_version == later[0]
 
 
+def test_a_publication_that_is_interrupted_leaves_the_pool_with_what_it_had(serving, critics, client):
+    serving(critics["first"], min_replicas=2, max_replicas=2)
+    before = client.score_items(make_conversations(1)).model_version
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.publish("scorers", critics["second"], 120, interrupt)
+    assert pool.wait_until_served("scorers", 60, lambda _: None) == before
+    assert {client.score_items(make_conversations(1)).model_version for _ in range(20)} == {before}
+
+
 def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
     serving(critics["first"], min_replicas=3, max_replicas=3)
     items = make_conversations(60)

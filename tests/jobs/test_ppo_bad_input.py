@@ -44,6 +44,14 @@ OPTIONS = {
         ["--reward.checkpoint", "critic", "--reward.min-replicas", "2"],
         "reward.max_replicas 1 is below reward.min_replicas 2",
     ),
+    "a penalty on what is not judged": (
+        ["--ppo.bootstrap-truncated", "--reward.missing-eos-penalty", "1"],
+        "with ppo.bootstrap_truncated a response that was cut is not judged",
+    ),
+    "nothing but warm-up": (
+        ["--ppo.iterations", "3", "--ppo.value-warmup-iterations", "3"],
+        "ppo.value_warmup_iterations: must leave the policy at least one of ppo.iterations",
+    ),
     "storage that is a URI": (["--run.storage-path", "s3://bucket/runs"], "must be a path: shards write"),
     "a name that is a path": (["--run.name", "a/b"], "must be a single directory name"),
     "a config file that is not there": (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),

@@ -162,6 +162,16 @@ def test_what_is_of_another_job_is_left_alone(ray_address, critics, tmp_path, mo
     assert read(out) == before
 
 
+def test_an_out_that_is_no_path_is_refused_and_not_taken_for_one(critics, tmp_path, monkeypatch, capsys):
+    data = write(tmp_path / "rows.jsonl", [{"text": "please"}])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, _, message = run(score.main, [critics["first"], data, "s3://bucket/scores"], monkeypatch, capsys)
+    assert code == EXIT_REFUSED
+    assert "OUT 's3://bucket/scores' must be a path" in message
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_what_json_cannot_hold_and_workers_that_find_no_place(ray_address, critics, tmp_path, monkeypatch, capsys):
     rows = [{"text": "please", "asked": datetime.date(2026, 1, 2)}] * 3
     data = write(tmp_path / "dates.parquet", rows)

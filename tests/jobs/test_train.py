@@ -199,7 +199,7 @@ def test_a_worker_killed_in_mid_step_changes_nothing(submitted, options):
     assert_same_run(run, submitted[0])
 
 
-def test_a_worker_killed_while_workers_start_is_replaced_too(options):
+def test_a_worker_killed_while_workers_start_is_replaced_too(ray_address, options):
     run = storage_of(options) / "killed-at-start"
     finished: list[object] = []
     short = config_of(options, run={"name": run.name}, train={"max_steps": 2, "checkpoint_every": 0})
@@ -282,8 +282,10 @@ def test_wrong_data_ends_the_run_without_another_try(options, tmp_path):
         train(config_of(options, run={"name": "bad-data"}, data={"train": str(bad)}))
 
 
-def test_workers_that_cannot_be_placed_are_waited_for_with_a_deadline(options):
-    config = config_of(options, run={"name": "too-big", "num_workers": 64, "start_timeout_s": 3.0})
+@pytest.mark.parametrize("fewest", [{}, {"min_workers": 64}])
+def test_workers_that_cannot_be_placed_are_waited_for_with_a_deadline(fewest, options):
+    too_big = {"name": f"too-big-{len(fewest)}", "num_workers": 64, "start_timeout_s": 3.0}
+    config = config_of(options, run={**too_big, **fewest})
     there = r"64 workers with 1 CPU each could not be placed within 3 s .*: the cluster has \d+ CPU\. Ask for fewer"
     with pytest.raises(PlacementError, match=there):
         train(config)

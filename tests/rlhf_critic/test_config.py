@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_critic.config import TrainJobConfig, parse_command_line
+from rlhf_critic.config import RunConfig, TrainJobConfig, parse_command_line
 from rlhf_critic.errors import ConfigError
 
 FILE = """\
@@ -80,3 +80,10 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri, tmp_path):
         assert "hush" not in str(refused.value)
     harmless = ["--run.storage-path", "s3://bucket/runs?region=eu", "--data.train", "https://host:443/a@b.jsonl"]
     assert parse_command_line(TrainJobConfig, harmless).run.storage_path == harmless[1]
+
+
+def test_fewer_workers_than_none_and_more_than_all_are_refused():
+    assert RunConfig(num_workers=2, min_workers=2).min_workers == 2
+    for fewest in (0, 3):
+        with pytest.raises(ValueError, match="min_workers"):
+            RunConfig(num_workers=2, min_workers=fewest)
