@@ -103,7 +103,7 @@ class _Version:
 
     def encode(self, items: Sequence[Item]) -> tuple[list[Item], list[Encoded]]:
         with self._encoding:
-            finished = finish_items(items, self.encoder)
+            finished = finish_items(items, self.encoder, self.limits)
             return finished, encode_items(finished, self.encoder, self.limits)
 
     def _count_tokens(self, text: str) -> int:
@@ -200,7 +200,12 @@ class Scorer:
 
     async def score_async(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
         """`score` for an event loop; cancelling it takes the items out of the queue."""
-        call = await asyncio.to_thread(self._begin, items, values, version)
+        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin, items, values, version))
+        try:
+            call = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            beginning.add_done_callback(_give_up)  # the thread goes on, and puts them in the queue
+            raise
         outputs = await asyncio.wrap_future(call.outputs)
         return await asyncio.to_thread(call.finish, outputs)
 
@@ -264,17 +269,25 @@ class Scorer:
                 f"{config.checkpoint}: its files are not those that were published (SHA-256 {digest[:12]} instead of "
                 f"{str(config.digest)[:12]}): do not change a published critic, publish the new one under another path"
             )
+        backend: LocalCritic | ShardGroup
         if self._shards == 1:
-            local = LocalCritic(config.checkpoint, config.token_budget, self._use_gpu)
-            return _Version(config, local, digest, self._on_batch)
-        from actors.shard_group import ShardGroup
+            backend = LocalCritic(config.checkpoint, config.token_budget, self._use_gpu)
+        else:
+            from actors.shard_group import ShardGroup
 
-        group = ShardGroup(config.checkpoint, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu)
+            backend = ShardGroup(
+                config.checkpoint, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu
+            )
         try:
-            return _Version(config, group, digest, self._on_batch)
+            return _Version(config, backend, digest, self._on_batch)
         except BaseException:
-            group.close()
+            backend.close()
             raise
+
+
+def _give_up(beginning: asyncio.Future[_Call]) -> None:
+    if not beginning.cancelled() and beginning.exception() is None:
+        beginning.result().outputs.cancel()
 
 
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:

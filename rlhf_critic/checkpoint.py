@@ -255,6 +255,8 @@ def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> Critic
     card = read_card(source)
     if (source / RESUME_FOLDER).exists():
         verify_manifest(source)
+    else:  # exported before: what is copied gets checksums of its own, under which damage would be lost
+        verify_critic(source)
     with whole_directory(out) as building:
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=_ignore_resume_state)
         load_encoder(building, card)

@@ -197,9 +197,11 @@ class Encoder:
         The reward is read at the end, so whoever scores such a text puts `ending` in the place of what was there.
         """
         endings = {self.ending, self.ending.strip(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {""}
-        while ending := next((ending for ending in endings if text.endswith(ending)), ""):
-            text = text.removesuffix(ending)
-        return text
+        longest_first = sorted(endings, key=len, reverse=True)  # or what is left of " </s>" would be a space
+        end = len(text)
+        while ending := next((ending for ending in longest_first if text.endswith(ending, 0, end)), ""):
+            end -= len(ending)
+        return text[:end]
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a piece of text by itself; it may be empty."""

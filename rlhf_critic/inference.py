@@ -54,6 +54,8 @@ class InferenceEngine:
     def from_checkpoint(cls, directory: str | Path, token_budget: int) -> InferenceEngine:
         """Loads a critic directory with its parameters sharded over the ranks (ZeRO stage 3), in the dtype saved.
 
+        But for float16, which becomes float32: DeepSpeed shards that only where its CPU or GPU computes with it.
+
         Raises:
             CheckpointError: See `rlhf_critic.checkpoint.load_critic`.
         """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,12 +130,19 @@ def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[C
     return [Conversation(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def finish_items(items: Sequence[Item], encoder: Encoder) -> list[Item]:
-    """Puts right the ends of texts that a policy wrote; other items stay as they are."""
-    return [
-        _finish(item, encoder) if isinstance(item, Text) and item.finish and isinstance(item.text, str) else item
-        for item in items
-    ]
+def finish_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> list[Item]:
+    """Puts right the ends of texts that a policy wrote.
+
+    Other items stay as they are, and so do those that `encode_items` refuses for their length, before it is worked on.
+    """
+
+    def is_to_finish(item: Item) -> TypeGuard[Text]:
+        if not (isinstance(item, Text) and item.finish and isinstance(item.text, str)):
+            return False
+        longest = max(len(item.text), len(item.response) if isinstance(item.response, str) else 0)
+        return longest <= limits.max_text_bytes
+
+    return [_finish(item, encoder) if is_to_finish(item) else item for item in items]
 
 
 def _finish(item: Text, encoder: Encoder) -> Text:
@@ -168,6 +175,8 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
             _check_text(index, item.text, limits)
             if not isinstance(item.response, str | None):
                 raise _refused("not_text", index, f": a response is a text, this is {_kind(item.response)}")
+            if item.response:
+                _check_text(index, item.response, limits)
             texts[index] = item.text
         else:
             encoded[index] = Encoded(_check_ids(index, item, encoder), truncated=False)

@@ -1,14 +1,16 @@
 """One scorer by itself: what it refuses to serve, how it names what it serves, and what becomes of its shards."""
 
+import asyncio
 import gc
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import ray
 
-from actors.scorer import Scorer
+from actors.scorer import LocalCritic, Scorer
 from rlhf_critic.checkpoint import load_critic, read_card, weights_digest
 from rlhf_critic.errors import CheckpointError, ConfigError, ScorerUnavailable
 from rlhf_critic.scorer_config import CriticComponent, LengthPenalty, PythonComponent, ScorerConfig
@@ -51,6 +53,50 @@ def test_the_weights_of_a_critic_that_was_replaced_are_freed_though_nobody_colle
         gc.unfreeze()
     assert len(scorer.score(make_conversations(2)).rewards_S) == 2
     scorer.close()
+
+
+def test_the_weights_of_a_critic_that_is_refused_once_loaded_are_freed_too(critics, monkeypatch):
+    loaded = []
+
+    class Watched(LocalCritic):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            loaded.append(list(self._critic.parameters()))
+
+    monkeypatch.setattr("actors.scorer.LocalCritic", Watched)
+    missing = PythonComponent(name="mine", function="nowhere:f")
+    with pytest.raises(ConfigError, match="component 'mine'"):
+        Scorer(ScorerConfig(checkpoint=critics["first"], components=(CriticComponent(), missing)))
+    (tensors,) = loaded
+    assert sum(tensor.numel() for tensor in tensors) == 0
+
+
+def test_a_call_that_is_cancelled_while_it_is_encoded_is_not_computed(critics):
+    computed, go_on = [], threading.Event()
+
+    def on_batch(record):
+        computed.append(record.sequences)
+        assert go_on.wait(60)
+
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]), on_batch=on_batch)
+    version = scorer._version
+    scorer.score(make_conversations(1))  # after which the queue stands still
+
+    async def cancel_one():
+        with version._encoding:  # for which its thread waits
+            asked = asyncio.create_task(scorer.score_async(make_conversations(4)))
+            await asyncio.sleep(0.2)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+        while not any(request.future.cancelled() for request in version.batcher._queue):
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(cancel_one(), 60))
+    go_on.set()
+    scorer.score(make_conversations(1))
+    scorer.close()
+    assert computed == [1, 1]
 
 
 def test_a_version_names_all_that_decides_a_reward(critics):

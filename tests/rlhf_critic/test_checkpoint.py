@@ -89,6 +89,15 @@ def test_an_export_is_whole_or_absent(tiny_model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"saved", "there", "file"}
 
 
+def test_an_export_of_a_damaged_export_is_refused(tiny_model, tmp_path):
+    """Not given new checksums under which the damage would be the critic."""
+    export_critic(save(tiny_model, tmp_path / "saved"), tmp_path / "export", auto_map=False)
+    flip_a_bit(tmp_path / "export")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+        export_critic(tmp_path / "export", tmp_path / "again", auto_map=False)
+    assert not (tmp_path / "again").exists()
+
+
 def cut_weights(directory: Path) -> None:
     path = directory / "model.safetensors"
     os.truncate(path, path.stat().st_size - 7)

@@ -91,6 +91,21 @@ def test_a_template_that_asks_for_the_date_gets_the_same_one_for_ever(tokenizer_
     assert Encoder(load_tokenizer(str(tmp_path / "saved")), max_length=64).fingerprint == encoder.fingerprint
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "  "])
+def test_an_ending_that_begins_with_space_goes_whole(tokenizer_dir, space):
+    """Such as that of Llama 2; with the shorter of two endings taken first, the space would stay."""
+    template = f"{{{{ messages[-1]['content'] }}}}{{{{ {space!r} + eos_token }}}}"
+    encoder = Encoder(load_tokenizer(tokenizer_dir(chat_template=template)), max_length=64)
+    assert encoder.ending == f"{space}</s>"
+    for end in ("", "</s>", encoder.ending, f"</s>{encoder.ending}", f"{encoder.ending}</s>{PAD_TOKEN}"):
+        assert encoder.without_ending(f"glad{end}") == "glad"
+
+
+def test_many_endings_are_gone_at_once(tokenizer_dir):
+    encoder = Encoder(load_tokenizer(tokenizer_dir()), max_length=64)
+    assert encoder.without_ending("glad" + "</s>" * 1_000_000) == "glad"
+
+
 def test_texts_without_a_clear_end_are_refused(tokenizer_dir):
     encoder = Encoder(load_tokenizer(tokenizer_dir(chat_template="{{ messages[-1]['content'] }}")), max_length=64)
     with pytest.raises(EncodingError, match="must not end with the pad token"):

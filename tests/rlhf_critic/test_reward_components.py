@@ -19,7 +19,7 @@ from rlhf_critic.scorer_config import (
     RegexComponent,
     load_components,
 )
-from rlhf_critic.scoring import Conversation, Text, finish_items
+from rlhf_critic.scoring import Conversation, Limits, Text, finish_items
 
 HERE = "tests.rlhf_critic.test_reward_components"
 ITEMS = [Conversation("please", "why? of course"), Conversation("no", ""), Text("a b c", "b c")]
@@ -176,7 +176,7 @@ def test_a_function_is_told_the_prompt_of_a_finished_text(encoder):
     component = PythonComponent(name="mine", function=f"{HERE}:echo")
     components = RewardComponents((CriticComponent(), component), plain.count_tokens, lambda: plain.ending)
     critic_S = np.zeros(len(items), dtype=np.float32)
-    _, parts = components.combine(finish_items(items, plain), critic_S)
+    _, parts = components.combine(finish_items(items, plain, Limits()), critic_S)
     assert parts["mine"].tolist() == list(range(7))
     ((prompts, responses),) = TOLD
     assert prompts == ["please "] * 7

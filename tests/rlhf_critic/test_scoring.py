@@ -46,12 +46,20 @@ def test_the_end_of_a_policys_text_is_put_right(encoder):
     assert body != rendered
     pad = encoder.tokenizer.pad_token
     for text in (rendered, body, body + "</s></s>", body + "</s>" + pad + pad):
-        (item,) = finish_items([Text(text, "of course</s>" + pad, finish=True)], encoder)
+        (item,) = finish_items([Text(text, "of course</s>" + pad, finish=True)], encoder, LIMITS)
         assert item == Text(rendered, "of course")
     untouched = [Text(body), Conversation("a", "b</s>"), [1, 2]]
-    assert finish_items(untouched, encoder) == untouched
+    assert finish_items(untouched, encoder, LIMITS) == untouched
     with pytest.raises(ScorerRejected, match="item 0 is empty"):
-        encode_items(finish_items([Text("</s>", finish=True)], encoder), encoder, LIMITS)
+        encode_items(finish_items([Text("</s>", finish=True)], encoder, LIMITS), encoder, LIMITS)
+
+
+def test_a_text_that_is_too_long_is_refused_before_its_end_is_worked_on(encoder):
+    endless = [Text("</s>" * 1_000_000, finish=True), Text("a", "</s>" * 1_000_000, finish=True)]
+    assert finish_items(endless, encoder, LIMITS) == endless
+    for item in endless:
+        with pytest.raises(ScorerRejected, match="at most 100 are taken"):
+            encode_items([item], encoder, LIMITS)
 
 
 good_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -113,6 +121,7 @@ REFUSED = {
     "a ragged prompt": ([Conversation([[1], [2, 3]], "b")], "not_text", 0),
     "no prompt at all": ([Conversation(None, "b")], "not_text", 0),
     "half a surrogate pair in a role": ([Conversation([{"role": "\ud800", "content": "a"}], "b")], "not_unicode", 0),
+    "a response of too many bytes": ([Text("a", "r" * 101)], "text_too_long", 0),
     "too many bytes in a role": ([Conversation([{"role": "r" * 99, "content": "a"}], "b")], "text_too_long", 0),
     "padded ids": ("padded", "no_end", 0),
     "an id too high": ([[1, 10**6]], "bad_token_id", 0),
@@ -226,7 +235,7 @@ items = st.one_of(
 @given(st.lists(items, max_size=4))
 def test_whatever_is_asked_is_encoded_or_refused(encoder, asked):
     try:
-        encoded = encode_items(finish_items(asked, encoder), encoder, LIMITS)
+        encoded = encode_items(finish_items(asked, encoder, LIMITS), encoder, LIMITS)
     except ScorerRejected:
         return
     assert len(encoded) == len(asked)
