@@ -166,11 +166,14 @@ def json_line(row: Row) -> str:
 
     Raises:
         ValueError: It holds what JSON cannot, such as a date, bytes or NaN.
+        UnicodeEncodeError: It holds half of a surrogate pair, which no file of UTF-8 can.
     """
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    line.encode("utf-8")
+    return line
 
 
 def read_rewards(path: Path) -> tuple[int, list[float], int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from actors.run_directory import AGAIN
 from rlhf_critic.checkpoint import verify_manifest, weights_digest
 from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.ppo_config import PPOJobConfig
@@ -86,7 +87,10 @@ def set_damaged_aside(directory: Path) -> None:
             damaged.append((checkpoint, error))
             continue
         for path, damage in damaged:
-            aside = path.rename(path.with_name(f"damaged-{path.name}"))
+            name = path.with_name(f"damaged-{path.name}")
+            while name.exists():  # one of this iteration was damaged before
+                name = name.with_name(f"{name.name}{AGAIN}")
+            aside = path.rename(name)
             print(f"warning: {damage}. It is now {aside.name}; going on from {checkpoint.name}")
         return
     if damaged:

@@ -30,8 +30,8 @@ from actors.scorer_handle import connect
 from jobs.cli import refuse_in_package, run_job
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
-from rlhf_critic.config import parse_command_line
-from rlhf_critic.encoding import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, Encoder, load_tokenizer
+from rlhf_critic.config import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, parse_command_line
+from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import ConfigError, RankLost
 from rlhf_critic.metrics import read_metrics
 from rlhf_critic.plots import save_curves

@@ -132,6 +132,7 @@ def _read_through(
     judged = config.fields.get("responses", "responses")
     schema: pa.Schema = pa.schema([])
     chunk: list[dict[str, Any]] = []
+    shapes: set[bool] = set()
     count = 0
 
     def learn() -> pa.Schema:
@@ -142,6 +143,8 @@ def _read_through(
                 f"{data}: up to row {count}, a field has values of several types, which parquet cannot hold: {error}; "
                 "use --format jsonl"
             ) from error
+        except UnicodeEncodeError as error:
+            raise DataError(f"{data}: up to row {count}, a field holds half of a surrogate pair: {error}") from error
 
     for line, row in tqdm(read_rows(data), desc="reading", unit="row", disable=None):
         place = f"{data}:{line}"
@@ -152,9 +155,17 @@ def _read_through(
             if name in row:
                 raise DataError(f"{place}: field {name!r} is there already, and would be overwritten; rename it")
         count += 1
+        shapes.add(row.get(judged) is not None)
+        if wants_schema and len(shapes) > 1:
+            raise DataError(
+                f"{place}: has one response and rows before have several, or the other way round, and a column of "
+                "parquet holds a number or a list: use --format jsonl"
+            )
         if not wants_schema:
             try:
                 json_line(row)
+            except UnicodeEncodeError as error:
+                raise DataError(f"{place}: holds half of a surrogate pair, which is no text: {error}") from error
             except ValueError as error:
                 raise DataError(f"{place}: cannot be written as JSON: {error}; use --format parquet") from error
         else:

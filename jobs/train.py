@@ -27,7 +27,7 @@ from actors.train_backend import PrivateTorchConfig
 from actors.train_outcome import SCORE, TrainOutcome
 from jobs.cli import FULL, refuse_in_package, run_job
 from jobs.run_lock import lock_run
-from rlhf_critic.config import TrainJobConfig, parse_command_line
+from rlhf_critic.config import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, TrainJobConfig, parse_command_line
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 from rlhf_critic.sources import is_local_source
 
@@ -248,20 +248,26 @@ def with_absolute_paths(config: TrainJobConfig) -> TrainJobConfig:
     def absolute(path: str) -> str:
         return os.path.abspath(path) if "://" not in path and Path(path).exists() else path
 
-    def absolute_source(source: str) -> str:
-        return os.path.abspath(source) if is_local_source(source) else source
+    def absolute_sources(option: str, sources: tuple[str, ...]) -> tuple[str, ...]:
+        made = tuple(os.path.abspath(source) if is_local_source(source) else source for source in sources)
+        if len(set(made)) < len(made):
+            raise ConfigError(f"{option}: names a source twice, in two ways: {', '.join(sources)}")
+        return made
 
+    template = config.encoding.chat_template
+    if template not in {AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME}:
+        template = absolute(template)
     data = config.data.model_copy(
         update={
-            "train": tuple(absolute_source(source) for source in config.data.train),
-            "validation": tuple(absolute_source(source) for source in config.data.validation),
+            "train": absolute_sources("data.train", config.data.train),
+            "validation": absolute_sources("data.validation", config.data.validation),
             "cache_dir": os.path.abspath(config.data.cache_dir),
         }
     )
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
-            "encoding": config.encoding.model_copy(update={"chat_template": absolute(config.encoding.chat_template)}),
+            "encoding": config.encoding.model_copy(update={"chat_template": template}),
             "data": data,
             "run": config.run.model_copy(update={"storage_path": absolute_storage_path(config.run.storage_path)}),
         }

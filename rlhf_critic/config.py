@@ -33,8 +33,15 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+# What chat_template may be beside a file; these words are never one, though there may be files of that name.
+AUTO_TEMPLATE = "auto"
+PLAIN_TEMPLATE_NAME = "plain"
 # USER:PASSWORD@ of any URI, and what Arrow's file systems take as parameters.
-SECRET_IN_URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#\s]*:[^/?#\s]*@|.*[?&](?:access|secret)_key=)")
+SECRET_IN_URI = re.compile(
+    r"^(?:(?:https?|ftp)://[^/?#\s]*:[^/?#\s]*@"  # and not HOST:PORT/PATH@
+    r"|(?!https?:|ftp:)[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]*:[^?#\s]*@"  # a key that nobody quoted may have a slash
+    r"|[A-Za-z][A-Za-z0-9+.-]*://.*[?&](?:access|secret)_key=)"
+)
 
 
 class Section(BaseModel):

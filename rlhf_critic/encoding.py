@@ -25,17 +25,16 @@ from jinja2 import TemplateError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_critic.config import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
 from rlhf_critic.errors import EncodingError
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = "str | Sequence[Message]"
 
 PAD_TOKEN = "<|pad|>"
-AUTO_TEMPLATE = "auto"
-PLAIN_TEMPLATE_NAME = "plain"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
-# A template that asks for today's date would give another reward tomorrow: it gets this one, for ever.
 RESPONSE_MARK = "\u2402"  # a visible symbol, which no template strips
+# A template that asks for today's date would give another reward tomorrow: it gets this one, for ever.
 PINNED_DATE_MACRO = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 
 
@@ -163,10 +162,15 @@ class Encoder:
         """Token ids of finished texts, in full length.
 
         Raises:
-            EncodingError: A text has no tokens, or ends with the pad token.
+            EncodingError: A text has no tokens, ends with the pad token, or holds half of a surrogate pair.
         """
         if not texts:
             return []
+        for index, text in enumerate(texts):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON may hold it, a tokenizer does not take it
+                raise EncodingError(f"half of a surrogate pair is no text: {error}", index) from error
         all_ids: list[list[int]] = self.tokenizer(
             list(texts), add_special_tokens=False, truncation=False, verbose=False
         )["input_ids"]

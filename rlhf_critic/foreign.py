@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from rlhf_critic.checkpoint import CARD_NAME, CriticCard, EncoderCard, add_auto_map, save_critic, whole_directory
-from rlhf_critic.encoding import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, Encoder, load_tokenizer
+from rlhf_critic.config import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
+from rlhf_critic.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.factory import HEAD_NAME, create_critic_model, learned_positions, require_positions
 from rlhf_critic.weights import WeightReader

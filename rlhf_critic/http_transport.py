@@ -23,15 +23,17 @@ class HttpTransport:
 
     Args:
         url: Of the pool, without a path: ``http://127.0.0.1:8000``.
-        token: The bearer token, where the pool wants one.
+        token: The bearer token, where the pool wants one; space around it, such as a file's last line end, is left out.
 
     Raises:
-        ConfigError: That is no such URL.
+        ConfigError: That is no such URL, or the token has characters that cannot be sent.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
         _check_url(url)
-        self._url, self._token = url.rstrip("/"), token
+        self._url, self._token = url.rstrip("/"), token and token.strip()
+        if self._token and not (self._token.isascii() and self._token.isprintable()):  # httpx would show it as it fails
+            raise ConfigError("the bearer token has characters that no HTTP header may have: give one line of ASCII")
         self._client: httpx.AsyncClient | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

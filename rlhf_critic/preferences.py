@@ -28,7 +28,7 @@ from rlhf_critic.preference_table import FEATURES, EncodedPreferences, EncodingR
 from rlhf_critic.records import FIELDS, Preference, parse_row
 from rlhf_critic.sources import fingerprint_of, read_rows
 
-CACHE_FORMAT = 3  # raise it when the cached columns change their meaning
+CACHE_FORMAT = 4  # raise it when the cached columns change their meaning
 ENCODE_CHUNK = 512
 INT64_BYTES = 8
 
@@ -159,7 +159,7 @@ def _prompt_key(preference: Preference, place: str) -> int:
     """A number that is the same where prompts are; texts without a prompt, of which each has its place, share none."""
     prompt = preference.prompt
     text = prompt if isinstance(prompt, str) else json.dumps([turn.model_dump() for turn in prompt])
-    hashed = hashlib.sha256((text or f":{place}").encode("utf-8", "surrogatepass")).digest()
+    hashed = hashlib.sha256((text if prompt else f":{place}").encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(hashed[:INT64_BYTES], "little", signed=True)
 
 

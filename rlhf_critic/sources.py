@@ -61,13 +61,19 @@ def fingerprint_of(source: str) -> str:
     Raises:
         DataError: The source is missing or cannot be read.
     """
+    files = [source]
     if _is_dataset(source):
-        return str(_load_dataset(source)._fingerprint)
-    digest = hashlib.sha256(_suffix(source).encode())
+        loaded = _load_dataset(source)
+        if not Path(_without_split(source)[0]).is_dir():
+            return str(loaded._fingerprint)  # of the hub's files
+        # The fingerprint in a saved dataset is of how it was made, and knows of a function that made it only the name.
+        files = [file["filename"] for file in loaded.cache_files]
+    digest = hashlib.sha256(_suffix(files[0] if files else "").encode())
     try:
-        with fsspec.open(source, "rb") as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
+        for path in files:
+            with fsspec.open(path, "rb") as file:
+                while block := file.read(READ_BYTES):
+                    digest.update(block)
     except UNREADABLE as error:
         raise _unreadable(source, error) from error
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """A run of PPO goes on from its newest checkpoint that is whole."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_what_is_damaged_is_kept_under_another_name(run, damaged, capsys):
     said = capsys.readouterr().out
     assert f"{damaged}: damaged" in said
     assert f"going on from {before.name}" in said
+
+
+def test_a_checkpoint_that_is_damaged_again_after_it_was_made_again_is_kept_too(run):
+    newest = latest_checkpoint(run)
+    whole = shutil.copytree(newest, run / "whole")
+    for content in ("broken", "broken again"):
+        (newest / STATE_NAME).write_text(content)
+        set_damaged_aside(run)
+        shutil.copytree(whole, newest)
+    kept = [run / f"damaged-{newest.name}{again}" / STATE_NAME for again in ("", "-again")]
+    assert [path.read_text() for path in kept] == ["broken", "broken again"]
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again(run):

@@ -73,6 +73,12 @@ DATA = {
         "roles.jsonl:2: field 'chosen': the chat template failed on the roles ['wizard', 'assistant']",
         "only user and assistant",
     ),
+    "half of a surrogate pair": (
+        "half.jsonl",
+        json.dumps({**GOOD, "rejected": [{"role": "assistant", "content": "cut \ud83d"}]}).encode(),
+        "half.jsonl:2: field 'rejected': half of a surrogate pair",
+        "surrogates not allowed",
+    ),
     "a hub id without network": ("nobody/nothing", None, "nobody/nothing: no such file", "download it"),
     "an unknown kind of file": ("notes.txt", b"a", "notes.txt: not a kind of file", ".jsonl, .json"),
 }

@@ -189,6 +189,24 @@ def test_what_json_cannot_hold_and_workers_that_find_no_place(ray_address, criti
     assert [row["asked"] for row in read(tmp_path / "out")] == [datetime.date(2026, 1, 2)] * 3
 
 
+@pytest.mark.parametrize(
+    ("row", "at_fault"),
+    [
+        ({"prompt": "a", "responses": ["b", "c"]}, "a.jsonl:2: has one response and rows before have several"),
+        ({"prompt": "a", "response": "b", "note": "\ud83d"}, "up to row 2, a field holds half of a surrogate pair"),
+    ],
+)
+def test_what_parquet_cannot_hold_is_told_before_anything_is_scored(
+    row, at_fault, critics, tmp_path, monkeypatch, capsys
+):
+    data = write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}, row])
+    arguments = [critics["first"], data, str(tmp_path / "out"), "--format", "parquet"]
+    code, _, message = run(score.main, arguments, monkeypatch, capsys)
+    assert code == EXIT_REFUSED
+    assert at_fault in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_types_of_parquet_stay_and_a_part_that_was_lost_is_made_again(
     ray_address, critics, tmp_path, monkeypatch, capsys
 ):
@@ -214,6 +232,7 @@ BAD = {
     "no responses": ({"prompt": "a", "responses": []}, "field 'responses'"),
     "a user's last turn": ({"messages": [{"role": "user", "content": "b"}]}, "the last turn must be the assistant's"),
     "a field of ours": ({"text": "a", "reward": 1.0}, "field 'reward' is there already"),
+    "a field that no file can hold": ({"text": "a", "note": "\ud83d"}, "holds half of a surrogate pair"),
     "an id out of the vocabulary": ({"token_ids": [10**6]}, "token id 1000000 is not in the critic's vocabulary"),
 }
 

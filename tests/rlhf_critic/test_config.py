@@ -70,7 +70,16 @@ def test_help_gives_every_option_with_its_default(capsys):
             assert f"(default: {shown})" in " ".join(text.replace("│", " ").split()) or isinstance(field.default, str)
 
 
-@pytest.mark.parametrize("uri", ["s3://KEY:hush@bucket/runs", "ftp://me:hush@host/x", "s3://bucket/x?secret_key=hush"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://KEY:hush@bucket/runs",
+        "s3://KEY:1/hush@bucket/runs",
+        "s3://KEY:ab/hush+@bucket/runs",
+        "ftp://me:hush@host/x",
+        "s3://bucket/x?secret_key=hush",
+    ],
+)
 def test_a_secret_in_a_uri_is_refused_and_not_repeated(uri, tmp_path):
     """Options are written into critic.json, TensorBoard's and W&B's records and the log."""
     (tmp_path / "c.yaml").write_text(f"data:\n  train: [a.jsonl, '{uri}']\n")

@@ -112,6 +112,9 @@ def test_texts_without_a_clear_end_are_refused(tokenizer_dir):
         encoder.encode("please", f"glad{PAD_TOKEN}")
     with pytest.raises(EncodingError, match="must have tokens"):
         encoder.encode("please", "")
+    with pytest.raises(EncodingError, match="half of a surrogate pair is no text") as refused:
+        encoder.encode_batch([("please", "glad"), ("please", "\ud83d")])
+    assert refused.value.index == 1
 
 
 def test_bad_tokenizers_and_templates_are_refused(tokenizer_dir, tmp_path):

@@ -58,11 +58,20 @@ def error(status, kind, message="told", **more):
     return status, json.dumps({"error": {"kind": kind, "message": message, **more}}).encode()
 
 
-@pytest.mark.parametrize(("token", "wanted"), [(None, None), ("secret", "Bearer secret")])
+@pytest.mark.parametrize(
+    ("token", "wanted"), [(None, None), ("secret", "Bearer secret"), ("secret\n", "Bearer secret")]
+)
 def test_scores_come_back_and_the_token_is_shown(token, wanted):
     with server(lengths) as (url, shown), connect_http(url, token, max_items_per_call=3) as client:
         assert client.score_items(ASKED).rewards_S.tolist() == list(range(10))
     assert shown == [wanted] * 4
+
+
+@pytest.mark.parametrize("token", ["hush\nhush", "hüsh", "hush\0"])
+def test_a_token_that_cannot_be_sent_is_refused_at_once_and_not_repeated(token):
+    with pytest.raises(ConfigError, match="the bearer token has characters") as refused:
+        connect_http("http://127.0.0.1:1", token)
+    assert token not in str(refused.value)
 
 
 def refuses_the_longest(body):

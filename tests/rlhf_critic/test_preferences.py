@@ -193,10 +193,10 @@ def test_a_bad_line_is_named_and_leaves_nothing_behind(tokenizer_dir, tmp_path, 
 
 def test_rows_know_which_of_them_share_a_prompt(encoder, tmp_path):
     turns = [{"role": "user", "content": "please"}]
-    prompts = ["please", "glad", "please", "", "", turns, turns]
+    prompts = ["please", "glad", "please", "", "", turns, turns, [], []]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({**GOOD, "prompt": prompt}) + "\n" for prompt in prompts))
     numbers = load_preferences(str(path), encoder, str(tmp_path / "cache")).prompts_N.tolist()
     assert numbers[0] == numbers[2]
     assert numbers[5] == numbers[6]
-    assert len(set(numbers)) == 5
+    assert len(set(numbers)) == 7, "texts without a prompt share none"

@@ -72,6 +72,17 @@ def test_the_fingerprint_is_of_the_contents(tmp_path):
     assert fingerprint_of(str(first)) != fingerprint_of(str(second))
 
 
+def test_the_fingerprint_of_a_saved_dataset_is_of_its_contents_however_they_were_made(tmp_path):
+    """What datasets itself calls a fingerprint knows a function by its name, and not by what it did."""
+    rows = [{"text": "a"}, {"text": "b"}]
+    for name, text in (("first", "a"), ("second", "a"), ("third", "c")):
+        made = datasets.Dataset.from_list([{"text": text}, rows[1]])
+        made._fingerprint = "of-the-same-script"
+        made.save_to_disk(str(tmp_path / name))
+    fingerprints = [fingerprint_of(str(tmp_path / name)) for name in ("first", "second", "third")]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
 BAD = {
     "missing.jsonl": (None, "cannot be read .*No such file"),
     "missing.parquet": (None, "cannot be read .*No such file"),
