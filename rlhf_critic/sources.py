@@ -154,7 +154,7 @@ def _load_dataset(source: str) -> datasets.Dataset:
     try:
         if not Path(name).is_dir():
             return datasets.load_dataset(name, split=split or DEFAULT_SPLIT)
-        loaded = datasets.load_from_disk(name)
+        loaded = datasets.load_from_disk(name, keep_in_memory=False)  # or a setting of datasets' would hide its files
     except (*UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError) as error:
         advice = (
             "is it a directory that save_to_disk wrote?"

@@ -72,8 +72,12 @@ def test_the_fingerprint_is_of_the_contents(tmp_path):
     assert fingerprint_of(str(first)) != fingerprint_of(str(second))
 
 
-def test_the_fingerprint_of_a_saved_dataset_is_of_its_contents_however_they_were_made(tmp_path):
+@pytest.mark.parametrize("in_memory_bytes", [0, 10**9])
+def test_the_fingerprint_of_a_saved_dataset_is_of_its_contents_however_they_were_made(
+    in_memory_bytes, tmp_path, monkeypatch
+):
     """What datasets itself calls a fingerprint knows a function by its name, and not by what it did."""
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", in_memory_bytes)
     rows = [{"text": "a"}, {"text": "b"}]
     for name, text in (("first", "a"), ("second", "a"), ("third", "c")):
         made = datasets.Dataset.from_list([{"text": text}, rows[1]])
