@@ -17,13 +17,14 @@ import torch.distributed as dist
 
 from benchmarks.harness import Result, Specification, contender
 from benchmarks.workloads import PROFILES, draw_prompts
-from rlhf_critic.config import BodyConfig, ModelConfig, OptimizerConfig, TrainConfig
-from rlhf_critic.distributed import init_distributed
-from rlhf_critic.encoding import Encoder, load_tokenizer
-from rlhf_critic.engine import CriticEngine
-from rlhf_critic.generation import TransformersGenerator
-from rlhf_critic.policy_engine import PolicyEngine
-from rlhf_critic.rl import action_values
+from rlhf_critic.algorithms.ppo import action_values
+from rlhf_critic.config.model import BodyConfig, ModelConfig, OptimizerConfig
+from rlhf_critic.config.train import TrainConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.model.generation import TransformersGenerator
+from rlhf_critic.training.critic_engine import CriticEngine
+from rlhf_critic.training.policy_engine import PolicyEngine
+from rlhf_critic.training.process_group import init_distributed
 
 TEMPERATURE = 1.0
 

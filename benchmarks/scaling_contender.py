@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.harness import Result, Specification, contender
 from benchmarks.train_contenders import build_engine, pairs_of, table_of
-from rlhf_critic.engine import CriticEngine
+from rlhf_critic.training.critic_engine import CriticEngine
 
 
 def work(specification: Specification) -> Result:

@@ -17,16 +17,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.harness import Result, Specification, contender, matrix_product_rate
 from benchmarks.workloads import PROFILES, draw_prompts, head_weight
-from rlhf_critic.prefix_tree import PrefixTree
+from rlhf_critic.batching.prefix_tree import PrefixTree
 
 WARM_UP = 8
 
 
 def ours(specification: Specification, sequences: list[list[int]]) -> tuple[np.ndarray, float]:
     """`score_sequences`, as `jobs.evaluate` runs it."""
-    from rlhf_critic.critic import score_sequences
-    from rlhf_critic.encoding import load_tokenizer
-    from rlhf_critic.factory import create_critic_model
+    from rlhf_critic.data.encoding import load_tokenizer
+    from rlhf_critic.model.factory import create_critic_model
+    from rlhf_critic.scoring.local import score_sequences
 
     critic = create_critic_model(specification["model"], load_tokenizer(specification["model"]), None).eval()
     with torch.no_grad():

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.harness import Result, Specification, contender
 from benchmarks.workloads import PROFILES, draw_prompts
-from rlhf_critic.checkpoint import load_critic
-from rlhf_critic.critic import score_sequences
+from rlhf_critic.checkpoint.critic_directory import load_critic
+from rlhf_critic.scoring.local import score_sequences
 
 WARM_UP = 8
 

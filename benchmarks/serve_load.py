@@ -29,17 +29,17 @@ import ray
 import torch
 import tyro
 
-from actors import pool
-from actors.scorer_handle import connect
+from actors.serving import control
+from actors.serving.handle import connect
 from benchmarks import harness
 from benchmarks.harness import progress
 from benchmarks.workloads import PROFILES, draw_prompts, head_weight, save_model, text_of
 from jobs.serve import run_pool
-from rlhf_critic.checkpoint import CriticCard, EncoderCard, save_critic
-from rlhf_critic.encoding import Encoder, load_tokenizer
-from rlhf_critic.factory import create_critic_model
-from rlhf_critic.scorer_config import ServeJobConfig
-from rlhf_critic.scoring import Item, Text
+from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, save_critic
+from rlhf_critic.config.serve import ServeJobConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.model.factory import create_critic_model
+from rlhf_critic.scoring.items import Item, Text
 
 CONTENDERS = "benchmarks.serve_contenders"
 SEQUENCES_A_CALL = 16
@@ -272,7 +272,7 @@ def main(options: Options) -> None:
                         texts = texts_of("tldr", calls_for(most) * SEQUENCES_A_CALL // options.n, options.n)
                         by_handle(texts[:SEQUENCES_A_CALL])
                         record(("tldr", f"{replicas} x 1 thread", str(most)), put_under_load(by_handle, texts, most))
-        pool.stop("scorers")
+        control.stop("scorers")
         ray.shutdown()
     report(options, results, direct_rates, max(differences))
 

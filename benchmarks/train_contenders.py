@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from benchmarks.harness import Result, Specification, contender, matrix_product_rate
 from benchmarks.workloads import PROFILES, draw_prompts, head_weight
-from rlhf_critic.config import ModelConfig, TrainConfig
-from rlhf_critic.distributed import init_distributed
-from rlhf_critic.encoding import Encoder, load_tokenizer
-from rlhf_critic.engine import CriticEngine
-from rlhf_critic.preference_table import FEATURES, EncodedPreferences, EncodingReport
+from rlhf_critic.config.model import ModelConfig
+from rlhf_critic.config.train import TrainConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.preference_dataset import FEATURES, EncodedPreferences, EncodingReport
+from rlhf_critic.training.critic_engine import CriticEngine
+from rlhf_critic.training.process_group import init_distributed
 
 PAIRS_PER_STEP = 8
 WARM_UP_STEPS = 2

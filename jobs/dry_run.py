@@ -8,14 +8,15 @@ import numpy as np
 from rich.table import Table
 from tqdm import tqdm
 
-from actors.train_worker import load_data, total_steps
-from rlhf_critic.batching import global_batch, plan_micro_batches
-from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.critic import Critic
-from rlhf_critic.factory import DTYPE_OF, check_critic_model, limit_training, require_positions
-from rlhf_critic.memory import ModelCount, activation_bytes, count_model, shard_memory
-from rlhf_critic.objective import needs_values
-from rlhf_critic.prefix_tree import PrefixTree
+from actors.training.worker import load_data, total_steps
+from rlhf_critic.algorithms.preference_objective import needs_values
+from rlhf_critic.batching.planner import plan_micro_batches
+from rlhf_critic.batching.prefix_tree import PrefixTree
+from rlhf_critic.batching.sampler import global_batch
+from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.model.critic import Critic
+from rlhf_critic.model.factory import DTYPE_OF, check_critic_model, limit_training, require_positions
+from rlhf_critic.training.memory_estimate import ModelCount, activation_bytes, count_model, shard_memory
 
 SAMPLED_STEPS = 8
 
@@ -64,7 +65,7 @@ def plan_table(config: TrainJobConfig) -> Table:
 
 
 def _memory(config: TrainJobConfig, critic: Critic, count: ModelCount, length: int) -> Iterator[tuple[str, str]]:
-    """What `rlhf_critic.memory` calculates of it; a budget that a probe will find is taken to be one sequence."""
+    """What `rlhf_critic.training.memory_estimate` calculates of it; a budget that a probe will find is taken to be one sequence."""
     options = config.train
     tokens = length if options.token_budget == "auto" else options.token_budget
     kept = activation_bytes(

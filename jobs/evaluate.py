@@ -11,22 +11,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actors.directories import directory_at
+from actors.runtime.storage import directory_at
 from jobs.cli import run_job
-from rlhf_critic.best_of_n import (
+from rlhf_critic.batching.prefix_tree import TokenIds
+from rlhf_critic.checkpoint.critic_directory import LoadedCritic, load_critic
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.tools import EvaluateJobConfig
+from rlhf_critic.data.preferences import load_preferences
+from rlhf_critic.data.sources import read_rows
+from rlhf_critic.evaluation.best_of_n import (
     BestOfNEvaluation,
     evaluate_best_of_n,
     is_best_of_n,
     load_best_of_n,
     split_rewards,
 )
-from rlhf_critic.checkpoint import LoadedCritic, load_critic
-from rlhf_critic.config import EvaluateJobConfig, parse_command_line
-from rlhf_critic.critic import score_sequences
-from rlhf_critic.evaluation import Evaluation, evaluate_rewards
-from rlhf_critic.preferences import load_preferences
-from rlhf_critic.prefix_tree import TokenIds
-from rlhf_critic.report import (
+from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
+from rlhf_critic.evaluation.report import (
     MOST_WRONG,
     Bar,
     Page,
@@ -38,7 +39,7 @@ from rlhf_critic.report import (
     write_report,
     wrong_example,
 )
-from rlhf_critic.sources import read_rows
+from rlhf_critic.scoring.local import score_sequences
 
 
 def main() -> None:
@@ -140,7 +141,7 @@ def _judge_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[B
 def _preference_plots(
     evaluation: Evaluation, rewards_P2: NDArray[np.float64], lengths_P2: NDArray[np.int64]
 ) -> list[Plot]:
-    from rlhf_critic.plots import histogram_svg, length_svg, reliability_svg
+    from rlhf_critic.evaluation.plots import histogram_svg, length_svg, reliability_svg
 
     calibration = evaluation.calibration
     return [
@@ -164,7 +165,7 @@ def _preference_plots(
 
 
 def _best_of_n_plots(lead_N: NDArray[np.float64]) -> list[Plot]:
-    from rlhf_critic.plots import histogram_svg
+    from rlhf_critic.evaluation.plots import histogram_svg
 
     caption = "The highest reward of a right response less the highest of a wrong one. What is left of zero is wrong."
     return [Plot("Leads", caption, histogram_svg(lead_N, "lead"))]

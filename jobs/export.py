@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.directories import directory_at
+from actors.runtime.storage import directory_at
 from jobs.cli import run_job
-from rlhf_critic.checkpoint import CARD_NAME, RESUME_FOLDER, CriticCard, export_critic
-from rlhf_critic.config import ExportJobConfig, parse_command_line
+from rlhf_critic.checkpoint.convert import AUTO_FORMAT, convert_checkpoint
+from rlhf_critic.checkpoint.critic_directory import CARD_NAME, RESUME_FOLDER, CriticCard
+from rlhf_critic.checkpoint.export import export_critic
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.tools import ExportJobConfig
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.foreign import AUTO_FORMAT, convert_checkpoint
 
 # What can be chosen for another system's checkpoint only: a critic has settled it.
 CONVERSION_OPTIONS = ("base", "max_length", "chat_template", "head_bias")
@@ -35,7 +37,7 @@ def make_critic_directory(source: Path, config: ExportJobConfig) -> CriticCard:
 
     Raises:
         ConfigError: An option is given that a critic leaves no choice of.
-        CheckpointError: See `rlhf_critic.checkpoint.export_critic` and `rlhf_critic.foreign.convert_checkpoint`.
+        CheckpointError: See `rlhf_critic.checkpoint.export.export_critic` and `rlhf_critic.checkpoint.convert.convert_checkpoint`.
     """
     # A checkpoint of a run that was not written to its end has no card, but it has this.
     of_this_project = (source / CARD_NAME).exists() or (source / RESUME_FOLDER).exists()

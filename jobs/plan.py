@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.cli import run_job
-from jobs.plan_sizes import GPUS, SHAPES, NodeGroup, model_config, node_groups
-from rlhf_critic.config import ModelConfig, NonNegativeInt, OptimizerConfig, Section, parse_command_line
-from rlhf_critic.critic import Critic
-from rlhf_critic.factory import critic_without_weights
-from rlhf_critic.memory import ModelCount, ShardMemory, activation_bytes, count_model, shard_memory
+from jobs.plan_catalog import GPUS, SHAPES, NodeGroup, model_config, node_groups
+from rlhf_critic.config.base import NonNegativeInt, Section, parse_command_line
+from rlhf_critic.config.model import ModelConfig, OptimizerConfig
+from rlhf_critic.model.critic import Critic
+from rlhf_critic.model.factory import critic_without_weights
+from rlhf_critic.training.memory_estimate import ModelCount, ShardMemory, activation_bytes, count_model, shard_memory
 
 Dtype = Literal["float32", "bfloat16"]
 GpuName = Literal["a10g", "l4", "l40s", "a100-40g", "a100-80g", "h100", "h200"]

@@ -21,24 +21,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors import pool
-from actors.pool_keeper import ends_with_this_job
-from actors.ppo_run import PPOOutcome, PPORun, critic_options
-from actors.ppo_state import latest_checkpoint, read_state, set_damaged_aside
-from actors.run_directory import HISTORY_FOLDER
-from actors.scorer_handle import connect
+from actors.ppo.checkpoint import latest_checkpoint, read_state, set_damaged_aside
+from actors.ppo.trainer import PPOOutcome, PPORun, critic_options
+from actors.runtime.storage import HISTORY_FOLDER
+from actors.serving import control
+from actors.serving.handle import connect
+from actors.serving.job_cleanup import ends_with_this_job
 from jobs.cli import refuse_in_package, run_job
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
-from rlhf_critic.config import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, parse_command_line
-from rlhf_critic.encoding import Encoder, load_tokenizer
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
+from rlhf_critic.config.ppo import PPOJobConfig
+from rlhf_critic.config.serve import ServeJobConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.prompts import Prompts, load_prompts, split_prompts
+from rlhf_critic.data.sources import is_local_source
 from rlhf_critic.errors import ConfigError, RankLost
-from rlhf_critic.metrics import read_metrics
-from rlhf_critic.plots import save_curves
-from rlhf_critic.ppo_config import PPOJobConfig
-from rlhf_critic.prompts import Prompts, load_prompts, split_prompts
-from rlhf_critic.scorer_config import ServeJobConfig
-from rlhf_critic.sources import is_local_source
+from rlhf_critic.evaluation.plots import save_curves
+from rlhf_critic.training.metrics_log import read_metrics
 
 PLOT_NAME = "curves.png"
 EXAMPLES = 6
@@ -131,7 +132,7 @@ def read_prompts(config: PPOJobConfig) -> tuple[Prompts, Prompts | None]:
     """The prompts to train on, and those held out, if any; says what was read.
 
     Raises:
-        CriticError: See `rlhf_critic.prompts.load_prompts`.
+        CriticError: See `rlhf_critic.data.prompts.load_prompts`.
     """
     options = config.prompts
     tokenizer = load_tokenizer(config.policy.model.path, config.policy.chat_template)
@@ -158,14 +159,14 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
     """
     reward = config.reward
     if reward.checkpoint is None:
-        if not pool.is_running(reward.app):
+        if not control.is_running(reward.app):
             raise ConfigError(
                 f"there is no pool of scorers {reward.app!r}: give --reward.checkpoint CRITIC and the job runs one, or "
                 "start one with python -m jobs.serve CRITIC"
             )
         yield
         return
-    if pool.is_running(reward.app):
+    if control.is_running(reward.app):
         raise ConfigError(
             f"a pool {reward.app!r} runs already: leave out reward.checkpoint to use it, or choose another --reward.app"
         )
@@ -187,8 +188,8 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
             print(f"scorers: {version}")
             yield
         finally:
-            if pool.is_running(reward.app):
-                pool.stop(reward.app)
+            if control.is_running(reward.app):
+                control.stop(reward.app)
 
 
 def finish(outcome: PPOOutcome) -> PPOOutcome:

@@ -16,9 +16,9 @@ from rich.console import Console
 from jobs import quickstart
 from jobs.cli import run_job
 from jobs.ppo import run, show
-from rlhf_critic.checkpoint import write_text_atomically
-from rlhf_critic.config import load_config_file
-from rlhf_critic.ppo_config import PPOJobConfig
+from rlhf_critic.config.base import load_config_file
+from rlhf_critic.config.ppo import PPOJobConfig
+from rlhf_critic.files import write_text_atomically
 
 CONFIG = Path(__file__).with_name("ppo_demo.yaml")
 WORDS = range(3, 7)  # of a text that make a prompt

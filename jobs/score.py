@@ -24,17 +24,18 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from actors.directories import directory_at
-from actors.part_scorer import PartScorer, Work, added_fields, json_line, read_rewards, schema_of
-from actors.ray_session import init_ray
-from actors.scorer import version_name
+from actors.runtime.session import init_ray
+from actors.runtime.storage import directory_at
+from actors.serving.offline import PartScorer, Work, added_fields, json_line, read_rewards, schema_of
+from actors.serving.scorer import version_name
 from jobs.cli import refuse_in_package, run_job
-from rlhf_critic.checkpoint import check_critic, weights_digest, write_text_atomically
-from rlhf_critic.config import parse_command_line
+from rlhf_critic.checkpoint.critic_directory import check_critic, weights_digest
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
+from rlhf_critic.data.sources import fingerprint_of, is_local_source, read_rows
 from rlhf_critic.errors import ConfigError, DataError, PlacementError
-from rlhf_critic.scorable_rows import parse_scorable
-from rlhf_critic.scorer_config import ScoreJobConfig, ScorerConfig
-from rlhf_critic.sources import fingerprint_of, is_local_source, read_rows
+from rlhf_critic.files import write_text_atomically
+from rlhf_critic.scoring.rows import parse_scorable
 
 JOB_NAME = "job.json"
 SUMMARY_NAME = "summary.json"

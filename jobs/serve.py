@@ -17,12 +17,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from rich.console import Console
 
-from actors import pool
-from actors.ray_session import address_to_join, init_ray
+from actors.runtime.session import address_to_join, init_ray
+from actors.serving import control
 from jobs.cli import run_job
-from rlhf_critic.config import parse_command_line
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.scorer_config import ServeJobConfig
 
 SHORTEST_TOKEN = 16
 
@@ -33,12 +33,12 @@ def main() -> None:
     console = Console(stderr=True)
     started_ray = join_ray(may_start=not (config.stop or config.publish))
     if config.stop:
-        pool.stop(config.app)
+        control.stop(config.app)
         console.print(f"the pool {config.app!r} has ended")
         return
     with console.status("checking the critic") as status:
         if config.publish:
-            version = pool.publish(config.app, str(config.checkpoint), config.start_timeout_s, status.update)
+            version = control.publish(config.app, str(config.checkpoint), config.start_timeout_s, status.update)
             console.print(f"published: every replica of {config.app!r} serves {version}", highlight=False)
             return
         url, version, authenticated = run_pool(config, status.update)
@@ -71,20 +71,20 @@ def join_ray(may_start: bool) -> bool:
     return False
 
 
-def run_pool(config: ServeJobConfig, progress: pool.Progress) -> tuple[str, str, bool]:
+def run_pool(config: ServeJobConfig, progress: control.Progress) -> tuple[str, str, bool]:
     """Runs the pool, or changes the one that runs.
 
     Returns:
         Its URL, the version it serves and whether callers must show a token.
 
     Raises:
-        CriticError: See `actors.pool`.
+        CriticError: See `actors.serving.control`.
     """
-    authenticated = config.auth == "on" or (config.auth == "auto" and not pool.is_loopback(config.host))
-    scorer = pool.checked(config, str(config.checkpoint))
+    authenticated = config.auth == "on" or (config.auth == "auto" and not control.is_loopback(config.host))
+    scorer = control.checked(config, str(config.checkpoint))
     token_sha256 = hashlib.sha256(read_token(config.token_file).encode()).hexdigest() if authenticated else None
-    url = pool.start_serve(config, authenticated)
-    return url, pool.deploy(config, scorer, token_sha256, progress), authenticated
+    url = control.start_serve(config, authenticated)
+    return url, control.deploy(config, scorer, token_sha256, progress), authenticated
 
 
 def read_token(path: str) -> str:
@@ -121,7 +121,7 @@ def how_to_call(config: ServeJobConfig, url: str, authenticated: bool) -> str:
 def wait_for_end(app: str) -> None:
     """Stays until the pool is gone or the user has had enough; then ends it in order."""
     try:
-        while pool.is_running(app):
+        while control.is_running(app):
             time.sleep(1)
     except KeyboardInterrupt:
         print("ending the pool")

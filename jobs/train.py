@@ -21,15 +21,17 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
-from actors.ray_session import init_ray
-from actors.run_directory import absolute_storage_path, remove_broken_list, resolve_run, run_exists
-from actors.train_backend import PrivateTorchConfig
-from actors.train_outcome import SCORE, TrainOutcome
+from actors.runtime.session import init_ray
+from actors.runtime.storage import absolute_storage_path, remove_broken_list, resolve_run, run_exists
+from actors.training.result import SCORE, TrainOutcome
+from actors.training.torch_backend import PrivateTorchConfig
 from jobs.cli import FULL, refuse_in_package, run_job
 from jobs.run_lock import lock_run
-from rlhf_critic.config import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, TrainJobConfig, parse_command_line
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
+from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.data.sources import is_local_source
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
-from rlhf_critic.sources import is_local_source
 
 # Ray Train decides on the size of an elastic group by what it saw up to 20 s before (the period of its autoscaling
 # coordinator), and so may wait for a node that is gone; after so many seconds it decides again.
@@ -208,7 +210,7 @@ def _train(config: TrainJobConfig) -> Result:
 
 
 def _train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
-    from actors.train_worker import train_loop  # here, where model code is needed: see `actors.train_outcome`
+    from actors.training.worker import train_loop  # here, where model code is needed: see `actors.train_outcome`
 
     return train_loop(loop_config)
 

@@ -24,9 +24,9 @@ import ray
 import torch
 from ray import serve
 
-from actors import pool
+from actors.serving import control
 from jobs.serve import run_pool
-from rlhf_critic.scorer_config import ServeJobConfig
+from rlhf_critic.config.serve import ServeJobConfig
 from tests.actors.scorers import save_tiny_critic
 from tests.helpers import RankGroup, save_tiny_model, save_tiny_tokenizer, write_preferences
 
@@ -110,5 +110,5 @@ def serving(serve_port: int) -> Iterator[Callable[..., str]]:
         return url
 
     yield run
-    if pool.is_running("scorers"):
-        pool.stop("scorers")
+    if control.is_running("scorers"):
+        control.stop("scorers")

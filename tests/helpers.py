@@ -109,7 +109,7 @@ class _Rank:
     def join(self, store_directory: str) -> None:
         import torch.distributed as dist
 
-        from rlhf_critic.distributed import init_distributed
+        from rlhf_critic.training.process_group import init_distributed
 
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size), LOCAL_RANK=str(self.rank))
         dist.init_process_group(

@@ -45,14 +45,14 @@ from rich.table import Table
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from actors import pool
-from actors.ray_session import init_ray
-from actors.scorer_handle import connect
+from actors.runtime.session import init_ray
+from actors.serving import control
+from actors.serving.handle import connect
 from jobs.serve import read_token, run_pool
-from rlhf_critic.http_transport import connect_http
-from rlhf_critic.scorer_client import ScorerClient
-from rlhf_critic.scorer_config import ServeJobConfig
-from rlhf_critic.scoring import Conversation
+from rlhf_critic.config.serve import ServeJobConfig
+from rlhf_critic.scoring.client import ScorerClient
+from rlhf_critic.scoring.http_client import connect_http
+from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import make_conversations, rewards_by_engine, save_tiny_critic
 from tests.helpers import save_tiny_model, write_preferences
 
@@ -264,7 +264,7 @@ class Publisher:
             number += 1
             version = versions[number % len(versions)]
             try:
-                told = pool.publish("scorers", self._world.critics[version], DEADLINE_S, lambda _: None)
+                told = control.publish("scorers", self._world.critics[version], DEADLINE_S, lambda _: None)
                 served = self._client.score_items(probe).model_version
             except Exception as error:  # any kind of failure is one here
                 self._tally.problem("publishes failed", f"{type(error).__name__}: {error}")
@@ -496,7 +496,7 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
     for part in (publisher, callers, trainer):
         part.end()
     object_store = wait_for_none(object_store_bytes, 10)
-    pool.stop("scorers")
+    control.stop("scorers")
     serve.shutdown()
     left: dict[str, Any] = {"actors": wait_for_none(living_actors), "placement groups": wait_for_none(reserved_groups)}
     kept_by_ray = Counter(living_actors(of_ray=True))

@@ -12,8 +12,8 @@ import torch
 from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from rlhf_critic.http_transport import connect_http
 from rlhf_critic.integrations.trl import reward_function
+from rlhf_critic.scoring.http_client import connect_http
 
 
 def main(policy: str, prompts: str, url: str) -> None:

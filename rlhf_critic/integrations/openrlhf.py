@@ -2,7 +2,7 @@
 
 The option is ``--remote_rm_url`` until OpenRLHF 0.9. With ``http://HOST:8000/get_reward`` it needs no file, but cannot
 show a token; this file shows one, retries until a deadline and raises typed errors.
-`rlhf_critic.integrations.pool` says how the pool is found.
+`rlhf_critic.integrations.client_from_environment` says how the pool is found.
 
 OpenRLHF catches what a reward raises and goes on without one, so a run ends a little later and with another error
 ("reward_model_group is required when rewards are not precomputed", or one about None). The reason is in the log of the
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from rlhf_critic.integrations.pool import client_from_environment
-from rlhf_critic.scoring import Text
+from rlhf_critic.integrations.client_from_environment import client_from_environment
+from rlhf_critic.scoring.items import Text
 
 
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Any = None, **_: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Any = No
         ``rewards`` and ``scores``, fp32 ``[S]``, and ``extra_logs`` with the components of the reward.
 
     Raises:
-        CriticError: See `rlhf_critic.scorer_client.ScorerClient.score`.
+        CriticError: See `rlhf_critic.scoring.client.ScorerClient.score`.
     """
     items = [
         Text(query, query[len(prompt) :] if query.startswith(prompt) else None, finish=True)

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from rlhf_critic.encoding import Prompt
+from rlhf_critic.data.encoding import Prompt
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.integrations.turns import present_fields
-from rlhf_critic.scorer_client import ScorerClient
-from rlhf_critic.scoring import Conversation
+from rlhf_critic.scoring.client import ScorerClient
+from rlhf_critic.scoring.items import Conversation
 
 Completion: TypeAlias = "str | Sequence[dict[str, Any]]"
 
@@ -42,7 +42,7 @@ class CriticReward:
 
         Raises:
             ScorerRejected: A completion is not text, or cannot be scored.
-            CriticError: See `rlhf_critic.scorer_client.ScorerClient.score`. It stops the training: TRL would take a
+            CriticError: See `rlhf_critic.scoring.client.ScorerClient.score`. It stops the training: TRL would take a
                 missing reward for one that does not apply, and train without it.
         """
         pairs = zip(prompts, completions, strict=True)

@@ -7,7 +7,7 @@ These are the options since verl 0.7.1; until 0.7.0 they begin with ``custom_rew
 without a word and does not use. `compute_scores` is for the batch reward manager, which verl had until 0.7.0.
 
 verl hands over the response and not what it answers, so the rows of the data need the prompt in ``extra_info``:
-``extra_info["prompt"]``, a text or a list of turns. `rlhf_critic.integrations.pool` says how the pool is found.
+``extra_info["prompt"]``, a text or a list of turns. `rlhf_critic.integrations.client_from_environment` says how the pool is found.
 
 A failure raises, and what becomes of it is up to verl. The reward managers naive (the default), dapo, gdpo and remote
 pass it on; limited, and the prime of older versions, turn it into a reward of 0, so do not use those. The trainer of
@@ -22,9 +22,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_critic.encoding import Prompt
+from rlhf_critic.data.encoding import Prompt
 from rlhf_critic.errors import DataError
-from rlhf_critic.integrations.pool import client_from_environment
+from rlhf_critic.integrations.client_from_environment import client_from_environment
 from rlhf_critic.integrations.turns import present_fields
 
 
@@ -41,7 +41,7 @@ def compute_score(
 
     Raises:
         DataError: There is no prompt, or it is neither a text nor turns.
-        CriticError: See `rlhf_critic.scorer_client.ScorerClient.score`.
+        CriticError: See `rlhf_critic.scoring.client.ScorerClient.score`.
     """
     return compute_scores([data_source], [solution_str], [ground_truth], [extra_info])[0]
 

@@ -15,7 +15,7 @@ import ray
 from numpy.typing import NDArray
 from ray.util.placement_group import placement_group_table
 
-from actors.rank_group import RankGroup
+from actors.runtime.rank_group import RankGroup
 from tests.helpers import wait_until
 
 CPUS = 0.5  # of a rank: several groups fit beside each other
@@ -43,7 +43,7 @@ class Rollouts:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """As `actors.critic_group.CriticGroup.update` takes them."""
+        """As `actors.ppo.critic_group.CriticGroup.update` takes them."""
         return self.sequences, self.prompt_lengths, self.returns, self.old_values
 
 

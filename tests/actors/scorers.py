@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.scorer_handle import connect
-from rlhf_critic.checkpoint import CriticCard, EncoderCard, load_critic, save_critic
-from rlhf_critic.critic import score_sequences
-from rlhf_critic.encoding import Encoder, load_tokenizer
-from rlhf_critic.factory import create_critic_model
-from rlhf_critic.scoring import Conversation
+from actors.serving.handle import connect
+from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, load_critic, save_critic
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.model.factory import create_critic_model
+from rlhf_critic.scoring.items import Conversation
+from rlhf_critic.scoring.local import score_sequences
 from tests.helpers import WORDS
 
 MAX_LENGTH = 64

@@ -21,10 +21,11 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
-from actors import pool
-from rlhf_critic.config import TrainJobConfig, parse_command_line
-from rlhf_critic.ppo_config import PPOJobConfig
-from rlhf_critic.scorer_config import ScoreJobConfig, ScorerConfig, ServeJobConfig
+from actors.serving import control
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.ppo import PPOJobConfig
+from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig, ServeJobConfig
+from rlhf_critic.config.train import TrainJobConfig
 
 TOP = Path(__file__).parents[2]
 CLUSTER = TOP / "cluster"
@@ -148,7 +149,7 @@ def demand(config: BaseModel) -> Demand:
         run = config.run
         return Demand(([shard(run.cpus_per_worker, run.use_gpu)] * run.num_workers,))
     if isinstance(config, ServeJobConfig):
-        scorer, _ = pool.application(config, ScorerConfig(checkpoint=str(config.checkpoint)), None)["deployments"]
+        scorer, _ = control.application(config, ScorerConfig(checkpoint=str(config.checkpoint)), None)["deployments"]
         if "placement_group_bundles" in scorer:
             return Demand((scorer["placement_group_bundles"],) * config.max_replicas)
         options = scorer["ray_actor_options"]

@@ -7,9 +7,9 @@ import re
 import pytest
 from ray.scripts.scripts import cli
 
-from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.ppo_config import PPOJobConfig
-from rlhf_critic.scorer_config import ServeJobConfig
+from rlhf_critic.config.ppo import PPOJobConfig
+from rlhf_critic.config.serve import ServeJobConfig
+from rlhf_critic.config.train import TrainJobConfig
 from tests.cluster.clusters import (
     CLOUDS,
     CLUSTER,

@@ -14,10 +14,10 @@ from ray.autoscaler._private.util import validate_config
 from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import start
 
-from actors.serving import Gateway
-from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.ppo_config import PPOJobConfig
-from rlhf_critic.scorer_config import ScoreJobConfig, ServeJobConfig
+from actors.serving.deployment import Gateway
+from rlhf_critic.config.ppo import PPOJobConfig
+from rlhf_critic.config.serve import ScoreJobConfig, ServeJobConfig
+from rlhf_critic.config.train import TrainJobConfig
 from tests.cluster.clusters import (
     CLOUDS,
     CLUSTER,

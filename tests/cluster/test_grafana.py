@@ -9,10 +9,10 @@ import pytest
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from actors.scorer_handle import connect
-from actors.scorer_metrics import ScorerMetrics, http_refusals
+from actors.serving.handle import connect
+from actors.serving.metrics import ScorerMetrics, http_refusals
 from rlhf_critic.errors import ScorerRejected
-from rlhf_critic.scoring import Text
+from rlhf_critic.scoring.items import Text
 from tests.actors.scorers import make_conversations
 from tests.helpers import wait_until
 

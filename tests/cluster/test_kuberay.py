@@ -11,11 +11,11 @@ import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from actors import pool
-from actors.http_api import HttpSettings
-from actors.serving import app
-from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.scorer_config import ScorerConfig, ServeJobConfig
+from actors.serving import control
+from actors.serving.deployment import app
+from actors.serving.http_api import HttpSettings
+from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
+from rlhf_critic.config.train import TrainJobConfig
 from tests.cluster.clusters import (
     CLUSTER,
     RAY,
@@ -176,7 +176,7 @@ def test_the_training_job_gives_its_nodes_back():
 
 
 def test_the_service_deploys_what_jobs_serve_would():
-    """Field by field, so that the manifest follows when `actors.pool` changes what it tells Serve."""
+    """Field by field, so that the manifest follows when `actors.serving.control` changes what it tells Serve."""
     (deployed,) = serve_config().applications
     scorer, gateway = deployed.deployments
     told = scorer.user_config
@@ -187,7 +187,7 @@ def test_the_service_deploys_what_jobs_serve_would():
         min_replicas=1,
         max_replicas=8,
     )
-    wanted = pool.application(config, ScorerConfig(**told["scorer"]), gateway.user_config["http"]["token_sha256"])
+    wanted = control.application(config, ScorerConfig(**told["scorer"]), gateway.user_config["http"]["token_sha256"])
     written = deployed.model_dump(exclude_unset=True)
     for deployment in written["deployments"]:
         if "scorer" in deployment["user_config"]:

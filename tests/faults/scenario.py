@@ -26,13 +26,14 @@ import ray
 from ray.cluster_utils import Cluster
 from safetensors.numpy import load_file
 
-from actors import pool
-from actors.critic_group import CriticGroup, CriticOptions
-from actors.scorer_handle import DEFAULT_APP
-from rlhf_critic.checkpoint import RESUME_FOLDER
-from rlhf_critic.config import EncodingConfig, ModelConfig, TrainConfig
+from actors.ppo.critic_group import CriticGroup, CriticOptions
+from actors.serving import control
+from actors.serving.handle import DEFAULT_APP
+from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
+from rlhf_critic.config.model import EncodingConfig, ModelConfig
+from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.errors import CheckpointError, RankLost
-from rlhf_critic.metrics import read_metrics
+from rlhf_critic.training.metrics_log import read_metrics
 from tests.actors.groups import make_rollouts
 from tests.actors.scorers import Calls
 from tests.helpers import run_command, save_tiny_model, wait_until, write_preferences
@@ -385,7 +386,7 @@ def node_of_scorer(world: World) -> dict[str, Any]:
         world.remove_node_of("ServeReplica:scorers:Scorer")
         struck = calls.answered
         wait_until(lambda: calls.answered > struck + 20, "answers of those that are left", TIMEOUT_S)
-        wait_until(lambda: len(pool._state(DEFAULT_APP)[2]) == WORKERS, "another scorer", TIMEOUT_S)
+        wait_until(lambda: len(control._state(DEFAULT_APP)[2]) == WORKERS, "another scorer", TIMEOUT_S)
         refused = serve(str(world.directory / "runs" / "hopeless" / critic.name), "--publish")
         again = calls.answered
         wait_until(lambda: calls.answered > again + 20, "answers of all", TIMEOUT_S)

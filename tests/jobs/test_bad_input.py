@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from jobs import evaluate, export, inspect, train
+from jobs import evaluate, export, inspect_data, train
 from jobs.cli import EXIT_REFUSED, run_job
-from rlhf_critic.checkpoint import load_critic
+from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.errors import CheckpointError
 from tests.helpers import run_command
-from tests.rlhf_critic.test_checkpoint import save
+from tests.rlhf_critic.checkpoint.test_critic_directory import save
 
 GOOD = {"prompt": "please", "chosen": "of course", "rejected": "no"}
 
@@ -97,7 +97,7 @@ def test_bad_data(what, tiny_model, tmp_path, monkeypatch, capsys):
         Path(name).write_bytes(first + second_line)
     Path("template.jinja").write_text(TEMPLATE)
     arguments = [name, "--model", tiny_model, "--encoding.chat-template", "template.jinja"]
-    code, output, message = run(inspect.main, arguments, monkeypatch, capsys)
+    code, output, message = run(inspect_data.main, arguments, monkeypatch, capsys)
     assert code == EXIT_REFUSED
     assert at_fault in message
     assert advice in message
@@ -117,7 +117,7 @@ def test_nothing_left_of_long_pairs(tiny_model, tmp_path, monkeypatch, capsys):
         "--overlong",
         "skip",
     ]
-    code, _, message = run(inspect.main, [*arguments, "--cache-dir", str(tmp_path)], monkeypatch, capsys)
+    code, _, message = run(inspect_data.main, [*arguments, "--cache-dir", str(tmp_path)], monkeypatch, capsys)
     assert code == EXIT_REFUSED
     assert "long.jsonl: nothing is left of 1 rows: 1 were longer" in message
     assert "raise the limit" in message

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from jobs import evaluate
-from rlhf_critic.checkpoint import CriticCard, EncoderCard, load_critic, save_critic
-from rlhf_critic.critic import score_sequences
-from rlhf_critic.encoding import Encoder, load_tokenizer
+from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, load_critic, save_critic
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.factory import create_critic_model
+from rlhf_critic.model.factory import create_critic_model
+from rlhf_critic.scoring.local import score_sequences
 from tests.helpers import make_preferences
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from jobs.examples import your_ppo_loop
-from rlhf_critic import rl
-from rlhf_critic.checkpoint import load_critic
+from rlhf_critic.algorithms import ppo
+from rlhf_critic.checkpoint.critic_directory import load_critic
 from tests.actors.scorers import rewards_by_engine
 from tests.helpers import WORDS
 
@@ -53,7 +53,7 @@ def test_the_example_for_other_trainers_runs_as_it_is(serving, critics, tmp_path
     rewards_S = rewards_by_engine(critics["first"], list(zip(first.prompts, first.responses, strict=True)))
     with torch.no_grad():
         of_tokens = [loaded.critic.values(loaded.critic.batch_of([ids]))[0].numpy() for ids in first.sequences]
-    values, _ = rl.action_values(of_tokens, first.prompt_lengths)
+    values, _ = ppo.action_values(of_tokens, first.prompt_lengths)
     expected = []
     for row, value in enumerate(values):
         following, following_value, backwards = 0.0, 0.0, []

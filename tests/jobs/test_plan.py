@@ -10,7 +10,7 @@ import yaml
 
 from jobs import plan as plan_job
 from jobs.plan import Plan, PlanJobConfig, Planner, markdown_table
-from jobs.plan_sizes import GPUS, SHAPES, NodeGroup, model_config, node_groups
+from jobs.plan_catalog import GPUS, SHAPES, NodeGroup, model_config, node_groups
 from rlhf_critic.errors import ConfigError
 from tests.jobs.test_bad_input import run
 

@@ -24,17 +24,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors import pool
-from actors.ppo_run import PPOOutcome, PPORun, Sample
-from actors.ppo_state import checkpoints
-from actors.rollout import RolloutPool
-from actors.scorer_handle import connect
+from actors.ppo.checkpoint import checkpoints
+from actors.ppo.rollout_workers import RolloutPool
+from actors.ppo.trainer import PPOOutcome, PPORun, Sample
+from actors.serving import control
+from actors.serving.handle import connect
 from jobs import ppo
 from jobs.cli import EXIT_REFUSED
-from rlhf_critic.checkpoint import load_critic
+from rlhf_critic.checkpoint.critic_directory import load_critic
+from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.errors import ConfigError, EncodingError, ScorerUnavailable
-from rlhf_critic.ppo_config import PPOJobConfig
-from rlhf_critic.scoring import Conversation
+from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import rewards_by_engine
 from tests.helpers import WORDS, save_tiny_model, wait_until
 from tests.jobs.test_bad_input import run as run_command_line
@@ -363,13 +363,13 @@ class Observed(PPORun):
 @pytest.mark.parametrize("allow_mixed_versions", [False, True])
 def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(options, critics, allow_mixed_versions):
     """Whole iterations long, unless versions may be mixed: then no reward is asked for again."""
-    pool.publish("scorers", critics["first"], 120, lambda _: None)
+    control.publish("scorers", critics["first"], 120, lambda _: None)
     mixing = {"allow_mixed_versions": allow_mixed_versions}
     config = config_of(options, f"live-{allow_mixed_versions}", ppo=of_length(4), reward=mixing)
     prompts, held_out = ppo.read_prompts(config)
 
     def publish() -> None:
-        pool.publish("scorers", critics["second"], 120, lambda _: None)
+        control.publish("scorers", critics["second"], 120, lambda _: None)
 
     with connect(deadline_s=120) as client, Observed(publish, config, prompts, held_out, client) as run:
         run.run()
@@ -390,7 +390,7 @@ def test_a_policy_that_runs_away_ends_the_job_with_advice_and_keeps_the_checkpoi
     """Also where the step that went too far was itself finite, and only the next responses show it."""
     optimizer = {**options["policy"]["optimizer"], **({"learning_rate": 1e39} if name == "nan" else {})}
     run = directory_of(options, name)
-    pool.wait_until_served("scorers", 60, lambda _: None)
+    control.wait_until_served("scorers", 60, lambda _: None)
     config = tmp_path / "config.yaml"
     config.write_text(
         config_of(
@@ -424,7 +424,7 @@ def test_a_critic_of_another_tokenizer_is_refused_before_anything_starts(options
 def test_a_pool_in_the_way_is_refused_and_goes_on(options, critics):
     with pytest.raises(ConfigError, match=r"a pool 'scorers' runs already: leave out reward\.checkpoint to use it"):
         ppo.run(config_of(options, "in-the-way", reward={"checkpoint": critics["second"]}))
-    assert pool.is_running("scorers")
+    assert control.is_running("scorers")
     assert not directory_of(options, "in-the-way").exists()
 
 
@@ -465,7 +465,7 @@ def test_scorers_that_stop_answering_end_the_job_after_the_deadline(options):
     running.start()
     wait_until(lambda: len(history_of(run)) >= 3 or failures, "three iterations", 240)
     assert not failures
-    pool.stop("scorers")
+    control.stop("scorers")
     running.join(90)
     assert isinstance(failures[0], ScorerUnavailable), failures
     assert "within 4 s" in str(failures[0])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.ppo_state import changed_options
+from actors.ppo.checkpoint import changed_options
 from jobs import ppo
 from jobs.cli import EXIT_REFUSED
+from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.ppo_config import PPOJobConfig
 from tests.jobs.test_bad_input import run
 
 ROW = json.dumps({"prompt": "please explain"})

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from jobs import score
 from jobs.cli import EXIT_REFUSED
-from rlhf_critic.checkpoint import load_critic
+from rlhf_critic.checkpoint.critic_directory import load_critic
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import wait_until
 from tests.jobs.test_bad_input import run

@@ -5,12 +5,12 @@ import shutil
 import httpx
 import pytest
 
-from actors import pool
-from actors.scorer_handle import connect
+from actors.serving import control
+from actors.serving.handle import connect
 from jobs import serve
 from jobs.serve import read_token
+from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.scorer_config import ServeJobConfig
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import run_command
 from tests.jobs.test_bad_input import run
@@ -26,7 +26,7 @@ components:
 
 @pytest.mark.timeout(400)
 def test_start_publish_and_stop(serve_port, critics, ray_address, tmp_path, monkeypatch, capsys):
-    pool.start_serve(ServeJobConfig(checkpoint="-", port=serve_port), authenticated=False)
+    control.start_serve(ServeJobConfig(checkpoint="-", port=serve_port), authenticated=False)
     code, _, message = run(serve.main, [critics["second"], "--publish", *APP], monkeypatch, capsys)
     assert code == 2
     assert "there is no pool 'typed' to publish to: start it with python -m jobs.serve" in message
@@ -61,7 +61,7 @@ def test_start_publish_and_stop(serve_port, critics, ray_address, tmp_path, monk
         assert client.score_items(items).model_version == scores.model_version
 
     assert run(serve.main, ["--stop", *APP], monkeypatch, capsys)[0] == 0
-    assert not pool.is_running("typed")
+    assert not control.is_running("typed")
     assert run(serve.main, ["--stop", *APP], monkeypatch, capsys)[0] == 2
     assert httpx.get(f"http://127.0.0.1:{serve_port}/typed/health", timeout=30).status_code == 404
 
@@ -81,8 +81,8 @@ def test_a_token_file_that_others_may_read_or_guess_is_refused(tmp_path):
 
 
 def test_serve_off_loopback_wants_a_token():
-    assert pool.is_loopback("127.0.0.1")
-    assert pool.is_loopback("::1")
-    assert pool.is_loopback("localhost")
+    assert control.is_loopback("127.0.0.1")
+    assert control.is_loopback("::1")
+    assert control.is_loopback("localhost")
     for host in ("0.0.0.0", "10.1.2.3", "::", "example.org"):
-        assert not pool.is_loopback(host)
+        assert not control.is_loopback(host)

@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.train import checkpoint_of, train, with_absolute_paths
-from rlhf_critic.checkpoint import export_critic, load_critic, read_card, verify_manifest
-from rlhf_critic.config import TrainJobConfig
+from rlhf_critic.checkpoint.critic_directory import load_critic, read_card
+from rlhf_critic.checkpoint.export import export_critic
+from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, PlacementError
+from rlhf_critic.files import verify_manifest
 from tests.helpers import run_command, submit_job, wait_until, write_preferences
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 from jobs import train as train_job
 from jobs.cli import RAY_PACKAGE_FOLDER
 from jobs.train import compare_seeds, train
-from rlhf_critic.checkpoint import load_critic, read_card
-from rlhf_critic.config import TrainJobConfig
+from rlhf_critic.checkpoint.critic_directory import load_critic, read_card
+from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError
 from tests.helpers import write_preferences
 from tests.jobs.test_bad_input import run

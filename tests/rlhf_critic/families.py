@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf_critic.factory import silence_dropout
+from rlhf_critic.model.factory import silence_dropout
 
 VOCABULARY = 64
 WINDOW = 6  # short enough for the tests' sequences to exceed

@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from jobs.serve import read_token
-from rlhf_critic.http_transport import connect_http
+from rlhf_critic.scoring.http_client import connect_http
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import run_command, wait_until
 

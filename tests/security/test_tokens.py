@@ -1,6 +1,6 @@
 """Who does not show Ray's token gets nothing from a cluster: not its Jobs API, not its agents, not Ray itself.
 
-The HTTP scorers' own token is held by tests/actors/test_http_api.py.
+The HTTP scorers' own token is held by tests/actors/serving/test_http_api.py.
 """
 
 import os

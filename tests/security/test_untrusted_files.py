@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors import pool
-from actors.scorer import Scorer
-from jobs import evaluate, export, inspect, train
-from rlhf_critic.checkpoint import load_critic
-from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.encoding import load_tokenizer
+from actors.serving import control
+from actors.serving.scorer import Scorer
+from jobs import evaluate, export, train
+from rlhf_critic.checkpoint.critic_directory import load_critic
+from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
+from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.errors import CheckpointError, CriticError
-from rlhf_critic.factory import create_critic_model
-from rlhf_critic.scorer_config import ScorerConfig, ServeJobConfig
+from rlhf_critic.model.factory import create_critic_model
 from tests.jobs.test_bad_input import run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_scorers_refuse_a_pickle_and_do_not_run_it(disguise, message, critics, t
     payload = {"score.weight": Payload(marker)}
     disguise(critic, payload)
     ways = {
-        "jobs.serve, started or published to": lambda: pool.checked(ServeJobConfig(checkpoint="-"), str(critic)),
+        "jobs.serve, started or published to": lambda: control.checked(ServeJobConfig(checkpoint="-"), str(critic)),
         "a replica": lambda: Scorer(ScorerConfig(checkpoint=str(critic))),
         "the library": lambda: load_critic(critic),
     }
@@ -144,7 +144,7 @@ WAYS = {
     "create_critic_model": build,
     "load_critic": load,
     "a scorer": score,
-    "jobs.inspect": of_command(inspect, "DATA", "--model", "MODEL", "--cache-dir", "OUT"),
+    "jobs.inspect_data": of_command(inspect_data, "DATA", "--model", "MODEL", "--cache-dir", "OUT"),
     "jobs.train": of_command(
         train, "--dry-run", "--model.path", "MODEL", "--data.train", "DATA", "--data.cache-dir", "OUT"
     ),

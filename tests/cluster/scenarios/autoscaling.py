@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from actors import pool
-from actors.scorer_handle import DEFAULT_APP
+from actors.serving import control
+from actors.serving.handle import DEFAULT_APP
 from tests.actors.scorers import Calls, save_tiny_critic
 from tests.cluster.autoscaled import ADDRESS, NODES_TIMEOUT_S, Nodes, start_head
 from tests.helpers import run_command, save_tiny_model, write_preferences
@@ -109,4 +109,4 @@ def observe_scoring(nodes: Nodes, critic: str) -> dict[str, Any]:
 
 def replicas() -> int:
     """Scorers that run."""
-    return len(pool._state(DEFAULT_APP)[2])
+    return len(control._state(DEFAULT_APP)[2])

@@ -14,9 +14,9 @@ import psutil
 import ray
 
 import jobs.train
-from rlhf_critic.checkpoint import RESUME_FOLDER
-from rlhf_critic.config import TrainJobConfig
-from rlhf_critic.training import STATE_NAME
+from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
+from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.training.engine import STATE_NAME
 from tests.cluster.autoscaled import ADDRESS, Nodes, start_head, write_config
 from tests.helpers import save_tiny_model, wait_until, write_preferences
 

@@ -17,14 +17,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from actors.scorer_handle import connect
-from rlhf_critic.checkpoint import load_critic
+from actors.serving.handle import connect
+from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.errors import ConfigError, DataError, ScorerRejected, ScorerUnavailable
-from rlhf_critic.http_transport import connect_http
 from rlhf_critic.integrations import openrlhf, verl
-from rlhf_critic.integrations.pool import client_from_environment
+from rlhf_critic.integrations.client_from_environment import client_from_environment
 from rlhf_critic.integrations.trl import reward_function
-from rlhf_critic.scoring import Conversation
+from rlhf_critic.scoring.http_client import connect_http
+from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import make_conversations, rewards_by_engine
 
 pytestmark = pytest.mark.timeout(300)

@@ -1,0 +1,1 @@
+"""PPO: rollout workers, the critic and policy groups, the trainer."""

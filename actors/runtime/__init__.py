@@ -1,0 +1,1 @@
+"""Ray session, groups of ranks, storage: what training, serving and PPO share."""

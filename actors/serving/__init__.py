@@ -1,0 +1,1 @@
+"""Scorer replicas on Ray Serve, their control and their HTTP endpoints."""

@@ -1,0 +1,85 @@
+"""The way to scorers inside a Ray cluster: a Ray Serve handle under a `ScorerClient`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from actors.runtime.session import init_ray
+from rlhf_critic.errors import CriticError, ScorerFailed, ScorerUnavailable
+from rlhf_critic.scoring.client import ScorerClient
+from rlhf_critic.scoring.items import Item, Scores
+
+SCORER_DEPLOYMENT = "Scorer"
+DEFAULT_APP = "scorers"
+
+
+class HandleTransport:
+    """Calls replicas through Serve's router.
+
+    Args:
+        app: The pool's name, as ``python -m jobs.serve --app`` has it.
+    """
+
+    def __init__(self, app: str) -> None:
+        self._app = app
+        self._handle: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HandleTransport, (self._app,)
+
+    async def ask(self, items: list[Item], values: bool, version: str | None, timeout_s: float) -> Scores:
+        """See `rlhf_critic.scoring.client.Transport`."""
+        response = None
+        try:
+            if self._handle is None:
+                self._handle = await asyncio.to_thread(serve.get_deployment_handle, SCORER_DEPLOYMENT, self._app)
+            response = self._handle.score.remote(items, values, version)
+            answer: Scores | CriticError = await asyncio.wait_for(_answer(response), timeout_s)
+        except asyncio.TimeoutError as error:
+            _take_back(response)
+            raise ScorerUnavailable(f"no replica answered within {timeout_s:.1f} s") from error
+        except asyncio.CancelledError:
+            _take_back(response)
+            raise
+        except RayTaskError as error:
+            raise ScorerFailed(f"a scorer failed: {type(error.cause).__name__}: {error.cause}") from error
+        except BackPressureError as error:
+            raise ScorerUnavailable("more calls are waiting than the pool allows") from error
+        except (RayError, RayServeException, TaskCancelledError) as error:
+            raise ScorerUnavailable(f"{type(error).__name__}: {error}") from error
+        if isinstance(answer, CriticError):
+            raise answer
+        return answer
+
+    async def close(self) -> None:
+        """A handle has nothing to close."""
+
+
+def _take_back(response: Any) -> None:
+    """Cancels a call for which nobody waits any more; that it failed meanwhile, as where its pool went, is no news."""
+    if response is not None:
+        with contextlib.suppress(RayError, RayServeException):
+            response.cancel()
+
+
+async def _answer(response: Any) -> Any:
+    return await response
+
+
+def connect(app: str = DEFAULT_APP, **options: Any) -> ScorerClient:
+    """A client of the pool that ``python -m jobs.serve`` runs in this Ray cluster.
+
+    Args:
+        app: The pool's name.
+        **options: Of `rlhf_critic.scoring.client.ScorerClient`.
+    """
+    if not ray.is_initialized():
+        init_ray(logging_level="WARNING")
+    return ScorerClient(HandleTransport(app), **options)

@@ -1,0 +1,98 @@
+"""What a scorer replica reports of itself to Ray's metrics, for Prometheus and the dashboard in cluster/grafana.
+
+Prometheus knows every name below with ``ray_`` before it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from rlhf_critic.scoring.items import Scores
+
+if TYPE_CHECKING:
+    from rlhf_critic.scoring.request_batcher import BatchRecord
+
+LATENCY_BOUNDS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
+TOKEN_BOUNDS = [64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+
+
+class ScorerMetrics:
+    """Counts what one replica does.
+
+    Args:
+        app: The pool's name.
+        replica: The replica's.
+    """
+
+    def __init__(self, app: str, replica: str) -> None:
+        tags = {"app": app, "replica": replica}
+        names = tuple(tags)
+
+        def counter(name: str, description: str, *more: str) -> Counter:
+            return Counter(f"rlhf_critic_{name}", description, (*names, *more)).set_default_tags(tags)
+
+        def gauge(name: str, description: str, *more: str) -> Gauge:
+            return Gauge(f"rlhf_critic_{name}", description, (*names, *more)).set_default_tags(tags)
+
+        def histogram(name: str, description: str, bounds: list[float]) -> Histogram:
+            return Histogram(f"rlhf_critic_{name}", description, bounds, names).set_default_tags(tags)
+
+        self._latency = histogram("score_seconds", "From a call's arrival to its answer.", LATENCY_BOUNDS_S)
+        self._batch_tokens = histogram("batch_tokens", "Tokens computed for a micro-batch.", list(TOKEN_BOUNDS))
+        self._batch_seconds = histogram("batch_seconds", "Time of a micro-batch.", LATENCY_BOUNDS_S)
+        self._tokens = counter("tokens_total", "Tokens of scored sequences, each by itself.")
+        self._computed_tokens = counter("computed_tokens_total", "Tokens computed for them: the shared ones once.")
+        self._shared = gauge("shared_token_ratio", "Share of a micro-batch's tokens that another one computed.")
+        self._queue = gauge("queue_depth", "Calls that waited when a micro-batch was done.")
+        self._items = counter("items_total", "Scored items.", "model_version")
+        self._truncated = counter("truncated_items_total", "Items that lost their beginning to the length limit.")
+        self._refusals = counter("refusals_total", "Calls that were refused or failed, by kind.", "kind")
+        self._mean = gauge("reward_mean", "Mean reward of the last call.", "model_version")
+        self._std = gauge("reward_std", "Standard deviation of the rewards of the last call.", "model_version")
+        self._version = gauge("version", "1 for the version that is served.", "model_version")
+        self._served = ""
+
+    def on_batch(self, batch: BatchRecord) -> None:
+        """Of every micro-batch."""
+        self._batch_tokens.observe(batch.computed_tokens)
+        self._batch_seconds.observe(batch.seconds)
+        self._tokens.inc(batch.tokens)
+        self._computed_tokens.inc(batch.computed_tokens)
+        self._shared.set(max(0.0, 1 - batch.computed_tokens / batch.tokens))
+        self._queue.set(batch.queue)
+
+    def on_scores(self, scores: Scores, seconds: float) -> None:
+        """Of every answer."""
+        tags = {"model_version": scores.model_version}
+        self._latency.observe(seconds)
+        self._items.inc(len(scores.rewards_S), tags)
+        if truncated := int(scores.truncated_S.sum()):
+            self._truncated.inc(truncated)
+        self._mean.set(float(scores.rewards_S.mean()), tags)
+        self._std.set(float(np.std(scores.rewards_S)), tags)
+
+    def on_refusal(self, kind: str) -> None:
+        """Of every call that got no scores."""
+        self._refusals.inc(1, {"kind": kind})
+
+    def on_version(self, model_version: str) -> None:
+        """Of every swap."""
+        if self._served:
+            self._version.set(0, {"model_version": self._served})
+        self._version.set(1, {"model_version": model_version})
+        self._served = model_version
+
+
+def http_refusals(app: str) -> Counter:
+    """Counts HTTP requests that got no scores, by the kind of the answer; those of replicas are among them.
+
+    Args:
+        app: The pool's name.
+    """
+    counter = Counter(
+        "rlhf_critic_http_refusals_total", "HTTP requests that were refused or failed, by kind.", ("app", "kind")
+    )
+    return counter.set_default_tags({"app": app})

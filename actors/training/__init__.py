@@ -1,0 +1,1 @@
+"""Training of a critic on preferences under Ray Train."""

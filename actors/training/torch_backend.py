@@ -1,0 +1,64 @@
+"""How Ray Train's workers meet: as Ray Train does it, but where only they listen.
+
+Ray Train's own way opens torch's store at every address of the machine. Knows nothing of what workers compute.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import ray
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from torch.distributed import TCPStore
+
+# Of the first rank's process, which must hold the store for as long as there are ranks.
+_stores: list[TCPStore] = []
+
+
+@dataclass
+class PrivateTorchConfig(TorchConfig):
+    """A ``TorchConfig`` with which workers on one node meet and talk over loopback."""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        """What starts and ends the process group."""
+        return _PrivateTorchBackend
+
+
+class _PrivateTorchBackend(_TorchBackend):
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+        worker_group.execute(_set_torch_distributed_env_vars)
+        address, port = worker_group.execute_single(0, _open_store)
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank, _meet, address, port, backend_config.backend, backend_config.timeout_s
+                )
+                for rank in range(len(worker_group))
+            ]
+        )
+
+
+def _on_one_node() -> bool:
+    return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
+def _open_store() -> tuple[str, int]:
+    from rlhf_critic.training.process_group import open_store
+
+    store, address = open_store(ray.util.get_node_ip_address(), _on_one_node())
+    _stores[:] = [store]
+    return address, store.port
+
+
+def _meet(address: str, port: int, backend: str, timeout_s: int) -> None:
+    from rlhf_critic.training.process_group import meet
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_s)
+    store = _stores[0] if rank == 0 else TCPStore(address, port, timeout=timeout)
+    meet(backend, store, rank, world_size, timeout, _on_one_node())

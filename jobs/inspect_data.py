@@ -1,0 +1,102 @@
+"""``python -m jobs.inspect_data DATA --model MODEL``: what is in preferences, and how the critic will see them."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from jobs.cli import run_job
+from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.tools import InspectJobConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.preference_dataset import EncodedPreferences, count_leaked
+from rlhf_critic.data.preferences import load_preferences
+from rlhf_critic.evaluation.preferences import wins
+
+PERCENTILES = (5, 25, 50, 75, 95, 100)
+
+
+def main() -> None:
+    """Reads, counts and shows."""
+    config = parse_command_line(InspectJobConfig, prog="python -m jobs.inspect_data")
+    encoder = Encoder(load_tokenizer(config.model, config.encoding.chat_template), config.encoding.max_length)
+    tables = [
+        load_preferences(source, encoder, config.cache_dir, fields=config.fields, overlong=config.overlong)
+        for source in config.data
+    ]
+    console = Console()
+    for number, table in enumerate(tables):
+        console.print(summary(table, tables[:number], encoder.max_length))
+        for row in np.unique(np.linspace(0, len(table) - 1, config.examples).round().astype(int)):
+            console.print(example(table, int(row), encoder.tokenizer))
+
+
+def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], max_length: int) -> Table:
+    """What was counted in one source.
+
+    Args:
+        preferences: Of one source.
+        before: Of the sources given before it, with which it may share prompts.
+        max_length: The limit that texts were held to.
+    """
+    ((source, report),) = preferences.reports.items()
+    pairs = preferences.comparisons()
+    longer = wins((pairs.lengths_P2[:, 0] - pairs.lengths_P2[:, 1]).astype(np.float64))
+    shown = Table(title=Text(source), title_justify="left")
+    shown.add_column("what")
+    shown.add_column("found", overflow="fold")
+    rows: list[tuple[str, object]] = [
+        ("rows read", report.rows),
+        *((f"  {shape}", count) for shape, count in sorted(report.shapes.items())),
+        ("preferences to learn from", report.preferences),
+        ("  comparisons they make", len(pairs.rows_P)),
+        ("  different prompts", len(np.unique(preferences.prompts_N))),
+        ("  with a margin", int((~np.isnan(preferences.margins_N)).sum())),
+        (f"lost their beginning (over {max_length} tokens)", report.truncated),
+        (f"skipped (over {max_length} tokens)", report.skipped_overlong),
+        ("skipped (identical responses)", report.identical),
+        ("duplicates", report.duplicates),
+        ("contradictions (the same, the other way round)", report.contradictions),
+        ("the longer response is preferred", f"{longer.mean():.3f} of comparisons (a tie counts half)"),
+        ("tokens of all responses with their prompts", report.tokens),
+    ]
+    for side, column in (("preferred", 0), ("other", 1)):
+        lengths = np.percentile(pairs.lengths_P2[:, column], PERCENTILES).round().astype(int)
+        found = ", ".join(f"{length} ({of}%)" for length, of in zip(lengths, PERCENTILES, strict=True))
+        rows.append((f"tokens of the {side} response with its prompt, percentiles", found))
+    subsets, sizes = np.unique(preferences.subsets_N, return_counts=True)
+    rows += [
+        (f"subset {subset or '(none)'}", int(size))
+        for subset, size in zip(subsets, sizes, strict=True)
+        if len(subsets) > 1
+    ]
+    rows += [
+        (f"prompts that {', '.join(other.reports)} has too", f"of {count_leaked(other, preferences)} preferences")
+        for other in before
+    ]
+    for what, value in rows:
+        shown.add_row(Text(what), Text(str(value)))
+    return shown
+
+
+def example(preferences: EncodedPreferences, row: int, tokenizer: PreTrainedTokenizerBase) -> Panel:
+    """One preference as the critic sees it: the very ids, decoded, special tokens in reverse video."""
+    special = set(tokenizer.all_special_ids)
+    shown = Text()
+    for place, response in enumerate(preferences[row].responses, start=1):
+        ids = response.tolist()
+        shown.append(f"{place}. {len(ids)} tokens\n", style="bold")
+        starts = [i for i in range(len(ids)) if i == 0 or ids[i] in special or ids[i - 1] in special]
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            text = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            shown.append(text, style="reverse" if ids[start] in special else "")
+        shown.append("\n")
+    return Panel(shown, title=Text(preferences.origin(row)), subtitle="best first", title_align="left")
+
+
+if __name__ == "__main__":
+    run_job(main)

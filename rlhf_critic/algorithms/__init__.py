@@ -1,0 +1,1 @@
+"""Pure functions of tensors: preference losses, PPO, advantages. Knows no model, rank or file."""

@@ -1,0 +1,89 @@
+"""What a critic's outputs for a micro-batch of preferences cost, under the options of the loss.
+
+Joins `losses` to the order of sequences in a batch: preference by preference, the best response first. Knows nothing of
+ranks, optimizers or DeepSpeed.
+
+Shape legend: P preferences, K responses of a ranking, C comparisons of a ranking, S sequences, L longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf_critic.algorithms.preference_losses import centering_penalty, per_token_loss, ranking_loss
+from rlhf_critic.batching.prefix_tree import TokenIds, shared_length
+from rlhf_critic.config.train import TrainConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Preferences and what their rewards cost.
+
+    Attributes:
+        loss_P: The loss of each, fp32, with its gradient.
+        rewards_PK: Rewards, the best response first, fp32; 0 where there is none.
+        present_PK: Whether there is such a response, bool.
+    """
+
+    loss_P: Tensor
+    rewards_PK: Tensor
+    present_PK: Tensor
+
+    @torch.no_grad()
+    def sums(self) -> Tensor:
+        """Sums over the preferences: share of right orders (a tie half), best minus worst reward; float64 ``[2]``."""
+        number = self.rewards_PK.shape[1]
+        better_C, worse_C = torch.triu_indices(number, number, 1, device=self.rewards_PK.device)
+        right_PC = ((self.rewards_PK[:, better_C] - self.rewards_PK[:, worse_C]).sign() + 1) / 2
+        counted_PC = self.present_PK[:, worse_C]  # where the worse is present, so is the better
+        right_P = (right_PC * counted_PC).sum(1) / counted_PC.sum(1)
+        worst_P = self.rewards_PK.gather(1, self.present_PK.sum(1, keepdim=True) - 1)[:, 0]
+        return torch.stack([right_P.sum(), (self.rewards_PK[:, 0] - worst_P).sum()]).double()
+
+
+def needs_values(options: TrainConfig) -> bool:
+    """Whether the loss reads values at every token, ``[S, L]``, instead of rewards, ``[S]``."""
+    return options.loss == "per_token"
+
+
+def judge(
+    output: Tensor, preferences: Sequence[Sequence[TokenIds]], margins_P: NDArray[np.float32], options: TrainConfig
+) -> Judged:
+    """The losses of preferences.
+
+    Args:
+        output: The critic's rewards ``[S]`` or, if `needs_values`, values ``[S, L]`` of all responses, preference by
+            preference.
+        preferences: The token ids of each preference's responses, the best first.
+        margins_P: By how much the best is better; NaN where that is not known, which needs ``margin_scale`` 0.
+        options: Of the loss.
+    """
+    device = output.device
+    sizes_P = torch.tensor([len(responses) for responses in preferences], device=device)
+    present_PK = torch.arange(int(sizes_P.max()), device=device) < sizes_P[:, None]
+    lengths_S = torch.tensor([len(ids) for responses in preferences for ids in responses], device=device)
+    rewards_S = output.gather(1, lengths_S[:, None] - 1)[:, 0] if needs_values(options) else output
+    # The mask, row by row, is in the order of the sequences.
+    rewards_PK = torch.zeros(present_PK.shape, device=device).masked_scatter(present_PK, rewards_S)
+    if needs_values(options):
+        shared = [shared_length(np.asarray(best), np.asarray(worst)) for best, worst in preferences]
+        loss_P = per_token_loss(
+            output[::2],
+            output[1::2],
+            torch.tensor(shared, device=device),
+            lengths_S[::2],
+            lengths_S[1::2],
+            options.label_smoothing,
+        )
+    else:
+        scaled_P = torch.from_numpy(margins_P).to(device) * options.margin_scale if options.margin_scale else None
+        loss_P = ranking_loss(rewards_PK, present_PK, scaled_P, options.label_smoothing)
+    if options.centering_coefficient:
+        loss_P = loss_P + options.centering_coefficient * centering_penalty(rewards_PK, present_PK)
+    return Judged(loss_P, rewards_PK, present_PK)

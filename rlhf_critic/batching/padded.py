@@ -1,0 +1,66 @@
+"""Sequences as padded rows. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_critic.batching.prefix_tree import TokenIds
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Sequences padded to one length, on either side.
+
+    Attributes:
+        input_ids_SL: Token ids, int64 ``[S, L]``; anything where the mask is 0.
+        attention_mask_SL: 1 at real tokens, 0 at padding, int64 ``[S, L]``; the real tokens of a row are contiguous.
+    """
+
+    input_ids_SL: Tensor
+    attention_mask_SL: Tensor
+
+    @classmethod
+    def from_sequences(
+        cls, sequences: Sequence[TokenIds], pad_token_id: int, device: torch.device | str = "cpu"
+    ) -> PaddedBatch:
+        """Pads sequences on the right.
+
+        Raises:
+            ValueError: There is no sequence, or an empty one.
+        """
+        if not sequences or not all(len(sequence) for sequence in sequences):
+            raise ValueError("a batch needs at least one sequence and every sequence at least one token")
+        longest = max(len(sequence) for sequence in sequences)
+        input_ids_SL = torch.full((len(sequences), longest), pad_token_id, dtype=torch.int64)
+        attention_mask_SL = torch.zeros((len(sequences), longest), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            input_ids_SL[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+            attention_mask_SL[row, : len(sequence)] = 1
+        return cls(input_ids_SL.to(device), attention_mask_SL.to(device))
+
+    @property
+    def position_ids_SL(self) -> Tensor:
+        """Each real token's distance from its sequence's first token, int64 ``[S, L]``; 0 at padding."""
+        return (self.attention_mask_SL.cumsum(dim=1) - 1).clamp(min=0) * self.attention_mask_SL
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that a forward pass computes for it, padding included."""
+        return self.input_ids_SL.numel()
+
+    @property
+    def leaves_S(self) -> Tensor:
+        """The index of each sequence's last token among all that are computed, int64 ``[S]``."""
+        rows, columns = self.attention_mask_SL.shape
+        columns_L = torch.arange(1, columns + 1, device=self.attention_mask_SL.device)
+        starts_S = torch.arange(rows, device=self.attention_mask_SL.device) * columns
+        return starts_S + (self.attention_mask_SL * columns_L).argmax(dim=1)
+
+    @property
+    def tokens_SL(self) -> Tensor:
+        """For each token of each row its index among all that are computed, int64 ``[S, L]``."""
+        return torch.arange(self.input_ids_SL.numel(), device=self.input_ids_SL.device).view(self.input_ids_SL.shape)

@@ -1,0 +1,251 @@
+"""A radix tree over token ids: sequences that begin alike share the tokens they begin with.
+
+`PrefixTree.build` takes any set of sequences, without marks of where a prompt ends, and lays the tree out as one packed
+row of tokens, each shared prefix once, in depth-first order. Two facts of that order carry everything else: what
+a sequence adds to those before it, its *run*, is contiguous; and so is everything that hangs below a token. A token
+attends to its ancestors and itself, so it is at the position, and in the context, that it has in its sequence alone.
+Knows nothing of models.
+
+Shape legend: S sequences, T tokens of the packed row, R runs, G segments, L longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IntArray = NDArray[np.int64]
+TokenIds = Sequence[int] | NDArray[np.integer]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTree:
+    """A radix tree, packed.
+
+    Attributes:
+        input_ids_T: Token ids of the packed row.
+        position_ids_T: Each token's distance from its sequence's first token.
+        run_starts_R: The row's index of each run's first token; runs follow each other without a gap.
+        run_parents_R: The index of the token that a run continues; -1 where it begins a sequence.
+        leaves_S: The index of each sequence's last token.
+        lengths_S: Tokens of each sequence.
+    """
+
+    input_ids_T: IntArray
+    position_ids_T: IntArray
+    run_starts_R: IntArray
+    run_parents_R: IntArray
+    leaves_S: IntArray
+    lengths_S: IntArray
+
+    @classmethod
+    def build(cls, sequences: Sequence[TokenIds]) -> PrefixTree:
+        """Builds the tree of any set of sequences.
+
+        Sorting brings sequences that share a prefix next to each other; what a sequence shares with all before it is
+        what it shares with its neighbour, so one pass over the neighbours finds every branch.
+
+        Args:
+            sequences: Token ids. Duplicates, and sequences that begin others, are fine.
+
+        Raises:
+            ValueError: There is no sequence, or an empty one.
+        """
+        if not sequences or not all(len(sequence) for sequence in sequences):
+            raise ValueError("a batch needs at least one sequence and every sequence at least one token")
+        arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+        order = lexicographic_order(arrays)
+        shared = shared_lengths([arrays[index] for index in order])
+        leaves_S = np.empty(len(arrays), dtype=np.int64)
+        ids, positions, starts, parents = [], [], [], []
+        path: list[
+            tuple[int, int]
+        ] = []  # of the sequence just added: where each of its runs begins, in it and in the row
+        size = 0
+        for index, common in zip(order, shared, strict=True):
+            array = arrays[index]
+            while path and path[-1][0] >= common:
+                path.pop()
+            parent = path[-1][1] + common - 1 - path[-1][0] if path else -1
+            if common < len(array):
+                ids.append(array[common:])
+                positions.append(np.arange(common, len(array)))
+                starts.append(size)
+                parents.append(parent)
+                path.append((common, size))
+                size += len(array) - common
+                leaves_S[index] = size - 1
+            else:
+                leaves_S[index] = parent
+        return cls(
+            np.concatenate(ids),
+            np.concatenate(positions),
+            np.array(starts, dtype=np.int64),
+            np.array(parents, dtype=np.int64),
+            leaves_S,
+            np.array([len(array) for array in arrays], dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.input_ids_T)
+
+    @cached_property
+    def run_ends_R(self) -> IntArray:
+        """One past the last token of each run."""
+        return np.append(self.run_starts_R[1:], len(self))
+
+    @cached_property
+    def run_of_T(self) -> IntArray:
+        """The run each token is in."""
+        return np.repeat(np.arange(len(self.run_starts_R)), self.run_ends_R - self.run_starts_R)
+
+    @cached_property
+    def subtree_ends_R(self) -> IntArray:
+        """One past the last token that hangs below a run's first token."""
+        ends = self.run_ends_R.tolist()
+        parent_runs = np.where(self.run_parents_R >= 0, self.run_of_T[self.run_parents_R], -1).tolist()
+        for run in range(len(ends) - 1, -1, -1):
+            if parent_runs[run] >= 0:
+                ends[parent_runs[run]] = max(ends[parent_runs[run]], ends[run])
+        return np.array(ends, dtype=np.int64)
+
+    @cached_property
+    def subtree_ends_T(self) -> IntArray:
+        """One past the last token that hangs below each token: t attends to u where ``u <= t < subtree_ends_T[u]``."""
+        ends_T = self.run_ends_R[self.run_of_T]
+        # Deeper branches come first in the row, so the last branch that leaves at a token or below it ends its subtree.
+        below_T = np.zeros(len(self), dtype=np.int64)
+        branches = np.flatnonzero(self.run_parents_R >= 0)
+        np.maximum.at(below_T, self.run_parents_R[branches], self.subtree_ends_R[branches])
+        for start, end in zip(self.run_starts_R.tolist(), self.run_ends_R.tolist(), strict=True):
+            below_T[start:end] = np.maximum.accumulate(below_T[start:end][::-1])[::-1]
+        return np.maximum(ends_T, below_T)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The nodes of the tree: runs, cut where others branch off."""
+        starts_here_T = np.zeros(len(self), dtype=bool)
+        starts_here_T[self.run_starts_R] = True
+        after_branch = self.run_parents_R[self.run_parents_R >= 0] + 1
+        starts_here_T[after_branch] = True
+        starts_G = np.flatnonzero(starts_here_T)
+        segment_of_T = np.cumsum(starts_here_T) - 1
+        parent_T = np.arange(len(self)) - 1
+        parent_T[self.run_starts_R] = self.run_parents_R
+        parents_G = np.where(parent_T[starts_G] >= 0, segment_of_T[parent_T[starts_G]], -1)
+        return Segments(
+            starts_G,
+            np.diff(np.append(starts_G, len(self))),
+            parents_G,
+            self.position_ids_T[starts_G],
+            segment_of_T[self.leaves_S],
+        )
+
+    def path_tokens(self, token: int) -> IntArray:
+        """Indices of a token's ancestors and itself, first token first."""
+        pieces = []
+        while token >= 0:
+            run = self.run_of_T[token]
+            pieces.append(np.arange(self.run_starts_R[run], token + 1))
+            token = self.run_parents_R[run]
+        return np.concatenate(pieces[::-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The nodes of a prefix tree, in the order of the packed row.
+
+    Attributes:
+        starts_G: Index of the first token.
+        lengths_G: Tokens.
+        parents_G: The segment it continues; -1 for a root.
+        first_positions_G: Position of the first token in every sequence that runs through it.
+        leaves_S: The segment in which each sequence ends.
+    """
+
+    starts_G: IntArray
+    lengths_G: IntArray
+    parents_G: IntArray
+    first_positions_G: IntArray
+    leaves_S: IntArray
+
+    def path(self, sequence: int) -> list[int]:
+        """The segments a sequence runs through, root first."""
+        path, segment = [], int(self.leaves_S[sequence])
+        while segment >= 0:
+            path.append(segment)
+            segment = int(self.parents_G[segment])
+        return path[::-1]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTreeBatch:
+    """Sequences as one packed row on a device; the counterpart of `rlhf_critic.batching.padded.PaddedBatch`.
+
+    Attributes:
+        tree: Their prefix tree.
+        input_ids_1T: Token ids, int64 ``[1, T]``.
+        position_ids_1T: Positions, int64 ``[1, T]``.
+    """
+
+    tree: PrefixTree
+    input_ids_1T: Tensor
+    position_ids_1T: Tensor
+
+    @classmethod
+    def from_sequences(cls, sequences: Sequence[TokenIds], device: torch.device | str = "cpu") -> PrefixTreeBatch:
+        """Builds the tree and puts it on a device.
+
+        Raises:
+            ValueError: There is no sequence, or an empty one.
+        """
+        tree = PrefixTree.build(sequences)
+        return cls(
+            tree,
+            torch.from_numpy(tree.input_ids_T)[None].to(device),
+            torch.from_numpy(tree.position_ids_T)[None].to(device),
+        )
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that a forward pass computes for it."""
+        return len(self.tree)
+
+    @property
+    def leaves_S(self) -> Tensor:
+        """The index in the row of each sequence's last token, int64 ``[S]``."""
+        return torch.from_numpy(self.tree.leaves_S).to(self.input_ids_1T.device)
+
+    @cached_property
+    def tokens_SL(self) -> Tensor:
+        """For each token of each sequence its index in the row, int64 ``[S, L]``; 0 past a sequence's end."""
+        tokens_SL = np.zeros((len(self.tree.lengths_S), int(self.tree.lengths_S.max())), dtype=np.int64)
+        for row, leaf in enumerate(self.tree.leaves_S):
+            tokens_SL[row, : self.tree.lengths_S[row]] = self.tree.path_tokens(int(leaf))
+        return torch.from_numpy(tokens_SL).to(self.input_ids_1T.device)
+
+
+def lexicographic_order(arrays: Sequence[IntArray]) -> list[int]:
+    """The order that brings sequences with a common prefix next to each other, shorter ones first."""
+    # Big-endian bytes compare as the ids do, one after the other, and in C.
+    keys = [array.astype(">u4").tobytes() for array in arrays]
+    return sorted(range(len(arrays)), key=keys.__getitem__)
+
+
+def shared_length(first: IntArray, second: IntArray) -> int:
+    """How many tokens two sequences share at their beginning."""
+    common = min(len(first), len(second))
+    differ = np.flatnonzero(first[:common] != second[:common])
+    return int(differ[0]) if len(differ) else common
+
+
+def shared_lengths(arrays: Sequence[IntArray]) -> list[int]:
+    """How many tokens each sequence shares with the one before it; 0 for the first."""
+    return [0, *(shared_length(first, second) for first, second in pairwise(arrays))]

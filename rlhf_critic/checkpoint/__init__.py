@@ -1,0 +1,1 @@
+"""A critic on disk: directory, export, conversion, ``auto_map`` files."""

@@ -1,0 +1,218 @@
+"""Reward models that other systems saved, made into critic directories: mostly a table of what they call their weights.
+
+All of them are a transformer and a linear head, read at the last token before the padding; so on the same token ids
+the critic's reward is the other system's score. Sources of the names: DeepSpeed-Chat (``reward_model.py``, also by
+its older, misspelt name), trlx (``examples/summarize_rlhf/reward_model``), Cong Chen's "Reward Modeling Practice"
+(``modeling_llama_rw.py``, the article), and the ``*ForSequenceClassification`` classes of transformers, which TRL and
+OpenRLHF train. Knows nothing of how those systems were trained, nor of their resume states.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, save_critic
+from rlhf_critic.checkpoint.export import add_auto_map
+from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.files import whole_directory
+from rlhf_critic.model.factory import HEAD_NAME, create_critic_model, learned_positions, require_positions
+from rlhf_critic.model.weights import WeightReader
+
+AUTO_FORMAT = "auto"
+NATIVE_FORMAT = "native"
+HEAD_BIAS_NAME = "score.bias"
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a system names its weights.
+
+    Attributes:
+        backbones: Prefixes of the transformer's names, one or other of which a file has.
+        head: The name of the scalar head.
+    """
+
+    backbones: tuple[str, ...]
+    head: str
+
+    def fits(self, keys: Sequence[str]) -> bool:
+        """Whether the keys of a file are named so."""
+        return f"{self.head}.weight" in keys and any(key.startswith(self.backbones) for key in keys)
+
+    def native_name(self, key: str) -> str:
+        """The key's name in transformers; of the backbone without its prefix, which the loader knows of each family."""
+        for prefix in self.backbones:
+            if key.startswith(prefix):
+                return key.removeprefix(prefix)
+        return key.replace(f"{self.head}.", "score.", 1) if key.startswith(f"{self.head}.") else key
+
+    def __str__(self) -> str:
+        backbones = " or ".join(f"{prefix}*" for prefix in self.backbones)
+        return f"{backbones} and {self.head}.weight"
+
+
+# DeepSpeed-Chat's come before trlx's, whose head is called the same.
+FORMATS = {
+    "deepspeed-chat": Format(("rwtransformer.", "rwtranrsformer."), "v_head"),
+    "trlx": Format(("transformer.",), "v_head"),
+    "article": Format(("model.", "transformer."), "value_head"),
+    NATIVE_FORMAT: Format(("",), "score"),
+}
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    source_format: str = AUTO_FORMAT,
+    *,
+    base: str | None = None,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    head_bias: Literal["refuse", "reward-mean"] = "refuse",
+    auto_map: bool = False,
+) -> CriticCard:
+    """Makes a critic directory of another system's checkpoint, in one step: whole or not at all.
+
+    The critic keeps the dtype of the weights. A mean and standard deviation of the scores that OpenRLHF wrote into
+    ``config.json`` become the card's ``reward_mean`` and ``reward_std``.
+
+    Args:
+        source: A directory with weights, and with the config and tokenizer that ``base`` need then not give.
+        out: A directory that does not exist yet.
+        source_format: A key of `FORMATS`, or ``auto`` to recognise it.
+        base: The base model, a directory or hub id.
+        max_length: Of the encoder; by default 1024, or the positions that the model has learned if those are fewer.
+        chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: ``plain``, because these systems join texts;
+            ``auto`` for native.
+        head_bias: A critic's head has no bias. One that is not 0 is refused, or, by ``reward-mean``, told to the card:
+            ``training["head_bias"]`` is the bias, and ``reward_mean`` is the mean that the source measured (0 if it
+            measured none) minus the bias. The source's score is ``reward + training["head_bias"]`` then, which is
+            ``reward - reward_mean`` if it measured none.
+        auto_map: Whether to ship a modeling file.
+
+    Returns:
+        The card of the critic.
+
+    Raises:
+        CheckpointError: The weights are damaged, of no known format, do not fit the config or hold a bias that is
+            refused; there is no config or tokenizer; or ``out`` exists.
+        EncodingError: The tokenizer or template cannot be used.
+    """
+    source = Path(source)
+    reader = WeightReader(str(source))
+    source_format = recognised_format(reader, source_format)
+    reader.rename(FORMATS[source_format].native_name)
+    bias = _pop_head_bias(reader, head_bias)
+
+    if chat_template is None:
+        chat_template = AUTO_TEMPLATE if source_format == NATIVE_FORMAT else PLAIN_TEMPLATE_NAME
+    # DeepSpeed-Chat saves the vocabulary only. A tokenizer loads from that, but with another BOS, EOS and pad token.
+    tokenizer_path = _directory_with(source, "tokenizer_config.json", "tokenizer", base)
+    tokenizer = load_tokenizer(tokenizer_path, chat_template)
+    critic = create_critic_model(
+        _directory_with(source, "config.json", "config", base),
+        tokenizer,
+        None,
+        rlhf_training=True,
+        dtype=_dtype_of(reader),
+        weights=reader,
+    )
+    if max_length is None:
+        max_length = min(DEFAULT_MAX_LENGTH, learned_positions(critic.model) or DEFAULT_MAX_LENGTH)
+    require_positions(critic.model, max_length)
+    encoder = Encoder(tokenizer, max_length)
+    mean, std = (_statistic(source, critic.model.config, name) for name in ("mean", "std"))
+    reference = None if mean is None else "those of the source's config.json, chosen by the system that fitted it"
+    if bias:
+        reference = reference or "none: reward_mean is the reward of what the source scores 0"
+        mean = (mean or 0.0) - bias
+    card = CriticCard(
+        version=f"{source.resolve().name}@{source_format}",
+        encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length),
+        reward_mean=mean,
+        reward_std=std,
+        reward_reference=reference,
+        training={"converted_from": source_format, **({"head_bias": bias} if bias else {})},
+    )
+    with whole_directory(out) as building:
+        save_critic(building, critic, encoder, card)
+        if auto_map:
+            add_auto_map(building)
+    return card
+
+
+def recognised_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
+    """The format whose names the weights have.
+
+    Raises:
+        CheckpointError: It is not the one that was expected, or none that is known.
+    """
+    for name, known in FORMATS.items():
+        if expected in (AUTO_FORMAT, name) and known.fits(reader.names):
+            return name
+    found = ", ".join(sorted({f"{key.split('.')[0]}.*" for key in reader.names})) or "no weights at all"
+    wanted = "; ".join(f"{name}: {known}" for name, known in FORMATS.items() if expected in (AUTO_FORMAT, name))
+    raise CheckpointError(
+        f"{reader.source}: no {CARD_NAME}: not a critic directory, or one that was not written to its end; and the "
+        f"keys of its weights ({found}) are not those of --from {expected} ({wanted}). Give another --from, or, if "
+        "this is a base model, fit a critic to preferences first: python -m jobs.train"
+    )
+
+
+def _pop_head_bias(reader: WeightReader, head_bias: Literal["refuse", "reward-mean"]) -> float:
+    """Checks that the head gives one number, and takes its bias, 0 if it has none, out of the weights."""
+    head_shape = reader.shape(HEAD_NAME)
+    if len(head_shape) != 2 or head_shape[0] != 1:
+        raise CheckpointError(
+            f"{reader.source}: the head is a weight of shape {tuple(head_shape)}, with {head_shape[0]} outputs; a "
+            "reward is one number: convert a model that was trained with num_labels=1"
+        )
+    if HEAD_BIAS_NAME not in reader.names:
+        return 0.0
+    bias_1 = reader.pop(HEAD_BIAS_NAME)
+    if bias_1.numel() != 1 or not math.isfinite(bias := float(bias_1)):
+        raise CheckpointError(f"{reader.source}: the head's bias is {bias_1.tolist()}, not one finite number")
+    if bias and head_bias == "refuse":
+        raise CheckpointError(
+            f"{reader.source}: the head has a bias of {bias:g}, which a critic's head has not: its rewards would be "
+            f"this model's scores minus {bias:g}. Comparisons do not change by that. Accept it with --head-bias "
+            f"reward-mean, which keeps it in {CARD_NAME}: reward + training.head_bias is this model's score"
+        )
+    return bias
+
+
+def _directory_with(source: Path, file: str, what: str, base: str | None) -> str:
+    """Where the config or tokenizer is loaded: the checkpoint's own, else the base model's."""
+    if (source / file).is_file():
+        return str(source)
+    if base is None:
+        raise CheckpointError(
+            f"{source}: no {file}, so its {what} is not known: give the model it was fitted from, --base BASE_MODEL"
+        )
+    return base
+
+
+def _dtype_of(reader: WeightReader) -> torch.dtype:
+    """The smallest dtype that holds every matrix of the file: configs often name the base model's, not the file's."""
+    matrices = (reader.read(name) for name in reader.names if len(reader.shape(name)) == 2)
+    return functools.reduce(torch.promote_types, (matrix.dtype for matrix in matrices if matrix.is_floating_point()))
+
+
+def _statistic(source: Path, config: PreTrainedConfig, name: str) -> float | None:
+    """The mean or standard deviation of the scores, where OpenRLHF left it."""
+    value = getattr(config, name, None)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if value is not None and (not is_number or (name == "std" and value <= 0)):
+        raise CheckpointError(f"{source / 'config.json'}: {name} is {value!r}, which it cannot be: mend it")
+    return value

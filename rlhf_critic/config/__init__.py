@@ -1,0 +1,1 @@
+"""Options of every job: typed, validated, documented. Knows no torch."""

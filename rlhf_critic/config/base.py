@@ -1,0 +1,125 @@
+"""Every option of the project: typed, documented with its unit, validated; from a YAML file and the command line.
+
+A config file has the sections below as its top-level keys. On the command line the same options are dotted
+(``--train.learning-rate 1e-5``) and win over the file. Knows nothing of what the options do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from rlhf_critic.errors import ConfigError
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+# USER:PASSWORD@ of any URI, and what Arrow's file systems take as parameters.
+SECRET_IN_URI = re.compile(
+    r"^(?:(?:https?|ftp)://[^/?#\s]*:[^/?#\s]*@"  # and not HOST:PORT/PATH@
+    r"|(?!https?:|ftp:)[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]*:[^?#\s]*@"  # a key that nobody quoted may have a slash
+    r"|[A-Za-z][A-Za-z0-9+.-]*://.*[?&](?:access|secret)_key=)"
+)
+
+
+class Section(BaseModel):
+    """Options that belong together: unknown names, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_secret(cls, value: Any, info: ValidationInfo) -> Any:
+        """Options are written into checkpoints, histories and logs, so no secret may be among them."""
+        texts = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+        if any(isinstance(text, str) and SECRET_IN_URI.search(text) for text in texts):
+            # Not a ValueError, with which pydantic would show the value.
+            raise ConfigError(
+                f"{info.field_name}: a URI with a password or key in it, which would be written into checkpoints and "
+                "logs: leave it out, and give it by the environment, as the storage's own tools take it "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+            )
+        return value
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | None = None, prog: str = "") -> ConfigT:
+    """Reads ``--config FILE.yaml`` and dotted options into a config; options win over the file.
+
+    Args:
+        config_class: A pydantic model of sections and options.
+        arguments: Default: the command line of this process.
+        prog: The command as a user types it, for ``--help``.
+
+    Raises:
+        ConfigError: The file cannot be read, or an option in it is unknown or out of range.
+        SystemExit: tyro's, for a wrong command line (exit code 2) or ``--help``.
+    """
+    only_config = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config", metavar="FILE.yaml")
+    known, remaining = only_config.parse_known_args(arguments)
+    purpose = inspect.cleandoc(config_class.__doc__ or "")
+    return tyro.cli(
+        config_class,
+        args=remaining,
+        default=load_config_file(config_class, known.config) if known.config else tyro.MISSING_NONPROP,
+        prog=prog or None,
+        description=f"{purpose}\n\n--config FILE.yaml sets options from a file; those given here win.",
+    )
+
+
+def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:
+    """Reads and validates a YAML config file.
+
+    Raises:
+        ConfigError: Names the file, the line and the option at fault.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    try:
+        return config_class.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        line = _line_of(tree, first["loc"])
+        option = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{path}:{line}: {option}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _line_of(tree: yaml.Node | None, location: tuple[Any, ...]) -> int:
+    """The line (from 1) of the deepest key or entry of a list of ``location`` that the file has."""
+    line, node = 1, tree
+    for part in location:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        elif isinstance(node, yaml.MappingNode):
+            # A part that is no key is pydantic's word for the member of a union that was tried.
+            for key, value in node.value:
+                if key.value == part:
+                    line, node = key.start_mark.line + 1, value
+                    break
+    return line

@@ -1,0 +1,1 @@
+"""Files to token ids: sources, schemas, encoding, data sets. Knows no model."""

@@ -1,0 +1,1 @@
+"""From rewards to figures: accuracy, calibration, length control, best of n, report. Knows no model."""

@@ -1,0 +1,160 @@
+"""Plots of an evaluation as inline SVG that takes its colours from the page, and of a PPO run as a PNG file.
+
+The colours given to matplotlib are placeholders: in SVG they become CSS variables, so that one drawing is right on a
+light page and on a dark one; in a file they become those of `PRINTED`. Knows only numbers.
+
+Shape legend: P preferences, S responses.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.ticker
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from rlhf_critic.evaluation.bootstrap import FloatArray
+from rlhf_critic.evaluation.calibration import Reliability
+
+INK, MUTED, GRID, FIRST, SECOND, PAPER = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FIRST: "first", SECOND: "second", PAPER: "paper"}
+STYLE = {
+    "svg.hashsalt": "rlhf_critic",  # the same ids in every run
+    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the font of the page
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+}
+SIZE_INCHES = (5.6, 3.7)
+MOST_POINTS = 1500  # of a scatter plot: beyond these, points hide each other and the page grows
+HISTOGRAM_BINS = 40
+TRENDS = 12  # stretches of length with as many responses each
+
+
+@mpl.rc_context(STYLE)
+def reliability_svg(raw: Reliability, scaled: Reliability | None) -> str:
+    """How often the preferred side was chosen, by confidence; the diagonal is perfect calibration."""
+    figure, axes = _figure("confidence in the preferred side", "how often it was chosen")
+    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfectly calibrated")
+    for colour, label, one in ((FIRST, "as it is", raw), (SECOND, "with the fitted temperature", scaled)):
+        if one is not None:
+            most = max(a_bin.preferences for a_bin in one.bins)
+            confidences, accuracies = ([getattr(b, name) for b in one.bins] for name in ("confidence", "accuracy"))
+            axes.plot(confidences, accuracies, color=colour, linewidth=1.6, label=label)
+            sizes = [12 + 100 * a_bin.preferences / most for a_bin in one.bins]
+            axes.scatter(confidences, accuracies, sizes, color=colour, alpha=0.75, linewidths=0, zorder=3)
+    axes.set_xlim(0.49, 1.01)
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(loc="lower right")
+    return _inline(figure)
+
+
+@mpl.rc_context(STYLE)
+def histogram_svg(values_P: FloatArray, label: str) -> str:
+    """A histogram of differences; those below zero are wrong."""
+    figure, axes = _figure(label, "count")
+    width = max(np.ptp(np.append(values_P, 0.0)) / HISTOGRAM_BINS, np.finfo(np.float64).tiny)
+    # Zero is an edge, so that no bar is both right and wrong.
+    first, last = np.floor(values_P.min() / width), np.floor(values_P.max() / width) + 1
+    edges = (np.arange(first, last + 1) * width).tolist()
+    axes.hist(values_P[values_P >= 0], edges, color=FIRST, label="right")
+    axes.hist(values_P[values_P < 0], edges, color=SECOND, label="wrong")
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.legend(loc="best")
+    return _inline(figure)
+
+
+@mpl.rc_context(STYLE)
+def length_svg(rewards_P2: FloatArray, lengths_P2: NDArray[np.int64]) -> str:
+    """Reward against length: responses, and the median along lengths of both sides together."""
+    figure, axes = _figure("tokens, prompt included (log scale)", "reward")
+    shown = np.random.default_rng(0).permutation(len(rewards_P2))[: MOST_POINTS // 2]
+    for side, colour, label in ((1, SECOND, "rejected"), (0, FIRST, "chosen")):
+        axes.scatter(
+            lengths_P2[shown, side], rewards_P2[shown, side], 9, color=colour, alpha=0.45, linewidths=0, label=label
+        )
+    order = lengths_P2.ravel().argsort(kind="stable")
+    stretches = [part for part in np.array_split(order, TRENDS) if len(part)]
+    trend = [(np.median(lengths_P2.ravel()[part]), np.median(rewards_P2.ravel()[part])) for part in stretches]
+    axes.plot(*zip(*trend, strict=True), color=INK, linewidth=1.8, label="median")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda tokens, _: f"{tokens:g}"))
+    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes.legend(loc="best")
+    return _inline(figure)
+
+
+def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.tick_params(length=0)
+    return figure, axes
+
+
+def _inline(figure: Figure) -> str:
+    """The ``<svg>`` element alone, without a size of its own and with the colours of the page."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = drawn.getvalue()
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg[svg.index("<svg") :], count=2)
+    return re.sub("#01020[3-8]", lambda found: f"var(--{VARIABLES[found[0]]})", svg)
+
+
+CURVES = (
+    ("reward", "mean reward", "linear"),
+    ("kl", "KL from the reference (nats)", "linear"),
+    ("value_loss", "value loss", "log"),
+    ("explained_variance", "explained variance of returns", "linear"),
+)
+PRINTED = {INK: "#1b1b1f", MUTED: "#5c5c66", GRID: "#d9d9e0", FIRST: "#1f6fb2", SECOND: "#c2571a", PAPER: "#ffffff"}
+
+
+def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws how a PPO run went, by iteration: reward (also on held-out prompts), KL, value loss, explained variance.
+
+    Args:
+        records: Of the run's ``metrics.jsonl``.
+        path: A PNG file.
+    """
+    style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor=PRINTED[PAPER])
+        for axes, (name, label, scale) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+            for kind, colour, marker in (("train", PRINTED[FIRST], None), ("validation", PRINTED[SECOND], "o")):
+                points = [(one["step"], one[name]) for one in records if one["kind"] == kind and name in one]
+                if points:
+                    what = "held-out prompts" if kind == "validation" else "rollouts"
+                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.8, label=what)
+            axes.set_xlabel("iteration")
+            axes.set_ylabel(label)
+            axes.tick_params(length=0)
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            axes.set_yscale(scale)
+            if len(axes.lines) > 1:
+                axes.legend(loc="best")
+        figure.savefig(path, dpi=130)

@@ -1,0 +1,134 @@
+"""How well rewards agree with preferences, with confidence intervals. Knows only numbers: rewards and lengths.
+
+Shape legend: P preferences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_critic.errors import NonFiniteRewardError
+from rlhf_critic.evaluation.bootstrap import Estimate, FloatArray, bootstrap_mean, wins
+from rlhf_critic.evaluation.calibration import Calibration, calibrate
+from rlhf_critic.evaluation.length_control import length_controlled_accuracy
+
+
+@dataclass(frozen=True)
+class SubsetAccuracy:
+    """Agreement on the preferences of one subset.
+
+    Attributes:
+        name: Its tag; empty for preferences without one.
+        preferences: How many were judged.
+        accuracy: See `Evaluation`.
+        length_baseline: See `Evaluation`.
+    """
+
+    name: str
+    preferences: int
+    accuracy: Estimate
+    length_baseline: Estimate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Agreement of rewards with preferences.
+
+    Attributes:
+        preferences: How many were judged.
+        accuracy: Share in which the chosen side has the higher reward; a tie counts half.
+        margin: Mean of chosen minus rejected reward.
+        log_loss: Mean Bradley-Terry negative log-likelihood, in nats; ln 2 is a coin.
+        length_controlled_accuracy: Accuracy if both sides were equally long; see `rlhf_critic.evaluation.length_control`, also for
+            when it is None.
+        length_baseline: Accuracy of "the longer side wins" (in tokens); a tie counts half.
+        accuracy_where_shorter_wins: Accuracy over the preferences whose chosen side is the shorter; None without any.
+        reward_mean: Mean of all rewards.
+        reward_std: Their standard deviation.
+        calibration: Whether ``sigmoid(margin)`` is a probability; see `rlhf_critic.evaluation.calibration`.
+        subsets: Figures of each subset, the largest first; none where no preference has a tag.
+    """
+
+    preferences: int
+    accuracy: Estimate
+    margin: Estimate
+    log_loss: Estimate
+    length_controlled_accuracy: Estimate | None
+    length_baseline: Estimate
+    accuracy_where_shorter_wins: Estimate | None
+    reward_mean: float
+    reward_std: float
+    calibration: Calibration
+    subsets: tuple[SubsetAccuracy, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """As nested plain values, for JSON."""
+        return asdict(self)
+
+
+def evaluate_rewards(
+    chosen_rewards: Sequence[float] | FloatArray,
+    rejected_rewards: Sequence[float] | FloatArray,
+    lengths_P2: NDArray[np.int64],
+    seed: int = 0,
+    subsets_P: NDArray[np.str_] | None = None,
+) -> Evaluation:
+    """Compares the rewards of chosen and rejected sides.
+
+    Args:
+        chosen_rewards: ``[P]``.
+        rejected_rewards: ``[P]``.
+        lengths_P2: Tokens of the chosen and the rejected side.
+        seed: Of the bootstrap.
+        subsets_P: The tag of each preference, empty where it has none; None where none has one.
+
+    Raises:
+        ValueError: Shapes differ, or there is no preference.
+        NonFiniteRewardError: A reward is NaN or infinite.
+    """
+    rewards_P2 = np.stack([np.asarray(chosen_rewards), np.asarray(rejected_rewards)], axis=1).astype(np.float64)
+    if rewards_P2.shape != lengths_P2.shape or not len(rewards_P2):
+        raise ValueError(f"rewards {rewards_P2.shape} and lengths {lengths_P2.shape} must both be [P, 2] with P > 0")
+    bad_rows = np.flatnonzero(~np.isfinite(rewards_P2).all(axis=1))
+    if len(bad_rows):
+        raise NonFiniteRewardError(
+            f"{len(bad_rows)} of {len(rewards_P2)} preferences have a reward that is not finite, the first is number "
+            f"{bad_rows[0] + 1}; this critic cannot be used"
+        )
+    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    longer_P = (lengths_P2[:, 0] - lengths_P2[:, 1]).astype(np.float64)
+    right_P = wins(margin_P)
+    shorter_wins = longer_P < 0
+    return Evaluation(
+        preferences=len(margin_P),
+        accuracy=bootstrap_mean(right_P, seed),
+        margin=bootstrap_mean(margin_P, seed),
+        log_loss=bootstrap_mean(np.logaddexp(0.0, -margin_P), seed),
+        length_controlled_accuracy=length_controlled_accuracy(margin_P, lengths_P2, seed),
+        length_baseline=bootstrap_mean(wins(longer_P), seed),
+        accuracy_where_shorter_wins=bootstrap_mean(right_P[shorter_wins], seed) if shorter_wins.any() else None,
+        reward_mean=float(rewards_P2.mean()),
+        reward_std=float(rewards_P2.std()),
+        calibration=calibrate(margin_P, seed),
+        subsets=()
+        if subsets_P is None
+        else tuple(
+            SubsetAccuracy(
+                name, len(rows), bootstrap_mean(right_P[rows], seed), bootstrap_mean(wins(longer_P[rows]), seed)
+            )
+            for name, rows in rows_of_subsets(subsets_P)
+        ),
+    )
+
+
+def rows_of_subsets(subsets_P: NDArray[np.str_]) -> list[tuple[str, NDArray[np.int64]]]:
+    """The rows of each subset, the largest subset first; nothing where no row has a tag."""
+    names = np.unique(subsets_P)
+    if not any(names):
+        return []
+    rows = [(str(name), np.flatnonzero(subsets_P == name)) for name in names]
+    return sorted(rows, key=lambda one: -len(one[1]))

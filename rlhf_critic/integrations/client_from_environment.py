@@ -1,0 +1,43 @@
+"""The pool of scorers that a trainer's reward file asks, where only the environment can say which that is."""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+from rlhf_critic.errors import ConfigError
+from rlhf_critic.scoring.client import ScorerClient
+from rlhf_critic.scoring.http_client import connect_http
+
+URL = "RLHF_CRITIC_URL"
+TOKEN_FILE = "RLHF_CRITIC_TOKEN_FILE"
+
+_connecting = threading.Lock()  # trainers ask from many threads at once
+
+
+def client_from_environment() -> ScorerClient:
+    """One client a process, of the pool at ``RLHF_CRITIC_URL``.
+
+    Where the pool wants a token, ``RLHF_CRITIC_TOKEN_FILE`` names the file that holds it: a variable with the token
+    itself would be seen by whoever sees the process.
+
+    Raises:
+        ConfigError: The address is not set, or the file cannot be read.
+    """
+    url = os.environ.get(URL)
+    if not url:
+        raise ConfigError(f"set {URL} to the pool's address, such as http://127.0.0.1:8000")
+    with _connecting:
+        return _client(url, os.environ.get(TOKEN_FILE), os.getpid())
+
+
+@lru_cache
+def _client(url: str, token_file: str | None, process: int) -> ScorerClient:
+    """The process is named because a fork takes the client along, and not its thread."""
+    try:
+        token = Path(token_file).expanduser().read_text(encoding="utf-8").strip() if token_file else None
+    except OSError as error:
+        raise ConfigError(f"{TOKEN_FILE}: {token_file} cannot be read: {error}") from error
+    return connect_http(url, token)

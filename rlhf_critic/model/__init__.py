@@ -1,0 +1,1 @@
+"""What computes: critic, policy, attention, factories, weights. Knows no optimizer."""

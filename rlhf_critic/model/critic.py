@@ -1,0 +1,156 @@
+"""The critic: a transformer with a scalar head. Its output at a token is a value; at the last real token, the reward.
+
+`Critic` wraps the family's own ``*ForSequenceClassification`` model, so its weights keep the names that plain
+transformers reads. Sequences reach it as a `PrefixTreeBatch`, in which every shared prefix is computed once, or, where
+the family cannot take that, as a `PaddedBatch`; the answers are the same. Where a sequence ends is known from its
+length, never from a token id. Knows nothing of DeepSpeed, files, text or losses.
+
+Shape legend: S sequences, L longest sequence, T tokens that are computed, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_critic.batching.padded import PaddedBatch
+from rlhf_critic.batching.prefix_tree import PrefixTreeBatch
+from rlhf_critic.model.backbone import Backbone
+from rlhf_critic.model.deepspeed_chat import Rows, preference_scores
+
+
+class ScalarHead(nn.Module):
+    """The ``score`` head, computed in fp32 whatever the body's dtype.
+
+    It takes over the weight of the family's own head instead of making one, so that the name in a checkpoint and the
+    partitioning by ZeRO stay as they are.
+    """
+
+    def __init__(self, weight_1D: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_1D
+
+    def forward(self, hidden_D: Tensor) -> Tensor:
+        """``[..., D]`` to ``[..., 1]``, fp32."""
+        return F.linear(hidden_D.float(), self.weight.float())
+
+
+class Critic(Backbone):
+    """A scalar-headed transformer.
+
+    Args:
+        model: The family's ``*ForSequenceClassification`` model with ``num_labels=1`` and a head without bias.
+        num_padding_at_beginning: As in DeepSpeed-Chat, tokens a tokenizer puts before every text (OPT: 1). Kept for
+            code that reads it; ends are found from lengths here, so it changes nothing.
+        prefix_tree: Compute shared prefixes once, where the family and its attention can.
+
+    Attributes:
+        prefix_tree: Whether `batch_of` makes prefix trees.
+
+    Raises:
+        ValueError: The model has no single-output ``score`` head.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_padding_at_beginning: int = 0, *, prefix_tree: bool = True) -> None:
+        head = getattr(model, "score", None)
+        if model.config.num_labels != 1 or head is None or getattr(head, "bias", None) is not None:
+            raise ValueError(f"{type(model).__name__} has no bias-free 'score' head with one output")
+        super().__init__(model, prefix_tree)
+        if not isinstance(head, ScalarHead):
+            model.score = ScalarHead(head.weight)
+        self.num_padding_at_beginning = num_padding_at_beginning
+
+    @property
+    def config(self) -> object:
+        """The model's Hugging Face config."""
+        return self.model.config
+
+    @overload
+    def forward(self, input_ids: PrefixTreeBatch | PaddedBatch, *, rewards_only: bool = False) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, use_cache: bool = False
+    ) -> dict[str, Tensor]: ...
+
+    def forward(
+        self,
+        input_ids: PrefixTreeBatch | PaddedBatch | Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rewards_only: bool = False,
+        use_cache: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The values or the rewards of a batch; or, as in DeepSpeed-Chat, the loss and the rewards of padded pairs.
+
+        Call the module, not this method, so that ZeRO's hooks run.
+
+        Args:
+            input_ids: A batch; or token ids, int64 ``[2P, L]``: the chosen rows, then the rejected rows.
+            attention_mask: With token ids: 1 at the tokens of each row's sequence, 0 at padding, ``[2P, L]``.
+            rewards_only: With a batch: see `values` and `rewards`.
+            use_cache: DeepSpeed-Chat's callers pass it. Nothing is cached.
+
+        Returns:
+            See `values` and `rewards`; with token ids `rlhf_critic.model.deepspeed_chat.preference_scores`.
+
+        Raises:
+            ValueError: The mask is missing or shaped otherwise, the number of rows is odd, or one has no token.
+        """
+        if not isinstance(input_ids, Tensor):
+            return self._forward_batch(input_ids, rewards_only)
+        rows = Rows.from_padded(input_ids, attention_mask)
+        values_BS = self._forward_batch(self.batch_of(rows.sequences, input_ids.device), rewards_only=False)
+        return preference_scores(rows, values_BS)
+
+    def forward_value(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        return_value_only: bool = False,
+        prompt_length: int = 0,
+        num_padding_at_beginning: int = 0,
+        use_cache: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The values and rewards of padded rows, as DeepSpeed-Chat's PPO asks for them.
+
+        Args:
+            input_ids: Token ids, int64 ``[B, L]``.
+            attention_mask: 1 at the tokens of each row's sequence, 0 at padding, ``[B, L]``.
+            return_value_only: Leave the rewards out.
+            prompt_length: Changes nothing: where an answer ends is read from the mask.
+            num_padding_at_beginning: Changes nothing, for the same reason.
+            use_cache: Changes nothing: nothing is cached.
+
+        Returns:
+            The values, fp32 ``[B, L]``, 0 at padding; or ``values`` and ``chosen_end_scores``, the rewards, ``[B]``.
+
+        Raises:
+            ValueError: The mask is shaped otherwise, or a row has no token.
+        """
+        rows = Rows.from_padded(input_ids, attention_mask)
+        values_BS = self.values(self.batch_of(rows.sequences, input_ids.device))
+        values_BL = rows.in_columns(values_BS)
+        if return_value_only:
+            return values_BL
+        return {"values": values_BL, "chosen_end_scores": rows.at_ends(values_BS)}
+
+    def _forward_batch(self, batch: PrefixTreeBatch | PaddedBatch, rewards_only: bool) -> Tensor:
+        hidden_TD = self.hidden(batch, leaves_only=rewards_only)
+        if rewards_only:
+            return self.model.score(hidden_TD[batch.leaves_S]).squeeze(-1)
+        return self.model.score(hidden_TD).squeeze(-1)[batch.tokens_SL]
+
+    def values(self, batch: PrefixTreeBatch | PaddedBatch) -> Tensor:
+        """The value at every token of every sequence, fp32 ``[S, L]``; meaningless where there is no real token.
+
+        The rows of a prefix tree start with their sequences' first tokens; those of a padded batch are as it pads.
+        """
+        return self(batch)
+
+    def rewards(self, batch: PrefixTreeBatch | PaddedBatch) -> Tensor:
+        """The reward of every sequence, its value at the last real token, fp32 ``[S]``."""
+        return self(batch, rewards_only=True)

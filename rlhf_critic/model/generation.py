@@ -1,0 +1,239 @@
+"""Responses drawn from a policy, with the log-probability of every token, by transformers or by vLLM.
+
+What is drawn depends on the prompts of a call, the weights and a seed, not on what was drawn before; the distribution
+is that of `rlhf_critic.model.policy.sampling_logits`. Knows nothing of rewards, Ray or who asks.
+
+Shape legend: S responses, V vocabulary, R tokens of a response.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_critic.batching.prefix_tree import TokenIds
+from rlhf_critic.config.model import BodyConfig
+from rlhf_critic.data.encoding import Encoder
+from rlhf_critic.errors import CheckpointError, DivergedError, EncodingError
+from rlhf_critic.model.policy import NEVER_DRAWN, create_policy, sampling_logits
+from rlhf_critic.model.weights import persistent_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """A response that a policy drew.
+
+    Attributes:
+        ids: Its token ids, the EOS token included where it came to its end; int64 ``[R]``.
+        log_probs: The log-probability with which each was drawn, fp32 ``[R]``, in nats.
+        truncated: Whether it was cut at the most tokens, and did not come to its end.
+    """
+
+    ids: NDArray[np.int64]
+    log_probs: NDArray[np.float32]
+    truncated: bool
+
+
+class Generator(Protocol):
+    """Draws responses."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes new weights of the policy, by the names of its state dict."""
+
+    def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
+        """A response to each prompt.
+
+        Raises:
+            DivergedError: The policy's output is NaN or infinite.
+        """
+
+
+def create_generator(
+    model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float, use_gpu: bool
+) -> Generator:
+    """The one of vLLM where it is installed and there is a GPU, else transformers."""
+    if use_gpu and importlib.util.find_spec("vllm") is not None:
+        return VllmGenerator(model, tokenizer, temperature)
+    return TransformersGenerator(model, tokenizer, temperature, torch.device("cuda" if use_gpu else "cpu"))
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response: EOS and, where it is another special token, what ends a turn in the template."""
+    eos = int(tokenizer.eos_token_id)
+    try:
+        ending = tokenizer(Encoder(tokenizer, max_length=1).ending, add_special_tokens=False)["input_ids"]
+    except EncodingError:  # a template that takes no conversation as short as the one that shows its ending
+        return [eos]
+    added = tokenizer.added_tokens_decoder  # where those are, too, that have no role in the tokenizer
+    return sorted({eos, *(token for token in ending[:1] if token in added and added[token].special)})
+
+
+class TransformersGenerator:
+    """Draws with transformers' own ``generate``.
+
+    Args:
+        model: Options of the policy.
+        tokenizer: Of the policy.
+        temperature: Of the distribution.
+        device: Where the policy is.
+    """
+
+    def __init__(
+        self, model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float, device: torch.device
+    ) -> None:
+        self._policy = create_policy(model, tokenizer).eval().to(device)
+        self._device = device
+        self._temperature = temperature
+        self._pad = int(tokenizer.pad_token_id)
+        self._stop = stop_ids(tokenizer)
+        # The model's own settings may cut the distribution; `_Draws` alone says what is drawn from.
+        self._policy.model.generation_config = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=self._pad, eos_token_id=self._stop
+        )
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Generator.load`; every weight must be there, one that is shared once or twice.
+
+        Raises:
+            CheckpointError: Names the weights that are missing, and those that the policy does not have.
+        """
+        state = self._policy.model.state_dict()
+        unfit = (persistent_tensors(self._policy.model).keys() - weights.keys()) | (weights.keys() - state.keys())
+        if unfit:
+            raise CheckpointError(f"these are not the weights of the policy: missing or unknown: {sorted(unfit)}")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                state[name].copy_(tensor)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
+        """See `Generator.generate`."""
+        longest = max(len(ids) for ids in prompts)
+        input_ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(prompts):  # padded on the left, so that all go on at the same column
+            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, longest - len(ids) :] = 1
+        draws = _Draws(self._temperature, self._policy.suppressed)
+        torch.manual_seed(seed)
+        generated = self._policy.model.generate(
+            input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([draws]),
+        )
+        drawn = generated[:, longest:].cpu()
+        log_probs = draws.log_probs(generated).cpu()
+        return [self._response(ids, row) for ids, row in zip(drawn.numpy(), log_probs.numpy(), strict=True)]
+
+    def _response(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> Response:
+        ends = np.flatnonzero(np.isin(ids, self._stop))
+        length = int(ends[0]) + 1 if len(ends) else len(ids)
+        return Response(ids[:length], log_probs[:length].astype(np.float32), truncated=not len(ends))
+
+
+class _Draws(LogitsProcessor):
+    """Gives generation the distribution to draw from, and looks up afterwards with what probability it drew.
+
+    Keeps one step's distribution instead of those of all steps.
+    """
+
+    def __init__(self, temperature: float, suppressed: list[int]) -> None:
+        self._temperature = temperature
+        self._suppressed = suppressed
+        self._last: Tensor | None = None
+        self._log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._collect(input_ids)
+        logits_SV = sampling_logits(scores, self._temperature, self._suppressed)
+        self._last = logits_SV.log_softmax(-1)
+        if self._last[:, 0].isnan().any():  # as every column of a row then is
+            raise DivergedError(
+                "the policy's output is NaN or infinite, so nothing can be drawn; the checkpoints saved before are "
+                "untouched. Lower --policy.optimizer.learning-rate"
+            )
+        return logits_SV
+
+    def log_probs(self, generated: Tensor) -> Tensor:
+        """The log-probability of every token that was drawn, fp32 ``[S, R]``."""
+        self._collect(generated)
+        return torch.cat(self._log_probs, dim=1)
+
+    def _collect(self, input_ids: Tensor) -> None:
+        if self._last is not None:
+            self._log_probs.append(self._last.gather(1, input_ids[:, -1:]))
+
+
+class VllmGenerator:
+    """Draws with vLLM, which computes a prompt once for all its responses. Not yet run: it needs a GPU.
+
+    Args:
+        model: Options of the policy.
+        tokenizer: Of the policy.
+        temperature: Of the distribution.
+    """
+
+    def __init__(self, model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
+        from vllm import LLM
+
+        self._temperature = temperature
+        self._stop = stop_ids(tokenizer)
+        self._suppressed = {int(tokenizer.pad_token_id): NEVER_DRAWN}
+        overrides = {} if model.num_layers is None else {"hf_overrides": {"num_hidden_layers": model.num_layers}}
+        self._llm = LLM(
+            model.path,
+            dtype=model.dtype,
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            **overrides,
+        )
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Generator.load`; vLLM's models know the names of Hugging Face checkpoints."""
+        tensors = dict(weights)
+        self._llm.reset_prefix_cache()
+        self._llm.apply_model(lambda model: model.load_weights(tensors.items()))
+
+    def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
+        """See `Generator.generate`."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        settings = [
+            SamplingParams(
+                temperature=self._temperature,
+                max_tokens=max_new_tokens,
+                seed=seed + row,
+                logprobs=0,
+                stop_token_ids=self._stop,
+                logit_bias=self._suppressed,
+            )
+            for row in range(len(prompts))
+        ]
+        inputs = [TokensPrompt(prompt_token_ids=[int(token) for token in ids]) for ids in prompts]
+        outputs: list[Any] = [output.outputs[0] for output in self._llm.generate(inputs, settings, use_tqdm=False)]
+        return [
+            Response(
+                np.array(output.token_ids, dtype=np.int64),
+                np.array(
+                    [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)],
+                    dtype=np.float32,
+                ),
+                truncated=output.finish_reason == "length",
+            )
+            for output in outputs
+        ]

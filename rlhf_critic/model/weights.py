@@ -1,0 +1,340 @@
+"""Named tensors in files, to and from the parameters of a module, whichever ZeRO stage holds them.
+
+Reading and writing go tensor by tensor: under ZeRO-3 a parameter is gathered, copied and partitioned again before the
+next one, so no rank ever holds the whole model. Nothing is skipped in silence: keys that are missing, unexpected or of
+another shape are one error that lists them. Knows nothing of heads, tokenizers or training.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import deepspeed
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.model.lora import adapter_parameters, adapters_of, merged
+
+SAFETENSORS_PATTERN = "model{suffix}.safetensors"
+MAX_FILE_BYTES = 5 * 10**9
+
+
+class WeightReader:
+    """Reads named tensors from a model directory or hub id, one at a time.
+
+    Prefers safetensors, single or split; else takes a legacy ``pytorch_model.bin``, unpickled with
+    ``weights_only=True``, which runs no code.
+
+    Args:
+        name_or_path: A directory or hub id.
+        safetensors_only: Read no pickle at all, not even as weights only.
+
+    Raises:
+        CheckpointError: There are no weights, or a file is damaged or missing.
+    """
+
+    def __init__(self, name_or_path: str, *, safetensors_only: bool = False) -> None:
+        self.source = name_or_path
+        self._safetensors_only = safetensors_only
+        self._place_of: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its key there
+        self._open_files: dict[Path, Any] = {}
+        for name, is_index in (
+            (SAFE_WEIGHTS_INDEX_NAME, True),
+            (SAFE_WEIGHTS_NAME, False),
+            (WEIGHTS_INDEX_NAME, True),
+            (WEIGHTS_NAME, False),
+        ):
+            path = self._resolve(name)
+            if path is None:
+                continue
+            self._index(path) if is_index else self._add_file(path)
+            return
+        raise CheckpointError(
+            f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, split or not. "
+            "Give a directory that save_pretrained wrote, or a hub id that can be reached."
+        )
+
+    def _resolve(self, name: str) -> Path | None:
+        found = cached_file(
+            self.source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        return None if found is None else Path(found)
+
+    def _index(self, index: Path) -> None:
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{index}: damaged or not an index of weights: {error}") from error
+        for name in names:
+            path = self._resolve(name)
+            if path is None:
+                raise CheckpointError(f"{self.source}: {name} is missing, which {index.name} names")
+            self._add_file(path)
+
+    def _add_file(self, path: Path) -> None:
+        if self._safetensors_only and path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{path}: a critic's weights are read from safetensors only, and this is a pickle: save the model "
+                "again, or convert it with jobs.export"
+            )
+        try:
+            opened: Any
+            if path.suffix == ".safetensors":
+                opened = safe_open(str(path), framework="pt")
+            else:
+                # Files from before torch 1.6 are no zip archives and cannot be mapped.
+                mapped = zipfile.is_zipfile(path)
+                opened = _Unpickled(path, torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        except UnpicklingError as error:
+            raise CheckpointError(f"{path}: refused, because it holds more than weights: {error}") from error
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+            raise CheckpointError(f"{path}: damaged or not a weights file: {error}") from error
+        self._open_files[path] = opened
+        keys: list[str] = opened.keys()
+        self._place_of.update({key: (path, key) for key in keys})
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, by name."""
+        return sorted(self._open_files)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._place_of)
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a tensor, without reading it."""
+        path, key = self._place_of[name]
+        return torch.Size(self._open_files[path].get_slice(key).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        path, key = self._place_of[name]
+        return self._open_files[path].get_tensor(key)
+
+    def pop(self, name: str) -> Tensor:
+        """One tensor, on the CPU, which is then no longer among the `names`: whoever reads it accounts for it."""
+        tensor = self.read(name)
+        del self._place_of[name]
+        return tensor
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Calls every tensor by another name.
+
+        Raises:
+            CheckpointError: Two tensors would have the same name.
+        """
+        renamed: dict[str, tuple[Path, str]] = {}
+        for name, place in self._place_of.items():
+            new = new_name(name)
+            if new in renamed:
+                raise CheckpointError(f"{self.source}: {renamed[new][1]} and {name} are both the weight {new}")
+            renamed[new] = place
+        self._place_of = renamed
+
+
+class _Unpickled:
+    """A dictionary of tensors with the three methods of an open safetensors file that `WeightReader` calls."""
+
+    def __init__(self, path: Path, tensors: Any) -> None:
+        others = [
+            f"{key}: {type(value).__name__}"
+            for key, value in (tensors.items() if isinstance(tensors, dict) else [("the file", tensors)])
+            if not isinstance(value, Tensor)
+        ]
+        if others:
+            raise CheckpointError(
+                f"{path}: refused, because it holds more than named weights ({', '.join(others[:5])}); save the "
+                "model's state_dict() alone"
+            )
+        self._tensors: dict[str, Tensor] = tensors
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, key: str) -> _Unpickled._Shape:
+        return self._Shape(self._tensors[key].shape)
+
+    def get_tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+    class _Shape:
+        def __init__(self, shape: torch.Size) -> None:
+            self._shape = shape
+
+        def get_shape(self) -> list[int]:
+            return list(self._shape)
+
+
+def gathered(parameter: Tensor, modify: bool = False) -> AbstractContextManager[Any]:
+    """Makes a ZeRO-3 parameter whole within the block; does nothing to one that is whole already.
+
+    Every rank must enter. With ``modify``, what rank 0 writes becomes the parameter on all ranks.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modify else None)
+
+
+def is_writer(parameter: Tensor) -> bool:
+    """Whether this rank should write into a parameter made whole by ``gathered(parameter, modify=True)``."""
+    return not hasattr(parameter, "ds_id") or deepspeed.comm.get_rank() == 0
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where this rank holds only a shard."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a module by the names of its state dict, shared ones once."""
+    in_state_dict = set(module.state_dict(keep_vars=True))
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor for name, tensor in named if name in in_state_dict}
+
+
+def match_weights(
+    module: nn.Module,
+    reader: WeightReader,
+    *,
+    prefix: str,
+    may_be_missing: Callable[[str], bool],
+    may_be_unexpected: Callable[[str], bool],
+    may_have_fewer_rows: Callable[[str], bool],
+) -> dict[str, str]:
+    """Finds for the tensors of a module those of a file, by name and shape, and reads none.
+
+    Args:
+        module: Wants the weights; it may be on the meta device.
+        reader: Has the weights.
+        prefix: The name of the backbone within the module (``"model."``). A file whose keys lack it, or that has it
+            where the module is the bare backbone, fits too.
+        may_be_missing: Whether a name of the module may be absent from the file; it is then left untouched.
+        may_be_unexpected: Whether a name of the file may be absent from the module.
+        may_have_fewer_rows: Whether a tensor of the file may be shorter in its first dimension (an embedding before
+            the vocabulary was padded); the rows it lacks become zero.
+
+    Returns:
+        For each name of the module that the file has, the key it has there.
+
+    Raises:
+        CheckpointError: Lists every missing, unexpected and mis-shaped key.
+    """
+    targets = persistent_tensors(module)
+
+    def name_in_module(key: str) -> str:
+        """Files of the bare backbone lack the prefix that the model has, and the other way round."""
+        candidates = (key, f"{prefix}{key}", key.removeprefix(prefix))
+        return next((name for name in candidates if name in targets), key)
+
+    key_of: dict[str, str] = {}
+    problems = []
+    for key in reader.names:
+        first = key_of.setdefault(name_in_module(key), key)
+        if first != key:
+            problems.append(f"twice: {first} and {key}")
+    missing = {name for name in targets if name not in key_of}
+    problems += [f"missing: {name}" for name in sorted(missing) if not may_be_missing(name)]
+    problems += [
+        f"unexpected: {key}" for name, key in key_of.items() if name not in targets and not may_be_unexpected(key)
+    ]
+    for name in targets.keys() & key_of.keys():
+        found, wanted = reader.shape(key_of[name]), full_shape(targets[name])
+        shorter = found[1:] == wanted[1:] and found[0] < wanted[0] and may_have_fewer_rows(name)
+        if found != wanted and not shorter:
+            problems.append(f"shape: {name}: {tuple(found)} in the file, {tuple(wanted)} in the model")
+    if problems:
+        raise CheckpointError(f"{reader.source}: the weights do not fit the model:\n  " + "\n  ".join(problems))
+    return {name: key for name, key in key_of.items() if name in targets}
+
+
+def load_weights(module: nn.Module, reader: WeightReader, **tolerances: Any) -> set[str]:
+    """Copies a file's tensors into a module of any ZeRO stage.
+
+    Args:
+        module: Receives the weights; under ZeRO-3 all ranks must call.
+        reader: Gives the weights.
+        **tolerances: See `match_weights`.
+
+    Returns:
+        The names of the module that the file did not have.
+
+    Raises:
+        CheckpointError: See `match_weights`.
+    """
+    key_of = match_weights(module, reader, **tolerances)
+    targets = persistent_tensors(module)
+    for name, tensor in targets.items():
+        if name not in key_of:
+            continue
+        with torch.no_grad(), gathered(tensor, modify=True):
+            if is_writer(tensor):
+                source = reader.read(key_of[name])
+                tensor[: len(source)].copy_(source) if source.dim() else tensor.copy_(source)
+                if source.dim():
+                    tensor[len(source) :].zero_()
+    return targets.keys() - key_of.keys()
+
+
+def save_weights(module: nn.Module, directory: Path, is_main: bool) -> list[str]:
+    """Writes a module's weights as safetensors, split as the Hugging Face hub splits them, file by file.
+
+    Adapters are merged into what they adapt, one weight at a time, so the file is that of a model without them.
+
+    Under ZeRO-3 all ranks must call; the ranks that are not ``is_main`` take part in the gathering and keep nothing.
+
+    Returns:
+        The names of the files, the index included where there is one.
+    """
+    layers = adapters_of(module)
+    adapting = {id(parameter) for layer in layers.values() for parameter in adapter_parameters(layer)}
+    tensors, layer_of = {}, {}
+    for name, tensor in persistent_tensors(module).items():
+        if id(tensor) not in adapting:
+            plain = name.replace(".base_layer.", ".")
+            tensors[plain] = tensor
+            layer_of[plain] = layers.get(name)
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: full_shape(tensor).numel() * tensor.element_size(),
+        filename_pattern=SAFETENSORS_PATTERN,
+        max_shard_size=MAX_FILE_BYTES,
+    )
+    for filename, names in split.filename_to_tensors.items():
+        in_file: dict[str, Tensor] = {}
+        for name in names:
+            layer = layer_of[name]
+            with ExitStack() as whole:
+                for tensor in [tensors[name], *(adapter_parameters(layer) if layer else [])]:
+                    whole.enter_context(gathered(tensor))
+                if is_main:
+                    tensor = merged(tensors[name], layer) if layer else tensors[name].detach()
+                    in_file[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+        if is_main:
+            save_file(in_file, directory / filename, metadata={"format": "pt"})
+    if is_main and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
+    return [*split.filename_to_tensors, *([SAFE_WEIGHTS_INDEX_NAME] if split.is_sharded else [])]

@@ -1,0 +1,1 @@
+"""Requests for rewards: items, client, HTTP schema, request batching, components."""

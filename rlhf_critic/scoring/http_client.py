@@ -1,0 +1,97 @@
+"""The way to scorers from anywhere: HTTP under a `rlhf_critic.scoring.client.ScorerClient`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from rlhf_critic.errors import ConfigError, ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.scoring.client import ScorerClient
+from rlhf_critic.scoring.http_schema import ErrorResponse, ScoreRequest, ScoreResponse
+from rlhf_critic.scoring.items import Item, Scores
+
+VERSION_MISMATCH = 409
+TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})  # 500: from Serve's proxy, when a replica died under a request
+# What Serve's proxy says with 404: one that was started again answers before it knows where the pools are.
+NO_ROUTE_YET = "/-/routes for available routes"
+
+
+class HttpTransport:
+    """Calls ``POST /score``.
+
+    Args:
+        url: Of the pool, without a path: ``http://127.0.0.1:8000``.
+        token: The bearer token, where the pool wants one; space around it, such as a file's last line end, is left out.
+
+    Raises:
+        ConfigError: That is no such URL, or the token has characters that cannot be sent.
+    """
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        _check_url(url)
+        self._url, self._token = url.rstrip("/"), token and token.strip()
+        if self._token and not (self._token.isascii() and self._token.isprintable()):  # httpx would show it as it fails
+            raise ConfigError("the bearer token has characters that no HTTP header may have: give one line of ASCII")
+        self._client: httpx.AsyncClient | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HttpTransport, (self._url, self._token)
+
+    async def ask(self, items: list[Item], values: bool, version: str | None, timeout_s: float) -> Scores:
+        """See `rlhf_critic.scoring.client.Transport`."""
+        if self._client is None:
+            headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+            self._client = httpx.AsyncClient(headers=headers, limits=httpx.Limits(max_connections=None))
+        try:
+            body = ScoreRequest.of(items, values, version)
+            response = await self._client.post(f"{self._url}/score", json=body, timeout=timeout_s)
+        except httpx.HTTPError as error:
+            raise ScorerUnavailable(f"{self._url}: {type(error).__name__}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ScorerRejected("not_text", f"an item cannot be written as JSON: {error}") from error
+        if response.status_code == httpx.codes.OK:
+            try:
+                return ScoreResponse.model_validate_json(response.content).to_scores()
+            except ValidationError as error:
+                raise ScorerFailed(f"{self._url} answers, but not with scores: {response.text[:200]!r}") from error
+        _raise(self._url, response)
+        raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        """Closes connections."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+
+def connect_http(url: str, token: str | None = None, **options: Any) -> ScorerClient:
+    """A client of the pool at a URL; see `rlhf_critic.scoring.client.ScorerClient` for the options."""
+    return ScorerClient(HttpTransport(url, token), **options)
+
+
+def _check_url(url: str) -> None:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{url!r} is no URL ({error}): write http://HOST:PORT") from error
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise ConfigError(f"{url!r} is not the URL of a pool: write http://HOST:PORT")
+
+
+def _raise(url: str, response: httpx.Response) -> None:
+    item = None
+    try:
+        detail = ErrorResponse.model_validate_json(response.content).error
+        kind, message, item = detail.kind, detail.message, detail.item
+    except ValidationError:
+        kind, message = "", f"{url}: HTTP {response.status_code}: {response.text[:200]}"
+    if response.status_code == VERSION_MISMATCH:
+        raise VersionMismatch(message)
+    knows_no_route = response.status_code == httpx.codes.NOT_FOUND and NO_ROUTE_YET in response.text
+    if (response.status_code in TRY_AGAIN and kind != "failed") or knows_no_route:
+        raise ScorerUnavailable(message)
+    if kind == "failed":
+        raise ScorerFailed(message)
+    raise ScorerRejected(kind or f"http_{response.status_code}", message, item)

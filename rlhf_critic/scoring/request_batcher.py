@@ -1,0 +1,242 @@
+"""Many callers, one critic: joins concurrent requests into micro-batches.
+
+Every request waits in one queue. Whenever the critic is free, the oldest requests are planned together
+(`rlhf_critic.batching.planner`), so that sequences of different callers which begin alike meet in one prefix tree, and the
+micro-batch with the oldest sequence is computed next. Nothing waits for a batch to fill: an idle critic starts at once,
+and under load the queue itself makes the batches full. Knows nothing of text, models or networks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_critic.batching.planner import plan_sequences
+from rlhf_critic.batching.prefix_tree import TokenIds, lexicographic_order, shared_lengths
+from rlhf_critic.errors import NonFiniteRewardError, ScorerUnavailable
+
+logger = logging.getLogger(__name__)
+
+# For each sequence its reward, fp32 [1], or its values, fp32 [tokens].
+Outputs: TypeAlias = list[NDArray[np.float32]]
+
+
+class Computed(NamedTuple):
+    """A micro-batch's outputs, and how many tokens were computed for them."""
+
+    outputs: Outputs
+    tokens: int
+
+
+Forward: TypeAlias = Callable[[Sequence[TokenIds], bool], Computed]
+
+# So many micro-batches' worth of the oldest requests are planned together: enough that most micro-batches are full, and
+# little enough that planning takes no time beside computing.
+PLANNED_AHEAD = 4
+
+
+@dataclass(eq=False)
+class _Request:
+    sequences: Sequence[TokenIds]
+    rewards_only: bool
+    tokens: int  # to be computed for it alone
+    future: Future[Outputs] = field(default_factory=Future)
+    outputs: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> list[int]:
+        return [index for index in range(len(self.sequences)) if index not in self.outputs]
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """What one micro-batch was, for metrics.
+
+    Attributes:
+        sequences: How many it held.
+        requests: How many callers they came from.
+        tokens: Their tokens, each sequence by itself.
+        computed_tokens: Tokens computed for them.
+        queue: Requests that still waited when it was done, those of which it was a part included.
+        seconds: How long it took.
+    """
+
+    sequences: int
+    requests: int
+    tokens: int
+    computed_tokens: int
+    queue: int
+    seconds: float
+
+
+class RequestBatcher:
+    """Computes requests on a thread of its own, joined with whatever else is waiting.
+
+    Args:
+        forward: Computes a micro-batch: token ids to rewards (``rewards_only``) or values. Called by one thread.
+        token_budget: The most tokens of a micro-batch, what is shared counted once where ``prefix_tree``.
+        prefix_tree: Whether ``forward`` computes shared prefixes once.
+        on_batch: Told of every micro-batch after it was computed.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        token_budget: int,
+        prefix_tree: bool,
+        on_batch: Callable[[BatchRecord], None] = lambda _: None,
+    ) -> None:
+        self._forward = forward
+        self._token_budget = token_budget
+        self._prefix_tree = prefix_tree
+        self._on_batch = on_batch
+        self._queue: deque[_Request] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="request-batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Future[Outputs]:
+        """Asks for the reward of each sequence, or for the values at its tokens.
+
+        A future that is cancelled before its turn is not computed.
+
+        Args:
+            sequences: Token ids; at least one sequence, none empty.
+            rewards_only: Whether the rewards are enough.
+
+        Returns:
+            Of one array a sequence, fp32: ``[1]``, its reward, or ``[tokens]``, its values.
+
+        Raises:
+            ValueError: There is no sequence, or an empty one. It would fail whoever is planned together with it.
+            ScorerUnavailable: `close` was called.
+        """
+        if not sequences or not all(len(sequence) for sequence in sequences):
+            raise ValueError("a request needs at least one sequence and every sequence at least one token")
+        request = _Request(sequences, rewards_only, self._tokens_of(sequences))
+        with self._changed:
+            if self._closed:
+                raise ScorerUnavailable("this scorer is shutting down: ask another")
+            self._queue.append(request)
+            self._changed.notify()
+        return request.future
+
+    def close(self, timeout_s: float) -> bool:
+        """Takes no more requests and computes those it has.
+
+        Returns:
+            Whether it was done in time. If not, the requests that are left fail with `ScorerUnavailable`.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+        done = not self._thread.is_alive()
+        if not done:
+            with self._changed:
+                left, self._queue = list(self._queue), deque()
+            for request in left:
+                _fail(request, ScorerUnavailable(f"this scorer shut down; {timeout_s:g} s were not enough to finish"))
+        return done
+
+    def _tokens_of(self, sequences: Sequence[TokenIds]) -> int:
+        tokens = sum(len(sequence) for sequence in sequences)
+        if not self._prefix_tree:
+            return tokens
+        arrays = [np.asarray(sequence) for sequence in sequences]
+        return tokens - sum(shared_lengths([arrays[index] for index in lexicographic_order(arrays)]))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                self._drop_finished()
+                if not self._queue:
+                    if self._closed:
+                        return
+                    continue
+                window = self._oldest()
+            self._compute(window)
+
+    def _drop_finished(self) -> None:
+        self._queue = deque(request for request in self._queue if not request.future.done())
+
+    def _oldest(self) -> list[tuple[_Request, int]]:
+        """The sequences, of the kind of the oldest request, that are planned next."""
+        window: list[tuple[_Request, int]] = []
+        tokens = 0
+        for request in self._queue:
+            if request.rewards_only != self._queue[0].rewards_only:
+                continue
+            window += [(request, index) for index in request.waiting]
+            tokens += request.tokens
+            if tokens > PLANNED_AHEAD * self._token_budget:
+                break
+        return window
+
+    def _compute(self, window: list[tuple[_Request, int]]) -> None:
+        started = time.perf_counter()
+        chosen = window
+        try:
+            sequences = [request.sequences[index] for request, index in window]
+            (plan,) = plan_sequences(sequences, 1, self._token_budget, self._prefix_tree)
+            (units,) = (micro_batch.units for micro_batch in plan if 0 in micro_batch.units)
+            chosen = [window[unit] for unit in units]
+            computed = self._forward([sequences[unit] for unit in units], window[0][0].rewards_only)
+            outputs = list(zip(chosen, computed.outputs, strict=True))
+        except Exception as error:
+            for request in _requests_of(chosen):
+                _fail(request, error)
+            return
+        for (request, index), output in outputs:
+            request.outputs[index] = output
+        for request in _requests_of(chosen):
+            _finish(request)
+        with self._changed:
+            self._drop_finished()
+            queue = len(self._queue)
+        record = BatchRecord(
+            sequences=len(units),
+            requests=len(_requests_of(chosen)),
+            tokens=sum(len(sequences[unit]) for unit in units),
+            computed_tokens=computed.tokens,
+            queue=queue,
+            seconds=time.perf_counter() - started,
+        )
+        try:
+            self._on_batch(record)
+        except Exception:  # it must not end this thread, for which everyone waits
+            logger.exception("a micro-batch was computed, but could not be recorded")
+
+
+def _requests_of(chosen: list[tuple[_Request, int]]) -> list[_Request]:
+    return list(dict.fromkeys(request for request, _ in chosen))
+
+
+def _finish(request: _Request) -> None:
+    """Answers a request of which everything is computed."""
+    if request.waiting:
+        return
+    outputs = [request.outputs[index] for index in range(len(request.sequences))]
+    bad = [index for index, output in enumerate(outputs) if not np.isfinite(output).all()]
+    if bad:
+        _fail(request, NonFiniteRewardError(f"the critic's output for item {bad[0]} is NaN or infinite"))
+        return
+    with suppress(InvalidStateError):  # cancelled, or failed by close()
+        request.future.set_result(outputs)
+
+
+def _fail(request: _Request, error: Exception) -> None:
+    with suppress(InvalidStateError):
+        request.future.set_exception(error)

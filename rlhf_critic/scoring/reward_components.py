@@ -1,0 +1,158 @@
+"""A reward as a weighted sum of named components: the critic, and rules beside it.
+
+Each component gives a number for every item and is reported by itself, before its weight. Knows nothing of how the
+critic's reward is computed.
+
+Shape legend: S items.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_critic.config.serve import Component, CriticComponent, LengthPenalty, PythonComponent, RegexComponent
+from rlhf_critic.data.encoding import Prompt
+from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected
+from rlhf_critic.scoring.items import Conversation, Item, Text
+
+Rewards = NDArray[np.float32]
+Rule = Callable[[Sequence[Prompt], Sequence[str]], Rewards]
+CountTokens = Callable[[str], int]
+
+
+class RewardComponents:
+    """Adds components to a critic's rewards.
+
+    Args:
+        components: With exactly one critic among them.
+        count_tokens: Of a text, by the critic's tokenizer; may be called by several threads.
+        ending: Gives what the critic's template puts after a response, `Encoder.ending`; asked when it is needed.
+
+    Raises:
+        ConfigError: A Python component's function cannot be imported, or is none.
+    """
+
+    def __init__(
+        self, components: Sequence[Component], count_tokens: CountTokens, ending: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._components = tuple(components)
+        self._ending = ending
+        self._rules = {
+            component.name: _rule(component, count_tokens)
+            for component in components
+            if not isinstance(component, CriticComponent)
+        }
+
+    def combine(self, items: Sequence[Item], critic_S: Rewards) -> tuple[Rewards, dict[str, Rewards]]:
+        """The weighted sum, and each component before its weight; no components where the critic is the only one.
+
+        Args:
+            items: What was scored.
+            critic_S: The critic's rewards, fp32.
+
+        Raises:
+            ScorerRejected: A component needs the response, and an item does not say what that is, or says that it is
+                something with which its text does not end.
+            ComponentError: A function failed, or did not return a finite number for each item; or a sum is too large.
+        """
+        values = {}
+        if self._rules:
+            prompts, responses = _prompts_and_responses(items, self._ending)
+            values = {name: rule(prompts, responses) for name, rule in self._rules.items()}
+        total_S = np.zeros(len(items), dtype=np.float32)
+        by_name = {}
+        for component in self._components:
+            value_S = critic_S if isinstance(component, CriticComponent) else values[component.name]
+            by_name[component.name] = value_S
+            with np.errstate(over="ignore", invalid="ignore"):  # which is looked at below
+                total_S += np.float32(component.weight) * value_S
+        if not np.isfinite(total_S).all():
+            index = int(np.flatnonzero(~np.isfinite(total_S))[0])
+            raise ComponentError(
+                f"item {index}: the weighted sum of {', '.join(by_name)} is {total_S[index]}: lower the weights"
+            )
+        return total_S, by_name if len(by_name) > 1 else {}
+
+
+def _prompts_and_responses(items: Sequence[Item], ending: Callable[[], str]) -> tuple[list[Prompt], list[str]]:
+    pairs: list[tuple[Prompt, str]] = []
+    for index, item in enumerate(items):
+        if isinstance(item, Conversation):
+            pairs.append((item.prompt, item.response))
+        elif isinstance(item, Text) and item.response is not None:
+            pairs.append((_prompt_of(index, item.text, item.response, ending()), item.response))
+        else:
+            raise ScorerRejected(
+                "no_response",
+                f"item {index} does not say which part of it is the response, and this reward has components that "
+                "judge responses: send prompt and response",
+                index,
+            )
+    return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
+
+def _prompt_of(index: int, text: str, response: str, ending: str) -> str:
+    """What stands before a response, which may be given with or without the ending that follows it."""
+    for body in (text.removesuffix(ending), text):
+        if body.endswith(response):
+            return body.removesuffix(response)
+    raise ScorerRejected(
+        "not_the_end", f"item {index}: its text does not end with its response: send what the text ends with", index
+    )
+
+
+def _rule(component: Component, count_tokens: CountTokens) -> Rule:
+    if isinstance(component, LengthPenalty):
+        return _length_penalty(component, count_tokens)
+    if isinstance(component, RegexComponent):
+        pattern = re.compile(component.pattern)
+        return lambda _, responses: np.array([float(bool(pattern.search(text))) for text in responses], np.float32)
+    assert isinstance(component, PythonComponent)
+    return _python_function(component)
+
+
+def _length_penalty(component: LengthPenalty, count_tokens: CountTokens) -> Rule:
+    def penalty(_: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
+        lengths_S = np.array([count_tokens(text) for text in responses])
+        return -np.maximum(lengths_S - component.free_tokens, 0).astype(np.float32)
+
+    return penalty
+
+
+def _python_function(component: PythonComponent) -> Rule:
+    module_name, _, name = component.function.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ConfigError(
+            f"component {component.name!r}: function {component.function!r} cannot be imported: "
+            f"{type(error).__name__}: {error}. Its module must be installed, or in the working directory, where "
+            "replicas run"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"component {component.name!r}: {component.function!r} is no function: {function!r:.80}")
+
+    def rule(prompts: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
+        try:
+            returned_S = np.asarray(function(list(prompts), list(responses)))
+        except (Exception, SystemExit) as error:
+            raise ComponentError(
+                f"component {component.name!r}: {component.function} failed: {type(error).__name__}: {error}"
+            ) from error
+        is_numbers = returned_S.shape == (len(responses),) and returned_S.dtype.kind in "biuf"
+        with np.errstate(over="ignore"):  # beyond fp32 is infinite, and refused
+            value_S = returned_S.astype(np.float32) if is_numbers else np.full(len(responses), np.nan, np.float32)
+        if not np.isfinite(value_S).all():
+            where = f", of which number {np.flatnonzero(~np.isfinite(value_S))[0]} is not" if is_numbers else ""
+            raise ComponentError(
+                f"component {component.name!r}: {component.function} must return a finite number for each of "
+                f"{len(responses)} responses, and returned shape {returned_S.shape} of {returned_S.dtype}{where}"
+            )
+        return value_S
+
+    return rule

@@ -1,0 +1,1 @@
+"""The DeepSpeed engines of one rank. Knows no Ray."""

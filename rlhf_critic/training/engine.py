@@ -1,0 +1,382 @@
+"""A model, its AdamW and its schedule, sharded by DeepSpeed: takes steps over micro-batches and keeps their state.
+
+What `rlhf_critic.training.critic_engine.CriticEngine` and `rlhf_critic.training.policy_engine.PolicyEngine` have in common. Every method is
+collective: all ranks call it with the same arguments, in the same order, and get the same result. Knows nothing of what
+is fitted: the caller says what a micro-batch costs.
+
+Shape legend: U units (preferences, rollouts) of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import get_scheduler
+
+from rlhf_critic.batching.padded import PaddedBatch
+from rlhf_critic.batching.planner import plan_micro_batches
+from rlhf_critic.batching.prefix_tree import PrefixTreeBatch, TokenIds
+from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
+from rlhf_critic.config.model import BodyConfig, OptimizerConfig
+from rlhf_critic.errors import CheckpointError, NonFiniteLossError
+from rlhf_critic.files import write_text_atomically
+from rlhf_critic.model.backbone import Backbone
+from rlhf_critic.model.weights import full_shape
+from rlhf_critic.training.offload import Offloaded, offload
+from rlhf_critic.training.reshard import load_resized
+from rlhf_critic.training.token_budget import ActivationMeter, Measurement, probe_token_budget
+
+STATE_NAME = "engine.json"
+STATE_TAG = "state"
+PROBE_LENGTH = 128  # tokens of each sequence in the probe of the token budget
+
+Batch = PrefixTreeBatch | PaddedBatch
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatchLoss:
+    """What a micro-batch costs.
+
+    Attributes:
+        loss_U: The loss of each of its units, fp32, with its gradient.
+        sums: Numbers to add up over the global batch, float64 ``[any]``, equally many in every micro-batch.
+    """
+
+    loss_U: Tensor
+    sums: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, over all ranks.
+
+    Attributes:
+        loss: The loss of the global batch, before the step.
+        sums: Of `MicroBatchLoss.sums`.
+        grad_norm: Global gradient norm before clipping.
+        learning_rate: The rate the step was taken with.
+        computed_tokens: Tokens computed for it: what is shared once, padding and dummies included.
+        micro_batches: Micro-batches per rank.
+    """
+
+    loss: float
+    sums: list[float]
+    grad_norm: float
+    learning_rate: float
+    computed_tokens: int
+    micro_batches: int
+
+
+def deepspeed_config(model: BodyConfig, options: OptimizerConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration for our options.
+
+    We decide ourselves when a step ends (`TrainingEngine.take_step`), so DeepSpeed is told that every micro-batch is a
+    batch.
+    """
+    zero: dict[str, Any] = {
+        "stage": options.zero_stage,
+        # DeepSpeed's default bucket is 500 million elements, which ZeRO-3 sets aside before it has anything to reduce.
+        "reduce_bucket_size": 20_000_000,
+    }
+    if options.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if options.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": options.max_grad_norm,
+        "zero_optimization": zero,
+        # Ours is torch's fused AdamW, on CPUs too; DeepSpeed's own would have to be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": model.dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+
+
+class TrainingEngine:
+    """A model in training on the ranks of ``torch.distributed``.
+
+    Args:
+        module: Built with the ``deepspeed_config`` of the same options (under ZeRO-3 it is partitioned already).
+        model: Options of the model.
+        options: Options of the optimization.
+        total_steps: Optimizer steps of the whole run; the schedule ends there.
+        probe: A scalar of a forward pass over a batch, as a step would compute it, for the probe of the token budget.
+
+    Attributes:
+        module: The model.
+        engine: DeepSpeed's engine around it.
+        step: Optimizer steps done.
+        rank: This rank.
+        world_size: Number of ranks.
+        device: Where inputs go.
+    """
+
+    def __init__(
+        self,
+        module: Backbone,
+        model: BodyConfig,
+        options: OptimizerConfig,
+        total_steps: int,
+        probe: Callable[[Any, Batch], Tensor],
+    ) -> None:
+        self.module = module
+        self.options = options
+        self.step = 0
+        self._probe = probe
+        self._embedding_gradient: EmbeddingGradient | None = None
+        if options.gradient_checkpointing:
+            module.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module, options.weight_decay),
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            fused=True,  # one pass over memory instead of six
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: _schedule(wrapped, options, total_steps),
+            config=deepspeed_config(model, options),
+        )
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = self.engine.device
+        if self.world_size == 1 and options.zero_stage == 0:
+            # DeepSpeed would flatten all gradients, reduce them over one rank and copy them back.
+            self.engine.enable_backward_allreduce = False
+            if model.dtype == "float32":
+                embedding = module.model.get_input_embeddings()
+                # Where an output layer has the same weight, its gradient is whole anyway.
+                tied = getattr(module.model.get_output_embeddings(), "weight", None) is embedding.weight
+                if isinstance(embedding, nn.Embedding) and embedding.weight.requires_grad and not tied:
+                    self._embedding_gradient = EmbeddingGradient(embedding)
+
+    @cached_property
+    def token_budget(self) -> int:
+        """The most tokens of a micro-batch: as configured, or found by a probe when it is first asked for."""
+        if self.options.token_budget != "auto":
+            return self.options.token_budget
+        # Ranks of a node share its memory, but each has a GPU to itself.
+        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        free_bytes = get_accelerator().available_memory() // sharing
+        return probe_token_budget(self._measure_micro_batch, int(self._agree(free_bytes, dist.ReduceOp.MIN)))
+
+    def take_step(
+        self,
+        units: Sequence[Sequence[TokenIds]],
+        loss_of: Callable[[Batch, Sequence[int]], MicroBatchLoss],
+        denominator: float,
+        seed: int,
+        name_of: Callable[[int], str],
+    ) -> StepResult:
+        """Takes one optimizer step on a global batch, whose loss is the sum over its units by ``denominator``.
+
+        Args:
+            units: The sequences of each unit of the global batch, the same on every rank.
+            loss_of: Runs `engine` on a batch, the sequences of the units with these numbers, unit by unit; says what
+                each unit costs.
+            denominator: Such as the number of units, for the mean over them.
+            seed: With step and rank, of dropout.
+            name_of: What a unit is called in an error.
+
+        Raises:
+            NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
+        """
+        plan = plan_micro_batches(units, self.world_size, self.token_budget, self.module.prefix_tree)
+        mine = plan[self.rank]
+        # Dropout draws from (seed, step, rank), so a step that is run again after a failure draws the same.
+        torch.manual_seed(int(np.random.SeedSequence([seed, self.step, self.rank]).generate_state(1)[0]))
+        learning_rate = float(self.engine.get_lr()[0])
+        self.engine.train()
+        totals: Tensor | None = None
+        losses: list[tuple[tuple[int, ...], Tensor]] = []
+        for index, micro_batch in enumerate(mine):
+            is_last = index == len(mine) - 1
+            self.engine.set_gradient_accumulation_boundary(is_last)
+            batch = self.module.batch_of([ids for unit in micro_batch.units for ids in units[unit]], self.device)
+            judged = loss_of(batch, micro_batch.units)
+            losses.append((micro_batch.units, judged.loss_U.detach()))
+            parts = torch.cat([judged.loss_U.detach().sum()[None].double(), judged.sums])
+            if not micro_batch.weight:
+                parts = torch.zeros_like(parts)
+            parts = torch.cat([parts, parts.new_tensor([batch.computed_tokens])])
+            totals = parts if totals is None else totals + parts
+            if is_last:
+                dist.all_reduce(totals)
+                self._refuse_non_finite(float(totals[0]), losses, name_of)
+            # DeepSpeed averages gradients over ranks; this makes the sum over ranks the one that is asked for.
+            self.engine.backward(judged.loss_U.sum() * (micro_batch.weight * self.world_size / denominator))
+            if self._embedding_gradient:
+                self._embedding_gradient.collect(is_last)
+            if is_last and self.options.zero_stage == 0:
+                # Nothing is sharded: gradients are whole here, and DeepSpeed neither keeps their norm nor checks it.
+                grad_norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+                self._refuse_non_finite(grad_norm, losses, name_of)
+            self.engine.step()
+        if self.options.zero_stage > 0:
+            grad_norm = float(self.engine.get_global_grad_norm())
+            self._refuse_non_finite(grad_norm, losses, name_of)
+        self.step += 1
+        assert totals is not None, "a plan has micro-batches"
+        loss_sum, *sums, computed_tokens = totals.tolist()
+        return StepResult(loss_sum / denominator, sums, grad_norm, learning_rate, int(computed_tokens), len(mine))
+
+    def offload(self) -> Offloaded:
+        """Takes parameters, gradients and optimizer state out of this rank's device; see `rlhf_critic.training.offload`."""
+        return offload(self.engine, [self._embedding_gradient.whole] if self._embedding_gradient else [])
+
+    def save_state(self, directory: str | Path) -> None:
+        """Writes, in ``resume`` below a directory, what a continued run needs; each file by one rank, on its node."""
+        resume = Path(directory) / RESUME_FOLDER
+        (resume / STATE_TAG).mkdir(parents=True, exist_ok=True)
+        self.engine.save_checkpoint(str(resume), tag=STATE_TAG)
+        token_budget = self.token_budget  # on all ranks: the first look at it may be a probe
+        if self.rank == 0:
+            state = {
+                "step": self.step,
+                "world_size": self.world_size,
+                "zero_stage": self.options.zero_stage,
+                "token_budget": token_budget,
+            }
+            write_text_atomically(resume / STATE_NAME, json.dumps(state))
+        dist.barrier()
+
+    def load_state(self, directory: str | Path) -> None:
+        """Continues from what `save_state` wrote, on any number of ranks: weights, optimizer, schedule, step, budget.
+
+        DeepSpeed unpickles this state, so load only what this project wrote.
+
+        Raises:
+            CheckpointError: It is not there, was saved with another ZeRO stage, or cannot be converted to another
+                world size.
+        """
+        resume = Path(directory) / RESUME_FOLDER
+        try:
+            state = json.loads((resume / STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{directory}: no state to resume from: {error}") from error
+        stage, world_size = state["zero_stage"], state["world_size"]
+        if stage != self.options.zero_stage:
+            raise CheckpointError(
+                f"{directory}: saved with zero_stage={stage}, now {self.options.zero_stage}; resume with the same"
+            )
+        # At stage 0 nothing is sharded: every rank reads all of it.
+        if world_size == self.world_size or stage == 0:
+            self.engine.load_checkpoint(str(resume), tag=STATE_TAG)
+        elif state["step"] == 0:
+            raise CheckpointError(
+                f"{directory}: saved with world_size={world_size}, now {self.world_size}, and before the first step "
+                "there are no moments to convert; resume with the same, or start from it"
+            )
+        else:
+            load_resized(self.engine, resume / STATE_TAG, world_size)
+        self.step = int(state["step"])
+        if self.options.token_budget == "auto":
+            self.token_budget = int(state["token_budget"])  # a new probe might find another, and sum in another order
+
+    def _measure_micro_batch(self, tokens: int) -> Measurement:
+        """Runs a micro-batch of weight zero, which changes nothing, and measures it; the slowest rank counts."""
+        config = self.module.model.config.get_text_config()
+        length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", PROBE_LENGTH))
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // length, length))
+        batch = self.module.batch_of(list(ids), self.device)
+        meter = ActivationMeter()
+        self.engine.train()
+        self.engine.set_gradient_accumulation_boundary(False)
+        with torch.enable_grad(), meter.running(self.module.parameters(), get_accelerator().synchronize):
+            self.engine.backward(self._probe(self.engine, batch) * 0.0)
+            self.engine.step()
+        if self._embedding_gradient:
+            self._embedding_gradient.collect(is_last=False)
+        seconds, activation_bytes = (
+            self._agree(measured, dist.ReduceOp.MAX) for measured in (meter.seconds, meter.bytes)
+        )
+        return Measurement(seconds, int(activation_bytes))
+
+    def _agree(self, number: float, how: Any) -> float:
+        agreed = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        dist.all_reduce(agreed, how)
+        return agreed.item()
+
+    def _refuse_non_finite(
+        self, value: float, losses: Sequence[tuple[Sequence[int], Tensor]], name_of: Callable[[int], str]
+    ) -> None:
+        """Raises on all ranks if ``value``, the same on all ranks, is not finite; names the units that caused it."""
+        if isfinite(value):
+            return
+        mine = [
+            unit
+            for units, loss_U in losses
+            for unit, loss in zip(units, loss_U.tolist(), strict=True)
+            if not isfinite(loss)
+        ]
+        # A gradient can be infinite where every loss is finite: then any unit of the batch may be the cause.
+        of_ranks: list[list[list[int]]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(of_ranks, [mine, [unit for units, _ in losses for unit in units]])
+        bad = {unit for found, _ in of_ranks for unit in found} or {unit for _, units in of_ranks for unit in units}
+        raise NonFiniteLossError(self.step, [name_of(unit) for unit in sorted(bad)])
+
+
+class EmbeddingGradient:
+    """The gradient of an embedding, row by row until a step needs it whole.
+
+    A step touches a few thousand rows of a table that may have a hundred thousand: autograd would fill a table of zeros
+    for every micro-batch. Here is one table, whose touched rows are cleared after use.
+
+    Attributes:
+        whole: The table.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        embedding.sparse = True
+        self._weight = embedding.weight
+        self.whole = torch.zeros_like(embedding.weight)
+        self._touched: list[Tensor] = []
+        self._used = False
+
+    def collect(self, is_last: bool) -> None:
+        """Takes what a micro-batch's backward pass left; after the last, puts the whole gradient in its place."""
+        if self._used:
+            for rows in self._touched:
+                self.whole.index_fill_(0, rows, 0.0)
+            self._touched, self._used = [], False
+        gradient = self._weight.grad
+        if gradient is not None and gradient.is_sparse:
+            rows = gradient._indices()[0]
+            self.whole.index_add_(0, rows, gradient._values())
+            self._touched.append(rows)
+            self._weight.grad = None
+        if is_last:
+            self._weight.grad, self._used = self.whole, True
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: decay applies to matrices, not to norms and biases; empty groups are left out."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if len(full_shape(parameter)) > 1]
+    others = [parameter for parameter in trainable if len(full_shape(parameter)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, options: OptimizerConfig, total_steps: int) -> Any:
+    name = "constant_with_warmup" if options.schedule == "constant" else options.schedule
+    warmup_steps = round(options.warmup_fraction * total_steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)

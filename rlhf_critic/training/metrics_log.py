@@ -1,0 +1,73 @@
+"""The history of a run: ``metrics.jsonl``, one JSON object a line, and the same numbers for TensorBoard.
+
+Knows nothing of what is measured or where the directory is stored in the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from rlhf_critic.files import write_text_atomically
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends measurements to a run's history.
+
+    Args:
+        directory: Holds ``metrics.jsonl`` and the ``tensorboard`` folder; made if need be.
+        resume_step: The step the run continues from. Later lines of an interrupted run are dropped, because those
+            steps are taken again: each step stands in the history once.
+    """
+
+    def __init__(self, directory: str | Path, resume_step: int) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS_NAME
+        if path.exists():
+            write_text_atomically(path, "".join(line for line in _whole_lines(path) if _step(line) <= resume_step))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Records numbers measured at a step.
+
+        Args:
+            kind: ``train`` or ``validation``.
+            step: Optimizer steps done.
+            values: Name to number.
+        """
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Puts everything on disk."""
+        self._file.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Ends the history of this process."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """The records of a history, as they were written."""
+    return [json.loads(line) for line in _whole_lines(Path(directory) / METRICS_NAME)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines that were written to their end; a process that was killed may leave half a line."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _step(line: str) -> int:
+    return int(json.loads(line)["step"])

@@ -1,0 +1,161 @@
+"""What DeepSpeed saved on some number of ranks, loaded on another: its universal checkpoint, and what that lacks.
+
+Lian et al., "Universal Checkpointing" (2024): the shards of weights and moments are merged into one file for each
+parameter, from which every rank takes what its own shard needs. The conversion is DeepSpeed's; here it is run once on
+each node, into a temporary directory, and what DeepSpeed 0.19.8 does not restore is restored: frozen parameters, the
+decay of each parameter group, the step count of each shard. DeepSpeed unpickles, so load only what this project wrote.
+Knows nothing of critics.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.model.weights import full_shape, gathered, is_writer
+from rlhf_critic.training.process_group import agree
+
+CONVERSION_TIMEOUT_S = 1500.0  # under the 1800 s after which torch.distributed gives up on the rank that converts
+PROCESSES = 2  # of the conversion, each with the shard of one rank in memory
+SHOWN_CHARACTERS = 2000  # of the output of a conversion that failed
+FOLDER = "universal"
+
+
+def load_resized(engine: Any, state: Path, saved_world_size: int) -> None:
+    """Loads what as many ranks as there are now did not save. Collective.
+
+    Every parameter, moment, step count and the schedule come out as they were saved; only the sums over ranks that
+    follow are added in another order. Each node needs room for two copies of parameters and moments in fp32 in its
+    directory for temporary files, which is empty again afterwards.
+
+    Args:
+        engine: DeepSpeed's, as it was before its first step, at the ZeRO stage of the state (1 to 3).
+        state: The directory that its ``save_checkpoint`` wrote (with the tag), as every node sees it; left as it is.
+        saved_world_size: The number of ranks that wrote it.
+
+    Raises:
+        CheckpointError: It cannot be converted.
+    """
+    stage = engine.zero_optimization_stage()
+    shards = len(list(state.glob("*_optim_states.pt")))
+    if shards != saved_world_size:  # the conversion would merge what is there
+        raise CheckpointError(f"{state}: shards of {shards} ranks, and {saved_world_size} ranks saved it")
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    with _converted(state, stage) as directory:
+        _load_frozen(engine.module, state, stage, saved_world_size)
+        # The switch of DeepSpeed's config, for this one load: with it on, the engine would load nothing else.
+        engine._config.load_universal_checkpoint = True
+        try:
+            engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        finally:
+            engine._config.load_universal_checkpoint = False
+    # At stage 3 DeepSpeed gives every group the options of the first, and all of them one tensor to count steps in,
+    # which torch's fused AdamW would then count up once for each group; at any stage that tensor is on the CPU.
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for parameter, moments in engine.optimizer.state.items():
+        moments["step"] = torch.as_tensor(moments["step"]).to(parameter.device, torch.float32, copy=True)
+
+
+@contextmanager
+def _converted(state: Path, stage: int) -> Iterator[Path]:
+    """The universal checkpoint of a state, made by one rank of each node, until all ranks have left the block."""
+    name = [f"rlhf-critic-resize-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name, src=0)
+    work = Path(tempfile.gettempdir()) / name[0]
+    try:
+        # Which ranks share a node is not known here; the first to make the directory is the one that fills it.
+        work.mkdir(mode=0o700)
+        is_first = True
+    except FileExistsError:
+        is_first = False
+    try:
+        agree(lambda: convert(state, work / FOLDER, stage) if is_first else None)
+        yield work / FOLDER
+        dist.barrier()  # others still read
+    finally:
+        if is_first:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERSION_TIMEOUT_S) -> None:
+    """Runs DeepSpeed's conversion into a directory.
+
+    In a process of its own, because it starts processes, which one with threads (as a Ray worker is) should not.
+
+    Raises:
+        CheckpointError: It failed, or took too long; nothing of it runs any more.
+    """
+    command = [
+        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+        *("--input_folder", str(state.resolve()), "--output_folder", str(directory)),
+        *("--num_extract_workers", str(PROCESSES), "--num_merge_workers", str(PROCESSES)),
+        *(["--inject_missing_state"] if stage < 3 else []),
+    ]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=directory.parent,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its processes can be ended with it
+        )
+        try:
+            code: int | None = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if code == 0:
+            return
+        why = f"ended with exit code {code}" if code is not None else f"did not end within {timeout_s:g} s"
+        output.seek(0)
+        raise CheckpointError(
+            f"{state}: resuming on another number of ranks waits for DeepSpeed's conversion of it to a universal "
+            f"checkpoint, which {why}. Resume on as many ranks as saved it, or see what it said (it needs room in "
+            f"{tempfile.gettempdir()}): ...{output.read()[-SHOWN_CHARACTERS:]}"
+        )
+
+
+def _load_frozen(module: torch.nn.Module, state: Path, stage: int, saved_world_size: int) -> None:
+    """Loads the parameters that no optimizer has, which a universal checkpoint is without."""
+    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    if not frozen:
+        return
+
+    def read(file: str) -> dict[str, Any]:
+        content: dict[str, Any] = torch.load(state / file, map_location="cpu", weights_only=False, mmap=True)
+        return content
+
+    if stage < 3:
+        wholes = read("mp_rank_00_model_states.pt")["module"]
+    else:
+        files = [read(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(saved_world_size)]
+        shards = [file["frozen_param_fragments"] for file in files]
+    for name, parameter in frozen.items():
+        with torch.no_grad(), gathered(parameter, modify=True):
+            if not is_writer(parameter):
+                continue
+            if stage < 3:
+                parameter.copy_(wholes[name])
+            else:
+                shape = full_shape(parameter)
+                padded = torch.cat([shard[name].flatten() for shard in shards])
+                parameter.copy_(padded[: shape.numel()].view(shape))

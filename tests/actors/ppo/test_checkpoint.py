@@ -1,0 +1,66 @@
+"""A run of PPO goes on from its newest checkpoint that is whole."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from actors.ppo.checkpoint import STATE_NAME, checkpoints, latest_checkpoint, set_damaged_aside
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.files import write_manifest
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    for iteration in (3, 6, 9):
+        checkpoint = tmp_path / f"iteration-{iteration:06d}"
+        for part in ("policy", "critic"):
+            (checkpoint / part).mkdir(parents=True)
+            (checkpoint / part / "model.safetensors").write_text(f"{part} after {iteration}")
+            write_manifest(checkpoint / part, 0, 1)
+        (checkpoint / STATE_NAME).write_text("{}")
+        write_manifest(checkpoint, 0, 1, STATE_NAME)
+    return tmp_path
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_what_is_whole_keeps_its_name(run, tmp_path):
+    before = names(run)
+    set_damaged_aside(run)
+    assert names(run) == before
+    set_damaged_aside(tmp_path / "not begun")
+
+
+@pytest.mark.parametrize("damaged", ["policy/model.safetensors", "critic/model.safetensors", STATE_NAME])
+def test_what_is_damaged_is_kept_under_another_name(run, damaged, capsys):
+    newest, before = latest_checkpoint(run), checkpoints(run)[1]
+    (newest / damaged).write_text("broken")
+    set_damaged_aside(run)
+    assert latest_checkpoint(run) == before
+    assert (run / f"damaged-{newest.name}" / damaged).read_text() == "broken"
+    said = capsys.readouterr().out
+    assert f"{damaged}: damaged" in said
+    assert f"going on from {before.name}" in said
+
+
+def test_a_checkpoint_that_is_damaged_again_after_it_was_made_again_is_kept_too(run):
+    newest = latest_checkpoint(run)
+    whole = shutil.copytree(newest, run / "whole")
+    for content in ("broken", "broken again"):
+        (newest / STATE_NAME).write_text(content)
+        set_damaged_aside(run)
+        shutil.copytree(whole, newest)
+    kept = [run / f"damaged-{newest.name}{again}" / STATE_NAME for again in ("", "-again")]
+    assert [path.read_text() for path in kept] == ["broken", "broken again"]
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(run):
+    for checkpoint in checkpoints(run):
+        (checkpoint / "critic" / "model.safetensors").unlink()
+    before = names(run)
+    with pytest.raises(CheckpointError, match=r"iteration-000009.*missing"):
+        set_damaged_aside(run)
+    assert names(run) == before

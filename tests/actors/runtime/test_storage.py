@@ -1,0 +1,96 @@
+"""A run's history is a local directory to those who write it, wherever the run is stored."""
+
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from actors.runtime.storage import (
+    HistoryDirectory,
+    absolute_storage_path,
+    checkpoint_name,
+    checkpoint_names,
+    remove_broken_list,
+    remove_leftover,
+    require_space,
+    resolve_run,
+    run_exists,
+    size_of,
+)
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.training.metrics_log import MetricsLog
+
+
+def test_local_history_is_written_in_place(tmp_path):
+    for storage_path in (str(tmp_path), f"file://{tmp_path}"):
+        history = HistoryDirectory(*resolve_run(storage_path, "run"))
+        assert history.local == tmp_path / "run" / "history"
+    MetricsLog(history.local, 0).write("train", 1, {"loss": 0.5})
+    history.close()
+    assert (tmp_path / "run" / "history" / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1, "loss": 0.5}\n'
+
+
+def test_remote_history_is_copied_up_and_continued(tmp_path):
+    # A file system that is not local as far as anyone can tell, kept in a folder.
+    remote = pafs.PyFileSystem(pafs.FSSpecHandler(DirFileSystem(str(tmp_path), LocalFileSystem())))
+    assert not run_exists(remote, "bucket/run")
+    for step in (1, 2):
+        history = HistoryDirectory(remote, "bucket/run")
+        log = MetricsLog(history.local, step - 1)
+        log.write("train", step, {"loss": 0.5})
+        log.close()
+        history.close()
+        assert not history.local.exists()
+    stored = tmp_path / "bucket" / "run" / "history" / "metrics.jsonl"
+    assert len(stored.read_text().splitlines()) == 2
+    assert run_exists(remote, "bucket/run")
+
+
+def test_a_leftover_goes_and_its_neighbours_stay(tmp_path):
+    for checkpoint in ("step-1", "step-2"):
+        (tmp_path / "run" / checkpoint / "resume").mkdir(parents=True)
+    run = resolve_run(str(tmp_path), "run")
+    for _ in range(2):
+        remove_leftover(*run, "step-2")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-1"]
+
+
+def test_paths_become_absolute_and_uris_stay():
+    assert absolute_storage_path("runs") == str(Path.cwd() / "runs")
+    assert absolute_storage_path("s3://bucket/runs") == "s3://bucket/runs"
+
+
+def test_checkpoints_are_listed_from_the_newest_on_and_one_made_again_comes_before_the_one_that_was_damaged(tmp_path):
+    run = resolve_run(str(tmp_path), "run")
+    assert checkpoint_names(*run) == []
+    for name in ("step-000009", "step-000030", "step-000030-again", "step-1000000", "history", "step-x", "old-step-1"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    assert checkpoint_names(*run) == ["step-1000000", "step-000030-again", "step-000030", "step-000009"]
+    assert checkpoint_name(30) == "step-000030"
+
+
+def test_a_list_that_cannot_be_read_goes_and_another_stays(tmp_path, capsys):
+    run, path = resolve_run(str(tmp_path), "run"), tmp_path / "run" / "checkpoint_manager_snapshot.json"
+    remove_broken_list(*run)
+    path.parent.mkdir()
+    path.write_text("{}")
+    remove_broken_list(*run)
+    assert path.exists()
+    assert not capsys.readouterr().out
+    path.write_text("")
+    remove_broken_list(*run)
+    assert not path.exists()
+    assert f"{path} could not be read" in capsys.readouterr().out
+
+
+def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path):
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    for path in (tmp_path / "run" / "one", tmp_path / "run" / "deep" / "other"):
+        path.write_bytes(bytes(700))
+    assert size_of(tmp_path / "run") == 1400
+    run = resolve_run(str(tmp_path), "run")
+    require_space(*run, 1400)
+    with pytest.raises(CheckpointError, match="takes up to 1e\\+12 MB"):
+        require_space(*run, 10**18)

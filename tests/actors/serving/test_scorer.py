@@ -1,0 +1,168 @@
+"""One scorer by itself: what it refuses to serve, how it names what it serves, and what becomes of its shards."""
+
+import asyncio
+import gc
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import ray
+
+from actors.serving.scorer import LocalCritic, Scorer
+from rlhf_critic.checkpoint.critic_directory import load_critic, read_card, weights_digest
+from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonComponent, ScorerConfig
+from rlhf_critic.errors import CheckpointError, ConfigError, ScorerUnavailable
+from tests.actors.scorers import make_conversations, rewards_by_engine
+from tests.helpers import wait_until
+
+TOLERANCE = 1e-5
+
+
+def test_a_published_critic_is_swapped_between_calls(critics):
+    items = make_conversations(8)
+    wanted = {name: rewards_by_engine(path, items) for name, path in critics.items()}
+    configs = {name: ScorerConfig(checkpoint=path) for name, path in critics.items()}
+    scorer = Scorer(configs["first"])
+    with ThreadPoolExecutor(8) as callers:
+        calls = [callers.submit(scorer.score, items) for _ in range(60)]
+        scorer.publish(configs["second"])
+        calls += [callers.submit(scorer.score, items) for _ in range(10)]
+        for call in calls:
+            scores = call.result(60)
+            name = "first" if scores.model_version.startswith("tiny@1#") else "second"
+            np.testing.assert_allclose(scores.rewards_S, wanted[name], atol=TOLERANCE)
+    assert calls[-1].result().model_version == scorer.info().model_version
+    assert scorer.info().model_version.startswith("tiny@2#")
+    scorer.close()
+    with pytest.raises(ScorerUnavailable, match="shutting down"):
+        scorer.score(items)
+
+
+def test_the_weights_of_a_critic_that_was_replaced_are_freed_though_nobody_collects_garbage(critics):
+    """As in a replica, whose first critic Serve has frozen out of the collector."""
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"], components=(CriticComponent(), LengthPenalty())))
+    tensors = list(scorer._version.backend._critic.parameters())
+    assert sum(tensor.numel() for tensor in tensors) > 10_000
+    gc.freeze()
+    try:
+        scorer.publish(ScorerConfig(checkpoint=critics["second"]))
+        assert sum(tensor.numel() for tensor in tensors) == 0
+    finally:
+        gc.unfreeze()
+    assert len(scorer.score(make_conversations(2)).rewards_S) == 2
+    scorer.close()
+
+
+def test_the_weights_of_a_critic_that_is_refused_once_loaded_are_freed_too(critics, monkeypatch):
+    loaded = []
+
+    class Watched(LocalCritic):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            loaded.append(list(self._critic.parameters()))
+
+    monkeypatch.setattr("actors.serving.scorer.LocalCritic", Watched)
+    missing = PythonComponent(name="mine", function="nowhere:f")
+    with pytest.raises(ConfigError, match="component 'mine'"):
+        Scorer(ScorerConfig(checkpoint=critics["first"], components=(CriticComponent(), missing)))
+    (tensors,) = loaded
+    assert sum(tensor.numel() for tensor in tensors) == 0
+
+
+def test_a_call_that_is_cancelled_while_it_is_encoded_is_not_computed(critics):
+    computed, go_on = [], threading.Event()
+
+    def on_batch(record):
+        computed.append(record.sequences)
+        assert go_on.wait(60)
+
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]), on_batch=on_batch)
+    version = scorer._version
+    scorer.score(make_conversations(1))  # after which the queue stands still
+
+    async def cancel_one():
+        with version._encoding:  # for which its thread waits
+            asked = asyncio.create_task(scorer.score_async(make_conversations(4)))
+            await asyncio.sleep(0.2)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+        while not any(request.future.cancelled() for request in version.batcher._queue):
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(cancel_one(), 60))
+    go_on.set()
+    scorer.score(make_conversations(1))
+    scorer.close()
+    assert computed == [1, 1]
+
+
+def test_a_version_names_all_that_decides_a_reward(critics):
+    config = ScorerConfig(checkpoint=critics["first"])
+    scorer = Scorer(config)
+    seen = {scorer.info().model_version}
+    for changes in (
+        {"normalize": True},
+        {"components": (CriticComponent(), LengthPenalty())},
+        {"components": (CriticComponent(weight=2.0),)},
+        {"checkpoint": critics["second"]},
+    ):
+        scorer.publish(config.model_copy(update=changes))
+        assert scorer.info().model_version not in seen
+        seen.add(scorer.info().model_version)
+    scorer.publish(config.model_copy(update={"token_budget": 64}))
+    assert scorer.info().model_version in seen, "a token budget changes no reward"
+    scorer.close()
+
+
+def test_what_is_not_what_was_published_is_refused_and_changes_nothing(critics, tmp_path):
+    config = ScorerConfig(checkpoint=critics["first"], digest=weights_digest(critics["first"]))
+    scorer = Scorer(config)
+    before = scorer.info()
+    with pytest.raises(CheckpointError, match="its files are not those that were published"):
+        scorer.publish(config.model_copy(update={"checkpoint": critics["second"]}))
+    unscaled = shutil.copytree(critics["second"], tmp_path / "unscaled")
+    card = read_card(unscaled).model_copy(update={"reward_std": None})
+    (unscaled / "critic.json").write_text(card.model_dump_json())
+    with pytest.raises(CheckpointError, match="no reward mean and standard deviation"):
+        scorer.publish(ScorerConfig(checkpoint=str(unscaled), normalize=True))
+    missing = PythonComponent(name="mine", function="nowhere:f")
+    with pytest.raises(ConfigError, match="component 'mine'"):
+        scorer.publish(config.model_copy(update={"components": (CriticComponent(), missing)}))
+    with pytest.raises(CheckpointError, match="no such directory"):
+        scorer.publish(ScorerConfig(checkpoint="/nowhere"))
+    assert scorer.info() == before
+    assert len(scorer.score(make_conversations(2)).rewards_S) == 2
+    scorer.close()
+
+
+@pytest.mark.timeout(300)
+def test_two_shards_give_the_rewards_of_one_and_leave_nothing_behind(ray_address, critics):
+    free = ray.available_resources()["CPU"]
+    items = make_conversations(30)
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"], token_budget=128), shards=2)
+    scores = scorer.score(items, values=True)
+    np.testing.assert_allclose(scores.rewards_S, rewards_by_engine(critics["first"], items), atol=TOLERANCE)
+    whole = Scorer(ScorerConfig(checkpoint=critics["first"]))
+    for one, other in zip(scores.values, whole.score(items, values=True).values, strict=True):
+        np.testing.assert_allclose(one, other, atol=TOLERANCE)
+    # Callers at the same time make one order of calls for both shards.
+    with ThreadPoolExecutor(6) as callers:
+        for call in [callers.submit(scorer.score, items[n : n + 5]) for n in range(0, 25, 5)]:
+            call.result(120)
+    scorer.require_whole()
+    ray.kill(scorer._version.backend._group._ranks[1])
+    with pytest.raises(ScorerUnavailable, match="lost one of its 2 shards"):
+        scorer.score(items)
+    with pytest.raises(ScorerUnavailable, match="must be started again"):
+        scorer.require_whole()
+    scorer.close()
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == free, "the shards' CPUs", 60)
+
+
+def test_the_encoder_of_a_scorer_is_that_of_the_critic(critics):
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]))
+    assert scorer.info().fingerprint == load_critic(critics["first"]).encoder.fingerprint
+    scorer.close()

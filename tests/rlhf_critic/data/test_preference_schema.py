@@ -1,0 +1,142 @@
+"""Each way of writing a preference means the same preference."""
+
+import pytest
+
+from rlhf_critic.data.preference_schema import parse_row
+from rlhf_critic.errors import DataError
+
+USER = {"role": "user", "content": "Name a prime."}
+CHOSEN = {"role": "assistant", "content": "7 is prime."}
+REJECTED = {"role": "assistant", "content": "9 is prime."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def parsed(row, **fields):
+    return parse_row("file:7", row, fields)
+
+
+STANDARD = [("Name a prime.", "7 is prime."), ("Name a prime.", "9 is prime.")]
+TURNS = [([USER], "7 is prime."), ([USER], "9 is prime.")]
+
+SHAPES = {
+    "standard, explicit prompt": (
+        {"prompt": "Name a prime.", "chosen": "7 is prime.", "rejected": "9 is prime."},
+        STANDARD,
+    ),
+    "standard, implicit prompt": (
+        {"chosen": "Name a prime. 7 is prime.", "rejected": "Name a prime. 71 is prime."},
+        [("Name a prime. ", "7 is prime."), ("Name a prime. ", "71 is prime.")],
+    ),
+    "conversational, explicit prompt": ({"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]}, TURNS),
+    "conversational, implicit prompt": ({"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}, TURNS),
+    "transcript (Human, Assistant)": (
+        {
+            "chosen": "\n\nHuman: Name a prime.\n\nAssistant: 7 is prime.",
+            "rejected": "\n\nHuman: Name a prime.\n\nAssistant: 9 is prime.",
+        },
+        TURNS,
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_recognised_by_itself(shape):
+    row, conversations = SHAPES[shape]
+    preference = parsed(row)
+    assert preference.shape == shape
+    assert preference.conversations() == conversations
+    assert preference.margin is None
+
+
+@pytest.mark.parametrize("prompt", ["Name a prime.", [USER]])
+def test_a_prompt_that_the_turns_repeat_is_there_once(prompt):
+    preference = parsed({"prompt": prompt, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]})
+    assert preference.conversations() == TURNS
+
+
+def test_turns_before_the_last_may_differ():
+    other = {"role": "user", "content": "Another one?"}
+    preference = parsed({"chosen": [SYSTEM, USER, CHOSEN, other, CHOSEN], "rejected": [SYSTEM, USER, REJECTED]})
+    assert [turn.model_dump() for turn in preference.prompt] == [SYSTEM, USER]
+    assert preference.conversations() == [
+        ([SYSTEM, USER, CHOSEN, other], "7 is prime."),
+        ([SYSTEM, USER], "9 is prime."),
+    ]
+
+
+def test_a_transcript_keeps_its_turns():
+    opening = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A prime?"
+    preference = parsed({"chosen": f"{opening}\n\nAssistant: 7", "rejected": f"{opening}\n\nAssistant: 9"})
+    assert [turn.role for turn in preference.prompt] == ["user", "assistant", "user"]
+    assert [response[-1].content for response in preference.responses] == ["7", "9"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("one two", "one three", "one "),
+        ("one", "one two", ""),
+        ("a b", "a b c", "a "),
+        ("same", "same", ""),
+        ("x", "y", ""),
+    ],
+)
+def test_the_prompt_that_texts_share_ends_with_a_word_and_leaves_a_response(chosen, rejected, prompt):
+    preference = parsed({"chosen": chosen, "rejected": rejected})
+    assert preference.prompt == prompt
+    assert all(preference.responses)
+    assert [preference.prompt + response for response in preference.responses] == [chosen, rejected]
+
+
+def test_identical_conversations_still_have_a_last_turn_to_judge():
+    preference = parsed({"chosen": [USER, CHOSEN], "rejected": [USER, CHOSEN]})
+    assert preference.conversations() == [TURNS[0], TURNS[0]]
+
+
+def test_rankings_scores_subsets_and_other_names():
+    ranking = parsed({"prompt": "p", "ranked": ["best", "middle", "worst"], "subset": "maths"})
+    assert ranking.responses == ("best", "middle", "worst")
+    assert (ranking.subset, ranking.shape) == ("maths", "standard, explicit prompt, ranked")
+    scored = parsed({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 8, "rejected_score": 5.5})
+    assert scored.margin == 2.5
+    assert parsed({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "0.5"}).margin == 0.5  # a csv has only text
+    renamed = parsed({"instruction": "p", "output_1": "a", "rejected": "b"}, prompt="instruction", chosen="output_1")
+    assert renamed.conversations() == [("p", "a"), ("p", "b")]
+    assert parsed({"prompt": "p", "chosen": "a", "rejected": "b", "margin": None, "ranked": None}).subset == ""
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+BAD = [
+    ({"prompt": "p", "chosen": "a"}, "'rejected': missing"),
+    ({"prompt": "p"}, "'chosen': missing"),
+    ({**GOOD, "ranked": ["a", "b"]}, "'ranked': beside"),
+    ({"prompt": "p", "ranked": ["a"]}, "'ranked': .*at least 2"),
+    ({**GOOD, "prompt": 3}, "'prompt.*'"),
+    ({**GOOD, "chosen": ""}, "'chosen.*': .*at least 1"),
+    ({**GOOD, "chosen": 3}, "'chosen.*'"),
+    ({**GOOD, "rejected": []}, "'rejected.*': .*at least 1"),
+    ({**GOOD, "margin": float("nan")}, "'margin': .*finite"),
+    ({**GOOD, "margin": float("inf")}, "'margin': .*finite"),
+    ({**GOOD, "chosen_score": 1.0, "rejected_score": 2.0}, "'chosen_score': 1.0 is below rejected_score 2.0"),
+    ({**GOOD, "prompt": [{"role": "user"}]}, "'prompt.*content': Field required"),
+    ({**GOOD, "prompt": [{**USER, "tool_calls": [1]}]}, "'prompt.*tool_calls': Extra"),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [REJECTED]}, "'chosen': must end with a turn of the assistant"),
+    (
+        {"prompt": [USER], "chosen": [{**CHOSEN, "content": ""}], "rejected": [REJECTED]},
+        "'chosen': the last turn is empty",
+    ),
+    ({**GOOD, "subset": 3}, "'subset'"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_bad_row_is_refused_by_place_and_field(row, message):
+    with pytest.raises(DataError, match=f"file:7: field {message}"):
+        parsed(row)
+
+
+def test_errors_use_the_names_in_the_data():
+    with pytest.raises(DataError, match="field 'output_1'"):
+        parsed({"prompt": "p", "rejected": "b"}, chosen="output_1")
+    with pytest.raises(DataError, match="field 'output_1"):
+        parsed({"prompt": "p", "output_1": 3, "rejected": "b"}, chosen="output_1")

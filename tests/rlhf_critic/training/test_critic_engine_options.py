@@ -1,0 +1,101 @@
+"""Freezing and offloading do what they say at every ZeRO stage, and change nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_critic.config.model import ModelConfig
+from rlhf_critic.config.train import TrainConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.preferences import load_preferences
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.model.factory import check_critic_model, create_critic_model
+from rlhf_critic.training.critic_engine import CriticEngine
+from tests.rlhf_critic.training.test_critic_engine import OPTIONS, STEPS, make, train, whole_weights
+
+FROZEN = ("model.embed_tokens.weight", "model.layers.0.")
+
+
+def train_frozen(source: str, data: str, cache: str, stage: int, freeze_layers: int) -> tuple[list[float], list, list]:
+    encoder = Encoder(load_tokenizer(source), max_length=64)
+    options = OPTIONS.model_copy(update={"zero_stage": stage})
+    model = ModelConfig(path=source, freeze_layers=freeze_layers)
+    engine = CriticEngine.from_pretrained(encoder, model, options, STEPS)
+    before = whole_weights(engine)
+    metrics = train(engine, load_preferences(data, encoder, cache), 4)
+    after = whole_weights(engine)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    return [step["loss"] for step in metrics], sorted(before), sorted(moved)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def test_frozen_layers_stay_as_they_are(ranks, tiny_model, preference_file, cache):
+    losses = []
+    for stage in (0, 1, 2, 3):
+        of_stage, names, moved = ranks(2).run(train_frozen, tiny_model, preference_file, cache, stage, 1)[0]
+        assert moved == [name for name in names if not name.startswith(FROZEN)]
+        losses.append(of_stage)
+    for of_stage in losses[1:]:
+        np.testing.assert_allclose(of_stage, losses[0], rtol=1e-4)
+
+
+def freeze_too_many(source: str) -> None:
+    encoder = Encoder(load_tokenizer(source), max_length=64)
+    with pytest.raises(CheckpointError, match=r"model.freeze_layers is 3, but the model has 2 layers"):
+        CriticEngine.from_pretrained(encoder, ModelConfig(path=source, freeze_layers=3), OPTIONS, STEPS)
+
+
+def test_more_layers_than_there_are_cannot_be_frozen(ranks, tiny_model):
+    ranks(1).run(freeze_too_many, tiny_model)
+
+
+def losses_of(source: str, data: str, cache: str, stage: int, changes: dict) -> list[float]:
+    engine, preferences, _ = make(source, data, cache, stage, **changes)
+    return [step["loss"] for step in train(engine, preferences, 4)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (1, {"offload_optimizer": True}),
+        (2, {"offload_optimizer": True}),
+        (3, {"offload_optimizer": True, "offload_parameters": True}),
+    ],
+)
+def test_offloading_changes_no_loss(ranks, tiny_model, preference_file, cache, stage, changes):
+    offloaded, kept = (
+        ranks(2).run(losses_of, tiny_model, preference_file, cache, stage, options)[0] for options in (changes, {})
+    )
+    np.testing.assert_allclose(offloaded, kept, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zero_stage": 0, "offload_optimizer": True}, "needs zero_stage 1, 2 or 3"),
+        ({"zero_stage": 2, "offload_parameters": True}, "needs zero_stage 3"),
+        ({"early_stopping_patience": 2}, "needs train.validate_every"),
+        ({"loss": "per_token", "margin_scale": 1.0}, "not for per_token"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_a_base_model_is_checked_and_counted_without_its_weights(tiny_model, tied_model):
+    for source in (tiny_model, tied_model):
+        tokenizer = load_tokenizer(source)
+        checked = check_critic_model(source, tokenizer)
+        built = create_critic_model(source, tokenizer, None).model
+        assert {p.device.type for p in checked.parameters()} == {"meta"}
+        assert [(name, p.shape) for name, p in checked.named_parameters()] == [
+            (name, p.shape) for name, p in built.named_parameters()
+        ]
+        assert len(list(check_critic_model(source, tokenizer, num_layers=1).parameters())) < len(
+            list(built.parameters())
+        )
