@@ -12,7 +12,7 @@ from rlhf_critic.errors import ConfigError, CriticError
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
 # Where Ray unpacks the working directory of a submitted job.
 RAY_PACKAGE_FOLDER = "working_dir_files"
 
@@ -35,13 +35,13 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         print(f"failed: {error}. Free some space; a run that was begun goes on with --resume", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
 
-def refuse_in_package(option: str, path: str) -> None:
+def validate_outside_package(option: str, path: str) -> None:
     """Refuses to write into the copy of the working directory that Ray makes for a submitted job.
 
     Args:

@@ -15,7 +15,7 @@ from rlhf_critic.batching.prefix_tree import PrefixTree
 from rlhf_critic.batching.sampler import global_batch
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.factory import DTYPE_OF, check_critic_model, limit_training, require_positions
+from rlhf_critic.model.factory import DTYPE_OF, check_critic_model, limit_training, validate_positions
 from rlhf_critic.training.memory_estimate import ModelCount, activation_bytes, count_model, shard_memory
 
 SAMPLED_STEPS = 8
@@ -29,7 +29,7 @@ def plan_table(config: TrainJobConfig) -> Table:
     """
     data = load_data(config)
     model = check_critic_model(config.model.path, data.encoder.tokenizer, config.model.num_layers)
-    require_positions(model, data.encoder.max_length)
+    validate_positions(model, data.encoder.max_length)
     embedding = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
     options = config.train
     critic = Critic(model, prefix_tree=config.model.prefix_tree)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actors.runtime.storage import directory_at
+from actors.runtime.storage import local_directory
 from jobs.cli import run_job
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import LoadedCritic, load_critic
@@ -35,7 +35,7 @@ from rlhf_critic.evaluation.report import (
     WrongExample,
     best_of_n_figures,
     preference_figures,
-    refuse_report,
+    validate_report_directory,
     write_report,
     wrong_example,
 )
@@ -46,7 +46,7 @@ def main() -> None:
     """Evaluates, prints and writes the report."""
     config = parse_command_line(EvaluateJobConfig, prog="python -m jobs.evaluate")
     if config.report is not None:
-        refuse_report(config.report)
+        validate_report_directory(config.report)
     evaluation, page = evaluate(config)
     if config.report is not None:
         metrics = {"critic": page.critic, "source": page.source, "evaluation": evaluation.to_dict()}
@@ -70,7 +70,7 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
     Raises:
         CriticError: The checkpoint or the data cannot be read.
     """
-    with directory_at(config.checkpoint) as directory:
+    with local_directory(config.checkpoint) as directory:
         loaded = load_critic(directory)
     _, first_row = next(read_rows(config.data))
     judge = _judge_best_of_n if is_best_of_n(first_row) else _judge_preferences

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actors.runtime.storage import directory_at
+from actors.runtime.storage import local_directory
 from jobs.cli import run_job
 from rlhf_critic.checkpoint.convert import AUTO_FORMAT, convert_checkpoint
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, RESUME_FOLDER, CriticCard
@@ -23,7 +23,7 @@ CONVERSION_OPTIONS = ("base", "max_length", "chat_template", "head_bias")
 def main() -> None:
     """Exports or converts, and says how to load the result."""
     config = parse_command_line(ExportJobConfig, prog="python -m jobs.export")
-    with directory_at(config.checkpoint) as directory:
+    with local_directory(config.checkpoint) as directory:
         card = make_critic_directory(directory, config)
     trust = ", trust_remote_code=True" if config.auto_map else ""
     print(f"exported {card.version} to {config.out}; load it anywhere with")

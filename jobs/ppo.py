@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.ppo.checkpoint import latest_checkpoint, read_state, set_damaged_aside
-from actors.ppo.trainer import PPOOutcome, PPORun, critic_options
+from actors.ppo.checkpoint import latest_checkpoint, quarantine_damaged_checkpoints, read_state
+from actors.ppo.trainer import PPOOutcome, PPOTrainer, critic_options
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
 from actors.serving.job_cleanup import ends_with_this_job
-from jobs.cli import refuse_in_package, run_job
+from jobs.cli import run_job, validate_outside_package
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line
@@ -59,8 +59,8 @@ def run(config: PPOJobConfig) -> PPOOutcome:
             rewards or rollouts did not come, or the policy ran away.
         RankLost: The critic or the policy was lost more often than ``run.max_failures``.
     """
-    config.require_complete()
-    refuse_in_package("run.storage_path", config.run.storage_path)
+    config.validate_complete()
+    validate_outside_package("run.storage_path", config.run.storage_path)
     config = with_absolute_paths(config)
     prompts, held_out = read_prompts(config)
     with lock_run(config.run.storage_path, config.run.name):
@@ -74,21 +74,21 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
             f"there is a run named {config.run.name!r} in {config.run.storage_path}: continue it with --resume, or "
             "choose another --run.name"
         )
-    set_damaged_aside(directory)
+    quarantine_damaged_checkpoints(directory)
     if config.resume and latest_checkpoint(directory) is None:
         print(f"there is no checkpoint of {config.run.name!r} in {config.run.storage_path} yet: starting it")
     if not config.run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    refuse_before_start(config, prompts)
+    validate_before_start(config, prompts)
     started_ray = join_ray(may_start=True)
     try:
         if started_ray:
-            require_room(config)
+            validate_room(config)
         with scorers(config), connect(config.reward.app, deadline_s=config.reward.deadline_s) as client:
             failures = 0
             while True:
                 try:
-                    with PPORun(config, prompts, held_out, client) as attempt:
+                    with PPOTrainer(config, prompts, held_out, client) as attempt:
                         return finish(attempt.run())
                 except RankLost as error:
                     failures += 1
@@ -101,7 +101,7 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
             ray.shutdown()
 
 
-def refuse_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
+def validate_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
     """Finds what actors would only find after they were started.
 
     Raises:
@@ -113,7 +113,7 @@ def refuse_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
         read_state(checkpoint, config, prompts)
 
 
-def require_room(config: PPOJobConfig) -> None:
+def validate_room(config: PPOJobConfig) -> None:
     """Checks that a Ray of the job's own, to which nobody will add nodes, has room for all actors.
 
     Raises:

@@ -32,12 +32,12 @@ def main() -> None:
     if not Path(str(config.reward.checkpoint)).exists():
         print("the reward model comes first: the quickstart's critic")
         quickstart.main()
-    bring_prompts(Path(config.prompts.train[0]), Path(config.prompts.validation[0]))
+    make_prompts(Path(config.prompts.train[0]), Path(config.prompts.validation[0]))
     resume = (Path(config.run.storage_path) / config.run.name).exists()
     show(Console(), run(config.model_copy(update={"resume": resume})))
 
 
-def bring_prompts(train: Path, validation: Path) -> None:
+def make_prompts(train: Path, validation: Path) -> None:
     """Writes the beginnings of the quickstart's texts as prompts; those held out there are held out here."""
     of_quickstart = Path(quickstart.load_config_file(quickstart.TrainJobConfig, str(quickstart.CONFIG)).data.train[0])
     seen: set[str] = set()

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from actors.runtime.storage import resolve_run, run_exists
 from jobs.cli import run_job
-from jobs.quickstart_data import QuickstartError, bring_model, bring_preferences
+from jobs.quickstart_data import QuickstartError, download_model, download_preferences
 from jobs.train import checkpoint_of, train
 from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, read_card
 from rlhf_critic.checkpoint.export import export_critic
@@ -44,8 +44,8 @@ def main() -> None:
     console = Console()
     config = load_config_file(TrainJobConfig, str(CONFIG))
     export = Path(config.run.storage_path) / f"{config.run.name}{EXPORT_SUFFIX}"
-    bring_model(Path(config.model.path))
-    bring_preferences(Path(config.data.train[0]), Path(config.data.validation[0]))
+    download_model(Path(config.model.path))
+    download_preferences(Path(config.data.train[0]), Path(config.data.validation[0]))
     if not export.exists():
         resume = run_exists(*resolve_run(config.run.storage_path, config.run.name))
         result = train(config.model_copy(update={"resume": resume}))
@@ -80,7 +80,7 @@ def plain_scores(export: Path) -> list[float]:
     Raises:
         QuickstartError: The process failed or took too long.
     """
-    script = Path(__file__).with_name("load_anywhere.py")
+    script = Path(__file__).parent / "examples" / "score_with_transformers.py"
     try:
         finished = subprocess.run(
             # -I: neither this folder nor the environment is on the path of that process.

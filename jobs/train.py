@@ -25,7 +25,7 @@ from actors.runtime.session import init_ray
 from actors.runtime.storage import absolute_storage_path, remove_broken_list, resolve_run, run_exists
 from actors.training.result import SCORE, TrainOutcome
 from actors.training.torch_backend import PrivateTorchConfig
-from jobs.cli import FULL, refuse_in_package, run_job
+from jobs.cli import DISK_FULL_ERRNOS, run_job, validate_outside_package
 from jobs.run_lock import lock_run
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
@@ -42,7 +42,7 @@ GROW_EVERY_S = 60.0  # how often an elastic group looks whether it can grow
 def main() -> None:
     """Reads the options, runs the job and says where the critic is."""
     config = parse_command_line(TrainJobConfig, prog="python -m jobs.train")
-    config.require_complete()
+    config.validate_complete()
     if config.dry_run:
         from jobs.dry_run import plan_table
 
@@ -123,8 +123,8 @@ def train(config: TrainJobConfig) -> Result:
         PlacementError: The workers could not be placed in time.
         TrainingFailedError: Workers were lost more often than ``run.max_failures``.
     """
-    config.require_complete()
-    refuse_in_package("run.storage_path", config.run.storage_path)
+    config.validate_complete()
+    validate_outside_package("run.storage_path", config.run.storage_path)
     if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
     config = with_absolute_paths(config)
@@ -193,7 +193,7 @@ def _train(config: TrainJobConfig) -> Result:
         except ControllerError as error:
             if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
                 raise PlacementError(_why_not_placed(config, "num_workers")) from error
-            if getattr(error.controller_failure, "errno", None) in FULL:
+            if getattr(error.controller_failure, "errno", None) in DISK_FULL_ERRNOS:
                 raise CheckpointError(
                     f"{run.storage_path}: {error.controller_failure}; the checkpoints of the run {run.name!r} are "
                     "whole. Free some space, and go on with --resume"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from rlhf_critic.errors import CheckpointError
 
-OTHERWISE = "Take another checkpoint of the run, or another copy of this one"
+TRY_ANOTHER_CHECKPOINT = "Take another checkpoint of the run, or another copy of this one"
 
 
 MANIFEST_PATTERN = "manifest-{node}-of-{nodes}.json"
 
 
 @contextmanager
-def whole_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path) -> Iterator[Path]:
     """A directory that appears at ``path`` when the block ends well, and never otherwise.
 
     Raises:
@@ -76,7 +76,7 @@ def verify_manifest(directory: str | Path) -> None:
     manifests, nodes = _manifests(directory)
     if len(manifests) != nodes:
         raise CheckpointError(
-            f"{directory}: {len(manifests)} of {nodes} manifests: this checkpoint was not written whole. {OTHERWISE}"
+            f"{directory}: {len(manifests)} of {nodes} manifests: this checkpoint was not written whole. {TRY_ANOTHER_CHECKPOINT}"
         )
     for manifest in manifests:
         _verify_files(directory, _read_manifest(manifest))
@@ -94,7 +94,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, int]]:
         files = json.loads(path.read_text(encoding="utf-8"))
         return {name: (recorded["bytes"], recorded["crc32"]) for name, recorded in files.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged (no manifest: {error}). {OTHERWISE}") from error
+        raise CheckpointError(f"{path}: damaged (no manifest: {error}). {TRY_ANOTHER_CHECKPOINT}") from error
 
 
 def _verify_files(directory: Path, files: dict[str, tuple[int, int]]) -> None:
@@ -103,9 +103,9 @@ def _verify_files(directory: Path, files: dict[str, tuple[int, int]]) -> None:
         try:
             whole = path.stat().st_size == size and _crc32(path) == checksum
         except OSError as error:
-            raise CheckpointError(f"{path}: missing, or not to be read ({error}). {OTHERWISE}") from error
+            raise CheckpointError(f"{path}: missing, or not to be read ({error}). {TRY_ANOTHER_CHECKPOINT}") from error
         if not whole:
-            raise CheckpointError(f"{path}: damaged (size or checksum differs). {OTHERWISE}")
+            raise CheckpointError(f"{path}: damaged (size or checksum differs). {TRY_ANOTHER_CHECKPOINT}")
 
 
 def _crc32(path: Path) -> int:

@@ -334,7 +334,7 @@ class Killer:
             "replica": lambda: [pid for pid in pids_of("ray::ServeReplica:scorers:Scorer") if pid != self._spared],
             "HTTP gateway": lambda: pids_of("ray::ServeReplica:scorers:Gateway"),
             "HTTP proxy": lambda: pids_of("ray::ProxyActor"),
-            "pool board": lambda: pids_of("ray::PoolBoard"),
+            "pool board": lambda: pids_of("ray::ReplicaStatus"),
             "training worker": lambda: pids_of("ray::RayTrainWorker"),
             "training driver": self._driver,
         }

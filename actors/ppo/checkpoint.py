@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from actors.runtime.storage import AGAIN
+from actors.runtime.storage import REWRITTEN_SUFFIX
 from rlhf_critic.algorithms.ppo import RunningMoments
 from rlhf_critic.checkpoint.critic_directory import weights_digest
 from rlhf_critic.config.ppo import PPOJobConfig
@@ -21,7 +21,7 @@ from rlhf_critic.data.prompts import Prompts
 from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.files import verify_manifest
 
-STATE_NAME = "state.json"
+PPO_STATE_NAME = "state.json"
 POLICY_FOLDER, CRITIC_FOLDER = "policy", "critic"
 CHECKPOINT_PATTERN = "iteration-{:06d}"
 # Options that a resumed run may change. They decide where and how fast, not what; and who judges, which may change
@@ -73,7 +73,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def set_damaged_aside(directory: Path) -> None:
+def quarantine_damaged_checkpoints(directory: Path) -> None:
     """Gives checkpoints that were damaged since they were written other names, so that an earlier one is the latest.
 
     Raises:
@@ -90,7 +90,7 @@ def set_damaged_aside(directory: Path) -> None:
         for path, damage in damaged:
             name = path.with_name(f"damaged-{path.name}")
             while name.exists():  # one of this iteration was damaged before
-                name = name.with_name(f"{name.name}{AGAIN}")
+                name = name.with_name(f"{name.name}{REWRITTEN_SUFFIX}")
             aside = path.rename(name)
             print(f"warning: {damage}. It is now {aside.name}; going on from {checkpoint.name}")
         return
@@ -106,9 +106,9 @@ def read_state(checkpoint: Path, config: PPOJobConfig, prompts: Prompts) -> RunS
         ConfigError: An option that decides the results was changed, or the prompts or the base model were.
     """
     try:
-        state = RunState.model_validate_json((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        state = RunState.model_validate_json((checkpoint / PPO_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise CheckpointError(f"{checkpoint / STATE_NAME}: cannot be read: {error}") from error
+        raise CheckpointError(f"{checkpoint / PPO_STATE_NAME}: cannot be read: {error}") from error
     changed = changed_options(state.options, config.model_dump(mode="json"))
     if changed:
         raise ConfigError(

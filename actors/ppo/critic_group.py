@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from actors.runtime.rank_group import START_TIMEOUT_S, Rank, RankGroup, write_failures_told
-from rlhf_critic.algorithms.response_tokens import check_rollouts
+from rlhf_critic.algorithms.response_tokens import validate_rollouts
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, load_encoder, read_card
 from rlhf_critic.config.model import EncodingConfig, ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import verify_manifest, whole_directory, write_manifest
+from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest
 from rlhf_critic.training.critic_engine import CriticEngine, ValueMetrics
 from rlhf_critic.training.offload import Offloaded
 
@@ -99,7 +99,7 @@ class CriticShard(Rank):
     def values(self, sequences: Sequence[TokenIds]) -> tuple[list[NDArray[np.float32]], int] | None:
         """The values at every token, and how many tokens were computed for them."""
         engine = self._engine_at_hand()
-        require_known_ids(sequences, engine.critic.model)
+        validate_token_ids(sequences, engine.critic.model)
         with torch.no_grad():
             values = engine.values(sequences)
         return (values, engine.computed_tokens) if self.rank == 0 else None
@@ -107,7 +107,7 @@ class CriticShard(Rank):
     def update(self, rollouts: dict[str, Any], clip: float | None) -> ValueMetrics:
         """See `rlhf_critic.training.critic_engine.CriticEngine.update`."""
         engine = self._engine_at_hand()
-        require_known_ids(rollouts["sequences"], engine.critic.model)
+        validate_token_ids(rollouts["sequences"], engine.critic.model)
         return engine.update(**rollouts, clip=clip)
 
     def save(self, directory: str, name: str) -> None:
@@ -160,7 +160,7 @@ class CriticShard(Rank):
         return self._engine
 
 
-def require_known_ids(sequences: Sequence[TokenIds], model: PreTrainedModel) -> None:
+def validate_token_ids(sequences: Sequence[TokenIds], model: PreTrainedModel) -> None:
     """Checks, on all ranks alike, that a model has an embedding for every token.
 
     Otherwise the lookup would fail on the one rank that makes it, and the group would end.
@@ -291,7 +291,7 @@ class CriticGroup:
             ValueError: Shapes do not fit, a number is not finite, a token is none that the critic has, or no rollout
                 has an action; or the state is offloaded.
         """
-        check_rollouts(sequences, prompt_lengths, returns=returns, old_values=old_values)
+        validate_rollouts(sequences, prompt_lengths, returns=returns, old_values=old_values)
         rollouts = ray.put(
             {
                 "sequences": [np.asarray(ids, dtype=np.int64) for ids in sequences],
@@ -315,7 +315,7 @@ class CriticGroup:
             CheckpointError: The directory is there already, or cannot be written, which ends the group.
             ValueError: The state is offloaded.
         """
-        with whole_directory(directory) as building, write_failures_told():
+        with atomic_directory(directory) as building, write_failures_told():
             self._ranks.call_all("save the critic", "save", str(building.resolve()), name)
             write_manifest(building, 0, 1)
 

@@ -15,12 +15,12 @@ import ray
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from actors.ppo.critic_group import require_known_ids
+from actors.ppo.critic_group import validate_token_ids
 from actors.runtime.rank_group import START_TIMEOUT_S, Rank, RankGroup, write_failures_told
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.data.encoding import load_tokenizer
-from rlhf_critic.files import verify_manifest, whole_directory, write_manifest
+from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest
 from rlhf_critic.training.policy_engine import PolicyEngine, PolicyMetrics
 
 
@@ -84,13 +84,13 @@ class PolicyShard(Rank):
         self, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]
     ) -> list[NDArray[np.float32]] | None:
         """See `rlhf_critic.training.policy_engine.PolicyEngine.reference_log_probs`."""
-        require_known_ids(sequences, self._engine.policy.model)
+        validate_token_ids(sequences, self._engine.policy.model)
         log_probs = self._engine.reference_log_probs(sequences, prompt_lengths)
         return log_probs if self.rank == 0 else None
 
     def update(self, rollouts: dict[str, Any], clip: float, entropy_coefficient: float) -> PolicyMetrics:
         """See `rlhf_critic.training.policy_engine.PolicyEngine.update`."""
-        require_known_ids(rollouts["sequences"], self._engine.policy.model)
+        validate_token_ids(rollouts["sequences"], self._engine.policy.model)
         return self._engine.update(**rollouts, clip=clip, entropy_coefficient=entropy_coefficient)
 
     def weights(self) -> PolicyWeights | None:
@@ -212,7 +212,7 @@ class PolicyGroup:
             RankLost: A shard was lost.
             CheckpointError: The directory is there already, or cannot be written, which ends the group.
         """
-        with whole_directory(directory) as building, write_failures_told():
+        with atomic_directory(directory) as building, write_failures_told():
             self._ranks.call_all("save the policy", "save", str(building.resolve()))
             write_manifest(building, 0, 1)
 

@@ -60,7 +60,7 @@ class Rollout:
         response_ids: Its token ids, EOS included where it came to its end; int64 ``[R]``.
         log_probs: With which each was drawn, fp32 ``[R]``, in nats.
         truncated: Whether it was cut.
-        judged_in_part: Whether it and its prompt were too long for the scorers, which then leave out the beginning.
+        prompt_truncated_for_reward: Whether it and its prompt were too long for the scorers, which then leave out the beginning.
         reward: What scorers gave it.
         components: Of the reward, before their weights; empty where the critic is the only one.
         model_version: Which version of the reward model that was.
@@ -74,7 +74,7 @@ class Rollout:
     response_ids: NDArray[np.int64]
     log_probs: NDArray[np.float32]
     truncated: bool
-    judged_in_part: bool
+    prompt_truncated_for_reward: bool
     reward: float
     components: dict[str, float]
     model_version: str
@@ -156,7 +156,7 @@ class RolloutWorker:
                 response_ids=response.ids,
                 log_probs=response.log_probs,
                 truncated=response.truncated,
-                judged_in_part=bool(scores.truncated_S[index]),
+                prompt_truncated_for_reward=bool(scores.truncated_S[index]),
                 reward=float(scores.rewards_S[index]),
                 components={name: float(numbers_S[index]) for name, numbers_S in scores.components.items()},
                 model_version=scores.model_version,
@@ -181,7 +181,7 @@ class _Worker:
     tasks: dict[Any, int] = field(default_factory=dict)  # of its calls, the number of the task
 
 
-class RolloutPool:
+class RolloutWorkers:
     """Rollout workers, which are replaced when they are lost; a context manager that ends them.
 
     Args:
@@ -296,7 +296,7 @@ class RolloutPool:
             ray.kill(worker.actor)
         self._workers, self._calls = [], {}
 
-    def __enter__(self) -> RolloutPool:
+    def __enter__(self) -> RolloutWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -340,7 +340,7 @@ def score_again(rollouts: Sequence[Rollout], client: ScorerClient) -> list[Rollo
     return [
         replace(
             rollout,
-            judged_in_part=bool(scores.truncated_S[index]),
+            prompt_truncated_for_reward=bool(scores.truncated_S[index]),
             reward=float(scores.rewards_S[index]),
             components={name: float(numbers_S[index]) for name, numbers_S in scores.components.items()},
             model_version=scores.model_version,

@@ -24,7 +24,7 @@ from actors.ppo.checkpoint import (
     CHECKPOINT_PATTERN,
     CRITIC_FOLDER,
     POLICY_FOLDER,
-    STATE_NAME,
+    PPO_STATE_NAME,
     RunState,
     latest_checkpoint,
     read_state,
@@ -33,19 +33,19 @@ from actors.ppo.checkpoint import (
 )
 from actors.ppo.critic_group import CriticGroup, CriticOptions
 from actors.ppo.policy_group import PolicyGroup, PolicyOptions, PolicyWeights
-from actors.ppo.rollout_workers import Rollout, RolloutPool, RolloutTask, Timings, score_again
+from actors.ppo.rollout_workers import Rollout, RolloutTask, RolloutWorkers, Timings, score_again
 from actors.runtime.storage import HISTORY_FOLDER
-from rlhf_critic.algorithms.advantages import Experience, Judged, make_experience, minibatch_rows
+from rlhf_critic.algorithms.advantages import PPOTargets, RolloutBatch, compute_advantages, minibatch_rows
 from rlhf_critic.algorithms.ppo import RunningMoments
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.batching.sampler import global_batch
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.train import TrainConfig
-from rlhf_critic.data.encoding import require_same_ids
+from rlhf_critic.data.encoding import validate_same_tokens
 from rlhf_critic.data.prompts import Prompts
 from rlhf_critic.errors import ConfigError, DivergedError, NonFiniteLossError
-from rlhf_critic.files import whole_directory, write_manifest, write_text_atomically
+from rlhf_critic.files import atomic_directory, write_manifest, write_text_atomically
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.training.critic_engine import ValueMetrics
 from rlhf_critic.training.metrics_log import MetricsLog
@@ -87,7 +87,7 @@ class PPOOutcome:
     last: list[Sample]
 
 
-class PPORun:
+class PPOTrainer:
     """A context manager that ends all its actors.
 
     Args:
@@ -115,7 +115,7 @@ class PPORun:
         state = None if checkpoint is None else read_state(checkpoint, config, prompts)
         self._reference = reference_digest(config) if state is None else state.reference
         try:
-            self._policy, self._critic, self._workers = together(
+            self._policy, self._critic, self._workers = run_concurrently(
                 self._make_policy, self._make_critic, self._make_workers
             )
             if checkpoint is not None and state is not None:
@@ -126,7 +126,7 @@ class PPORun:
             self.close()
             raise
 
-    def __enter__(self) -> PPORun:
+    def __enter__(self) -> PPOTrainer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -196,9 +196,9 @@ class PPORun:
         self._groups.append(group)
         return group
 
-    def _make_workers(self) -> RolloutPool:
+    def _make_workers(self) -> RolloutWorkers:
         rollout = self.config.rollout
-        pool = RolloutPool(
+        pool = RolloutWorkers(
             rollout.workers,
             policy_options(self.config),
             self._client,
@@ -225,12 +225,12 @@ class PPORun:
         rolled_out = time.perf_counter()
         sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
         prompt_lengths = [len(rollout.prompt_ids) for rollout in rollouts]
-        (values, values_s), (ref_log_probs, reference_s) = together(
+        (values, values_s), (ref_log_probs, reference_s) = run_concurrently(
             lambda: timed(lambda: self._critic.values(sequences)),
             lambda: timed(lambda: self._policy.reference_log_probs(sequences, prompt_lengths)),
         )
         computed_tokens = self._critic.computed_tokens
-        judged = Judged(
+        judged = RolloutBatch(
             sequences,
             prompt_lengths,
             np.array([rollout.truncated for rollout in rollouts]),
@@ -239,7 +239,7 @@ class PPORun:
             ref_log_probs,
             values,
         )
-        experience = make_experience(judged, options.ppo, options.reward, self._moments)
+        experience = compute_advantages(judged, options.ppo, options.reward, self._moments)
         batches = [
             batch
             for epoch in range(options.ppo.epochs)
@@ -250,7 +250,7 @@ class PPORun:
             )
         ]
         moves = self._iteration >= options.ppo.value_warmup_iterations
-        (of_values, critic_s), (of_policy, policy_s) = together(
+        (of_values, critic_s), (of_policy, policy_s) = run_concurrently(
             lambda: timed(lambda: self._update_critic(judged, experience, batches)),
             lambda: timed(lambda: self._update_policy(judged, experience, batches) if moves else []),
         )
@@ -265,10 +265,12 @@ class PPORun:
             **_component_means(rollouts),
             **_means("value", of_values, OF_UPDATES),
             **_means(
-                "policy", of_policy, ("loss", "clip_fraction", "entropy", "moved_kl", "grad_norm", "learning_rate")
+                "policy", of_policy, ("loss", "clip_fraction", "entropy", "approx_kl", "grad_norm", "learning_rate")
             ),
             "rollouts": len(rollouts),
-            "judged_in_part": float(np.mean([rollout.judged_in_part for rollout in rollouts])),
+            "prompt_truncated_for_reward": float(
+                np.mean([rollout.prompt_truncated_for_reward for rollout in rollouts])
+            ),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "value_tokens_computed": computed_tokens,
@@ -283,7 +285,7 @@ class PPORun:
         }
 
     def _update_critic(
-        self, judged: Judged, experience: Experience, batches: Sequence[Sequence[int]]
+        self, judged: RolloutBatch, experience: PPOTargets, batches: Sequence[Sequence[int]]
     ) -> list[ValueMetrics]:
         with self._divergence_told("critic"):
             return [
@@ -297,7 +299,7 @@ class PPORun:
             ]
 
     def _update_policy(
-        self, judged: Judged, experience: Experience, batches: Sequence[Sequence[int]]
+        self, judged: RolloutBatch, experience: PPOTargets, batches: Sequence[Sequence[int]]
     ) -> list[PolicyMetrics]:
         with self._divergence_told("policy"):
             return [
@@ -409,13 +411,13 @@ class PPORun:
             reference=self._reference,
         )
         path = self.directory / CHECKPOINT_PATTERN.format(self._iteration)
-        with whole_directory(path) as building:
-            together(
+        with atomic_directory(path) as building:
+            run_concurrently(
                 lambda: self._policy.save(building / POLICY_FOLDER),
                 lambda: self._critic.save(building / CRITIC_FOLDER, name=self.config.run.name),
             )
-            (building / STATE_NAME).write_text(state.model_dump_json(indent=2), encoding="utf-8")
-            write_manifest(building, 0, 1, STATE_NAME)
+            (building / PPO_STATE_NAME).write_text(state.model_dump_json(indent=2), encoding="utf-8")
+            write_manifest(building, 0, 1, PPO_STATE_NAME)
         remove_old_checkpoints(self.directory, self.config.run.keep_checkpoints)
 
 
@@ -450,7 +452,7 @@ def critic_options(config: PPOJobConfig) -> CriticOptions:
         config.ppo.iterations * config.updates_per_iteration,
     )
     encoder = critic.encoder()
-    require_same_ids(policy_options(config).tokenizer(), encoder.tokenizer)
+    validate_same_tokens(policy_options(config).tokenizer(), encoder.tokenizer)
     if length > encoder.max_length:
         raise ConfigError(
             f"prompts.max_tokens and rollout.max_new_tokens make up to {length} tokens, but the critic {model.path} "
@@ -459,7 +461,7 @@ def critic_options(config: PPOJobConfig) -> CriticOptions:
     return critic
 
 
-def together(*actions: Callable[[], Any]) -> tuple[Any, ...]:
+def run_concurrently(*actions: Callable[[], Any]) -> tuple[Any, ...]:
     """Does several things at once, in threads, and waits for all; raises what the first one that failed raised."""
     with ThreadPoolExecutor(len(actions)) as threads:
         futures = [threads.submit(action) for action in actions]

@@ -63,12 +63,12 @@ class Rank:
 
     def join(self, address: str, port: int) -> None:
         """Meets the other ranks."""
-        from rlhf_critic.training.process_group import init_distributed, meet
+        from rlhf_critic.training.process_group import init_distributed, init_process_group
 
         timeout = timedelta(seconds=max(1.0, self._collective_timeout_s))
         store = self._store if self.rank == 0 else TCPStore(address, port, timeout=timeout)
         backend = "nccl" if self._use_gpu else "gloo"
-        meet(backend, store, self.rank, int(os.environ["WORLD_SIZE"]), timeout, self._on_one_node)
+        init_process_group(backend, store, self.rank, int(os.environ["WORLD_SIZE"]), timeout, self._on_one_node)
         init_distributed(backend)
 
 

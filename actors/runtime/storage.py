@@ -23,8 +23,8 @@ from rlhf_critic.errors import CheckpointError
 
 COPY_EVERY_S = 30.0
 HISTORY_FOLDER = "history"
-AGAIN = "-again"  # after the name of a checkpoint that was damaged and is made again
-CHECKPOINT = re.compile(rf"step-(\d+)(?:{AGAIN})*")
+REWRITTEN_SUFFIX = "-again"  # after the name of a checkpoint that was damaged and is made again
+CHECKPOINT = re.compile(rf"step-(\d+)(?:{REWRITTEN_SUFFIX})*")
 
 
 def absolute_storage_path(storage_path: str) -> str:
@@ -91,7 +91,7 @@ def size_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def require_space(filesystem: pafs.FileSystem, run_path: str, size: int) -> None:
+def check_free_space(filesystem: pafs.FileSystem, run_path: str, size: int) -> None:
     """Checks that there is room for a checkpoint; of an object store that is not known.
 
     Raises:
@@ -143,7 +143,7 @@ class HistoryDirectory:
 
 
 @contextmanager
-def directory_at(path_or_uri: str) -> Iterator[Path]:
+def local_directory(path_or_uri: str) -> Iterator[Path]:
     """A directory on this machine: the one at a path, or, within the block, a copy of the one at a URI.
 
     Raises:

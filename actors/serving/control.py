@@ -21,7 +21,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from actors.runtime.storage import directory_at
+from actors.runtime.storage import local_directory
 from actors.serving.deployment import digest_of
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
 from actors.serving.replica_status import read_board, remove_board
@@ -270,10 +270,10 @@ def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
         weights_digest,
     )
 
-    with directory_at(scorer.checkpoint) as directory:
+    with local_directory(scorer.checkpoint) as directory:
         card = check_critic(directory)
         if scorer.normalize:
-            card.require_scale()
+            card.reward_scale()
         return scorer.model_copy(update={"digest": weights_digest(directory)})
 
 

@@ -97,7 +97,7 @@ class ScorerReplica:
     def check_health(self) -> None:
         """Serve asks now and then, and replaces a replica that raises."""
         if self._scorer is not None:
-            self._scorer.require_whole()
+            self._scorer.check_healthy()
             self._report()
 
     async def _swap(self) -> None:

@@ -20,7 +20,7 @@ from actors.serving.replica_status import NAMESPACE, ON_HEAD
 POLL_S = 2.0
 
 
-class PoolKeeper:
+class JobCleanup:
     """The actor.
 
     Args:
@@ -43,7 +43,7 @@ class PoolKeeper:
             ray.kill(context.current_actor)
 
 
-_Keeper: Any = ray.remote(PoolKeeper)
+_Keeper: Any = ray.remote(JobCleanup)
 
 
 @contextmanager

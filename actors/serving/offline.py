@@ -28,7 +28,7 @@ PART_PATTERN = "part-{number:06d}.{format}"
 
 
 @dataclass(frozen=True)
-class Work:
+class ScoringJob:
     """What is to be done; the same for every part.
 
     Attributes:
@@ -54,7 +54,7 @@ class Work:
         return Path(self.out) / PART_PATTERN.format(number=number, format=self.format)
 
 
-class PartScorer:
+class ChunkScorer:
     """One worker.
 
     Args:
@@ -63,7 +63,7 @@ class PartScorer:
         use_gpu: Whether it has a GPU.
     """
 
-    def __init__(self, work: Work, config: ScorerConfig, use_gpu: bool) -> None:
+    def __init__(self, work: ScoringJob, config: ScorerConfig, use_gpu: bool) -> None:
         self._work = work
         self._scorer = Scorer(config, use_gpu=use_gpu)
         self._rows: Iterator[tuple[int, Row]] = iter(())

@@ -43,7 +43,7 @@ class ReplicaReport:
     error: str = ""
 
 
-class PoolBoard:
+class ReplicaStatus:
     """The actor."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class PoolBoard:
         return [report for at, report in latest_first if at >= earliest]
 
 
-_Board: Any = ray.remote(PoolBoard)
+_Board: Any = ray.remote(ReplicaStatus)
 
 
 def board_of(app: str) -> Any:

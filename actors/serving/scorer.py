@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from actors.runtime.storage import directory_at
+from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, weights_digest
@@ -34,7 +34,7 @@ from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, 
 from rlhf_critic.scoring.reward_components import RewardComponents
 
 if TYPE_CHECKING:
-    from actors.serving.sharded_critic import ShardGroup
+    from actors.serving.sharded_critic import ShardedCritic
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ DIGITS_OF_VERSION = 8
 
 
 class LocalCritic:
-    """A whole critic on this process's device; has the attributes and methods of `actors.serving.sharded_critic.ShardGroup`."""
+    """A whole critic on this process's device; has the attributes and methods of `actors.serving.sharded_critic.ShardedCritic`."""
 
     def __init__(self, checkpoint: str, token_budget: int, use_gpu: bool) -> None:
-        with directory_at(checkpoint) as directory:
+        with local_directory(checkpoint) as directory:
             loaded = load_critic(directory)
         self.card: CriticCard = loaded.card
         self.encoder: Encoder = loaded.encoder
@@ -70,7 +70,7 @@ class LocalCritic:
             return Computed(list(rows[:, None]), tokens)
         return Computed([row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)], tokens)
 
-    def require_whole(self) -> None:
+    def check_healthy(self) -> None:
         """It cannot lose a part."""
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class _Version:
     def __init__(
         self,
         config: ScorerConfig,
-        backend: LocalCritic | ShardGroup,
+        backend: LocalCritic | ShardedCritic,
         digest: str,
         on_batch: Callable[[BatchRecord], None],
     ) -> None:
@@ -97,7 +97,7 @@ class _Version:
         self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
         self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
         if config.normalize:
-            backend.card.require_scale()
+            backend.card.reward_scale()
         self._warm_up()
         self.batcher = RequestBatcher(backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=on_batch)
 
@@ -234,13 +234,13 @@ class Scorer:
             components={component.name: component.weight for component in served.config.components},
         )
 
-    def require_whole(self) -> None:
+    def check_healthy(self) -> None:
         """Checks that it can answer.
 
         Raises:
             ScorerUnavailable: A shard was lost.
         """
-        self._version.backend.require_whole()
+        self._version.backend.check_healthy()
 
     def close(self) -> None:
         """Answers what is waiting and lets go of the critic."""
@@ -262,20 +262,20 @@ class Scorer:
                 # It was replaced since: ask its successor.
 
     def _load(self, config: ScorerConfig) -> _Version:
-        with directory_at(config.checkpoint) as directory:
+        with local_directory(config.checkpoint) as directory:
             digest = weights_digest(directory)
         if config.digest not in {None, digest}:
             raise CheckpointError(
                 f"{config.checkpoint}: its files are not those that were published (SHA-256 {digest[:12]} instead of "
                 f"{str(config.digest)[:12]}): do not change a published critic, publish the new one under another path"
             )
-        backend: LocalCritic | ShardGroup
+        backend: LocalCritic | ShardedCritic
         if self._shards == 1:
             backend = LocalCritic(config.checkpoint, config.token_budget, self._use_gpu)
         else:
-            from actors.serving.sharded_critic import ShardGroup
+            from actors.serving.sharded_critic import ShardedCritic
 
-            backend = ShardGroup(
+            backend = ShardedCritic(
                 config.checkpoint, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu
             )
         try:

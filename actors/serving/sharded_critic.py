@@ -13,7 +13,7 @@ import ray
 import torch
 
 from actors.runtime.rank_group import Rank, RankGroup
-from actors.runtime.storage import directory_at
+from actors.runtime.storage import local_directory
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, load_encoder, read_card
 from rlhf_critic.data.encoding import Encoder
@@ -24,26 +24,26 @@ LOAD_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 300.0
 
 
-class Shard(Rank):
+class ShardedCriticRank(Rank):
     """One rank of a sharded critic."""
 
     def load(self, checkpoint: str, token_budget: int) -> bool:
         """Loads this rank's shard; returns whether its batches are prefix trees."""
         from rlhf_critic.training.inference_engine import InferenceEngine
 
-        with directory_at(checkpoint) as directory:
+        with local_directory(checkpoint) as directory:
             self._engine = InferenceEngine.from_checkpoint(directory, token_budget)
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:
-        """See `ShardGroup.forward`; the first rank answers."""
+        """See `ShardedCritic.forward`; the first rank answers."""
         with torch.no_grad():
             rewards_or_values = self._engine.rewards if rewards_only else self._engine.values
             outputs = [np.atleast_1d(output) for output in rewards_or_values(sequences)]
         return Computed(outputs, self._engine.computed_tokens) if self.rank == 0 else None
 
 
-class ShardGroup:
+class ShardedCritic:
     """The handle of a critic's shards; takes the place of a critic in one process.
 
     Args:
@@ -67,14 +67,14 @@ class ShardGroup:
     def __init__(
         self, checkpoint: str, token_budget: int, shards: int, cpus_per_shard: float = 1.0, use_gpu: bool = False
     ) -> None:
-        with directory_at(checkpoint) as directory:
+        with local_directory(checkpoint) as directory:
             self.card: CriticCard = read_card(directory)
             self.encoder: Encoder = load_encoder(directory, self.card)
         self.tokens_at_once = token_budget * shards
         self._is_lost = False
         self._group = RankGroup(
             "scorer",
-            Shard,
+            ShardedCriticRank,
             shards,
             cpus_per_rank=cpus_per_shard,
             use_gpu=use_gpu,
@@ -103,7 +103,7 @@ class ShardGroup:
             raise ScorerUnavailable(f"a scorer lost one of its {shards} shards ({error}): ask again") from error
         return computed
 
-    def require_whole(self) -> None:
+    def check_healthy(self) -> None:
         """Checks that no shard was lost.
 
         Raises:

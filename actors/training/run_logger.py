@@ -19,7 +19,7 @@ from rlhf_critic.training.critic_engine import StepMetrics
 from rlhf_critic.training.metrics_log import MetricsLog
 
 
-class History:
+class RunLogger:
     """Rank 0's record of a run: the metrics log, its copy in storage and the progress bar."""
 
     def __init__(self, config: TrainJobConfig, step: int, total: int) -> None:
@@ -30,7 +30,7 @@ class History:
         self._bar.update(step)
         self._failure: OSError | None = None
 
-    def __enter__(self) -> History:
+    def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:

@@ -56,9 +56,9 @@ def _open_store() -> tuple[str, int]:
 
 
 def _meet(address: str, port: int, backend: str, timeout_s: int) -> None:
-    from rlhf_critic.training.process_group import meet
+    from rlhf_critic.training.process_group import init_process_group
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_s)
     store = _stores[0] if rank == 0 else TCPStore(address, port, timeout=timeout)
-    meet(backend, store, rank, world_size, timeout, _on_one_node())
+    init_process_group(backend, store, rank, world_size, timeout, _on_one_node())

@@ -25,16 +25,16 @@ from ray.experimental import tqdm_ray
 from ray.train import Checkpoint
 
 from actors.runtime.storage import (
-    AGAIN,
+    REWRITTEN_SUFFIX,
+    check_free_space,
     checkpoint_name,
     checkpoint_names,
     remove_leftover,
-    require_space,
     resolve_run,
     size_of,
 )
 from actors.training.result import SCORE, TrainOutcome, ValidationProgress
-from actors.training.run_logger import History
+from actors.training.run_logger import RunLogger
 from rlhf_critic.batching.sampler import global_batch, steps_in
 from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, read_card
 from rlhf_critic.config.train import TrainConfig, TrainJobConfig
@@ -52,7 +52,7 @@ from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
 from rlhf_critic.model.weights import WeightReader
 from rlhf_critic.training.critic_engine import CriticEngine
-from rlhf_critic.training.process_group import agree, init_distributed
+from rlhf_critic.training.process_group import init_distributed, raise_on_all_ranks
 
 T = TypeVar("T")
 
@@ -115,14 +115,14 @@ class _TrainingRun:
         self.is_main = self.context.get_world_rank() == 0
         self.is_first_of_node = self.context.get_local_rank() == 0
         # One rank of a node encodes what is not cached yet; then all map what it wrote.
-        agree(lambda: load_data(config) if self.is_first_of_node else None)
-        self.data = agree(lambda: load_data(config))
+        raise_on_all_ranks(lambda: load_data(config) if self.is_first_of_node else None)
+        self.data = raise_on_all_ranks(lambda: load_data(config))
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
-        agree(lambda: WeightReader(config.model.path))
+        raise_on_all_ranks(lambda: WeightReader(config.model.path))
         self._say(str(self.data))
         self.engine = CriticEngine.from_pretrained(self.data.encoder, config.model, config.train, self.total_steps)
-        self.engine.refuse_unfit(self.data.train)
+        self.engine.validate_preferences(self.data.train)
         self.progress = ValidationProgress()
         # Names that Ray Train has in its list, and will remove when their time has come.
         self.listed = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints()}
@@ -164,7 +164,7 @@ class _TrainingRun:
             tqdm_ray.safe_print(text)
 
     def _check_on_each_node(self, check: Callable[[str], None], directory: str) -> None:
-        agree(lambda: check(directory) if self.is_first_of_node else None)
+        raise_on_all_ranks(lambda: check(directory) if self.is_first_of_node else None)
 
     def _require_same_run(self, directory: str) -> None:
         trained = read_card(directory).training
@@ -185,7 +185,7 @@ class _TrainingRun:
         """Steps to the end; a run that is complete already is only evaluated again."""
         options, engine = self.config.train, self.engine
         evaluation = None
-        with History(self.config, engine.step, self.total_steps) if self.is_main else nullcontext() as history:
+        with RunLogger(self.config, engine.step, self.total_steps) if self.is_main else nullcontext() as history:
             while engine.step < self.total_steps and not self._gave_up():
                 rows = global_batch(
                     self.data.train.prompts_N, options.global_batch_size, options.epochs, options.seed, engine.step
@@ -204,7 +204,7 @@ class _TrainingRun:
                     if history:
                         history.validated(engine.step, evaluation)
                 if saves or self._gave_up():
-                    agree(history.save if history else _nothing)
+                    raise_on_all_ranks(history.save if history else _nothing)
                     self._checkpoint(evaluation, is_last=is_last or self._gave_up())
         if evaluation is None and self.data.validation is not None:
             evaluation = engine.evaluate(self.data.validation)
@@ -241,7 +241,7 @@ class _TrainingRun:
         directory = Path(tempfile.gettempdir()) / f"{name_of_save}-{self.context.get_node_rank()}"
         stored = checkpoint_name(step)
         while stored in self.listed:  # that one is damaged
-            stored += AGAIN
+            stored += REWRITTEN_SUFFIX
         self.listed.add(stored)
         run = resolve_run(self.config.run.storage_path, name)
         try:
@@ -254,7 +254,9 @@ class _TrainingRun:
                 write_manifest(directory, self.context.get_node_rank(), nodes)
                 checkpoint = Checkpoint.from_directory(str(directory))
             # Ray Train would try again, from the checkpoint before, and meet a full disk again.
-            agree(lambda: require_space(*run, nodes * size_of(directory)) if self.is_first_of_node else None)
+            raise_on_all_ranks(
+                lambda: check_free_space(*run, nodes * size_of(directory)) if self.is_first_of_node else None
+            )
             metrics = {"step": step, **({SCORE: evaluation.log_loss.mean} if evaluation else {})}
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=stored)
             self.newest = stored

@@ -1,6 +1,6 @@
 """Scores texts with an exported critic, transformers and nothing else: an example to copy.
 
-``python load_anywhere.py EXPORT < texts.json`` reads a JSON list of [prompt, response] pairs and prints the list of
+``python score_with_transformers.py EXPORT < texts.json`` reads a JSON list of [prompt, response] pairs and prints the list of
 their rewards.
 """
 

@@ -32,7 +32,7 @@ def run(checkpoint: str, rollouts: Iterable[Any], update_policy: Callable[..., N
             values_SL, _ = ppo.pad_rows(values)
             cut_S = torch.zeros(len(values), dtype=torch.bool)  # a cut response is judged as it stands, and ends there
             advantages_SL, returns_SL = ppo.gae(
-                rewards_SL, values_SL, mask_SL, torch.from_numpy(last_values_S), cut_S, gamma=1.0, lam=0.95
+                rewards_SL, values_SL, mask_SL, torch.from_numpy(last_values_S), cut_S, gamma=1.0, gae_lambda=0.95
             )
             critic.update(batch.sequences, batch.prompt_lengths, ppo.unpad_rows(returns_SL, mask_SL), values)
             update_policy(batch, ppo.whiten(advantages_SL, mask_SL))

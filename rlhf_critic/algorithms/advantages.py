@@ -35,7 +35,7 @@ FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class RolloutBatch:
     """Rollouts and all that was computed for them.
 
     Attributes:
@@ -58,7 +58,7 @@ class Judged:
 
 
 @dataclass(frozen=True, eq=False)
-class Experience:
+class PPOTargets:
     """What a policy and a critic learn from.
 
     Attributes:
@@ -76,9 +76,9 @@ class Experience:
     moments: RunningMoments
 
 
-def make_experience(
-    judged: Judged, algorithm: AlgorithmConfig, reward: RewardConfig, moments: RunningMoments
-) -> Experience:
+def compute_advantages(
+    judged: RolloutBatch, algorithm: AlgorithmConfig, reward: RewardConfig, moments: RunningMoments
+) -> PPOTargets:
     """Computes advantages and returns.
 
     Args:
@@ -117,7 +117,7 @@ def make_experience(
         torch.from_numpy(last_values_S),
         truncated_S & algorithm.bootstrap_truncated,
         algorithm.gamma,
-        algorithm.lam,
+        algorithm.gae_lambda,
     )
     explained = explained_variance(values_SL, returns_SL, mask_SL).item()
     fitted_SL = whiten(advantages_SL, mask_SL) if algorithm.whiten_advantages else advantages_SL
@@ -135,7 +135,7 @@ def make_experience(
     }
     if np.isfinite(explained):  # it is not defined where all returns are the same
         metrics["explained_variance"] = explained
-    return Experience(unpad_rows(fitted_SL, mask_SL), unpad_rows(returns_SL, mask_SL), old_values, metrics, moments)
+    return PPOTargets(unpad_rows(fitted_SL, mask_SL), unpad_rows(returns_SL, mask_SL), old_values, metrics, moments)
 
 
 def minibatch_rows(prompts_S: Sequence[int], minibatches: int, seed: Sequence[int]) -> list[list[int]]:

@@ -196,11 +196,11 @@ def gae(
     last_values_S: Tensor,
     truncated_S: Tensor,
     gamma: float,
-    lam: float,
+    gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates, and the returns a critic is fitted to.
 
-    ``A_t = sum_l (gamma lam)^l delta_{t+l}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, Schulman et al.,
+    ``A_t = sum_l (gamma gae_lambda)^l delta_{t+l}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, Schulman et al.,
     "High-dimensional continuous control using generalized advantage estimation" (2016), equations 11 to 16. The value
     after the last action is the bootstrap where the rollout was cut and 0 where it ended: Pardo et al., "Time limits in
     reinforcement learning" (2018). Both results are targets and carry no gradient.
@@ -213,7 +213,7 @@ def gae(
         last_values_S: The value after the last action, ``[S]``; read only where ``truncated_S``.
         truncated_S: Whether the rollout was cut before its end, bool ``[S]``.
         gamma: Discount of a step.
-        lam: 0 trusts the critic's next value, 1 trusts the rewards that came.
+        gae_lambda: 0 trusts the critic's next value, 1 trusts the rewards that came.
 
     Returns:
         Advantages, and returns (advantages plus values), both fp32 ``[S, L]``, 0 where the mask is False.
@@ -232,7 +232,7 @@ def gae(
     next_advantages_S = torch.zeros_like(next_values_S)
     for t in reversed(range(values_SL.shape[1])):
         delta_S = rewards_SL[:, t] + gamma * next_values_S - values_SL[:, t]
-        advantages_S = delta_S + gamma * lam * next_advantages_S
+        advantages_S = delta_S + gamma * gae_lambda * next_advantages_S
         next_advantages_S = torch.where(mask_SL[:, t], advantages_S, next_advantages_S)
         next_values_S = torch.where(mask_SL[:, t], values_SL[:, t], next_values_S)
         advantages_SL[:, t] = next_advantages_S

@@ -22,7 +22,7 @@ from rlhf_critic.config.train import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class PreferenceLoss:
     """Preferences and what their rewards cost.
 
     Attributes:
@@ -52,9 +52,9 @@ def needs_values(options: TrainConfig) -> bool:
     return options.loss == "per_token"
 
 
-def judge(
+def preference_loss(
     output: Tensor, preferences: Sequence[Sequence[TokenIds]], margins_P: NDArray[np.float32], options: TrainConfig
-) -> Judged:
+) -> PreferenceLoss:
     """The losses of preferences.
 
     Args:
@@ -86,4 +86,4 @@ def judge(
         loss_P = ranking_loss(rewards_PK, present_PK, scaled_P, options.label_smoothing)
     if options.centering_coefficient:
         loss_P = loss_P + options.centering_coefficient * centering_penalty(rewards_PK, present_PK)
-    return Judged(loss_P, rewards_PK, present_PK)
+    return PreferenceLoss(loss_P, rewards_PK, present_PK)

@@ -19,7 +19,7 @@ from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 
 
 @dataclass(frozen=True, eq=False)
-class Actions:
+class ResponseTokens:
     """The actions of some rollouts, rollout by rollout.
 
     Attributes:
@@ -33,8 +33,8 @@ class Actions:
     drawn_A: IntArray
 
     @classmethod
-    def of(cls, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]) -> Actions:
-        """Finds the actions of rollouts that `check_rollouts` has seen."""
+    def of(cls, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]) -> ResponseTokens:
+        """Finds the actions of rollouts that `validate_rollouts` has seen."""
         pairs = list(zip(sequences, prompt_lengths, strict=True))
         counts_S = [len(ids) - length for ids, length in pairs]
         return cls(
@@ -49,7 +49,7 @@ class Actions:
         return self.rows_A, self.columns_A
 
 
-def check_rollouts(
+def validate_rollouts(
     sequences: Sequence[TokenIds], prompt_lengths: Sequence[int], **of_actions: Sequence[NDArray[np.floating]]
 ) -> None:
     """Checks that rollouts, and numbers of their actions, fit together.
@@ -84,6 +84,6 @@ def check_rollouts(
                 raise ValueError(f"rollout {rollout}: {name} is {numbers[first]} at action {first}")
 
 
-def with_actions(sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]) -> list[int]:
+def nonempty_responses(sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]) -> list[int]:
     """The rollouts that have an action; an empty response has nothing to be fitted to."""
     return [row for row, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)) if len(ids) > length]

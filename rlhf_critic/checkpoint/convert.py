@@ -24,8 +24,8 @@ from rlhf_critic.checkpoint.export import add_auto_map
 from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import whole_directory
-from rlhf_critic.model.factory import HEAD_NAME, create_critic_model, learned_positions, require_positions
+from rlhf_critic.files import atomic_directory
+from rlhf_critic.model.factory import HEAD_NAME, create_critic_model, learned_positions, validate_positions
 from rlhf_critic.model.weights import WeightReader
 
 AUTO_FORMAT = "auto"
@@ -130,7 +130,7 @@ def convert_checkpoint(
     )
     if max_length is None:
         max_length = min(DEFAULT_MAX_LENGTH, learned_positions(critic.model) or DEFAULT_MAX_LENGTH)
-    require_positions(critic.model, max_length)
+    validate_positions(critic.model, max_length)
     encoder = Encoder(tokenizer, max_length)
     mean, std = (_statistic(source, critic.model.config, name) for name in ("mean", "std"))
     reference = None if mean is None else "those of the source's config.json, chosen by the system that fitted it"
@@ -145,7 +145,7 @@ def convert_checkpoint(
         reward_reference=reference,
         training={"converted_from": source_format, **({"head_bias": bias} if bias else {})},
     )
-    with whole_directory(out) as building:
+    with atomic_directory(out) as building:
         save_critic(building, critic, encoder, card)
         if auto_map:
             add_auto_map(building)

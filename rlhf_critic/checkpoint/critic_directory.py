@@ -69,10 +69,10 @@ class CriticCard(BaseModel):
         Raises:
             CheckpointError: The mean and standard deviation were not measured, or all rewards were the same.
         """
-        mean, std = self.require_scale()
+        mean, std = self.reward_scale()
         return (rewards_S - mean) / std
 
-    def require_scale(self) -> tuple[float, float]:
+    def reward_scale(self) -> tuple[float, float]:
         """The mean and standard deviation that `normalize` needs.
 
         Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf_critic.checkpoint import auto_map
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, CriticCard, load_encoder, read_card, verify_critic
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import verify_manifest, whole_directory, write_manifest, write_text_atomically
+from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest, write_text_atomically
 from rlhf_critic.model.weights import WeightReader
 
 
@@ -33,7 +33,7 @@ def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> Critic
         verify_manifest(source)
     else:  # exported before: what is copied gets checksums of its own, under which damage would be lost
         verify_critic(source)
-    with whole_directory(out) as building:
+    with atomic_directory(out) as building:
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=_ignore_resume_state)
         load_encoder(building, card)
         WeightReader(str(building))  # refuses a file that was cut short
@@ -56,10 +56,10 @@ def add_auto_map(directory: Path) -> None:
     config_path = directory / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
     model_type = config["model_type"]
-    if model_type not in auto_map.FAMILIES:
+    if model_type not in auto_map.AUTO_MAP_FAMILIES:
         raise CheckpointError(
             f"there is no auto_map modeling file for model type {model_type!r} (only for "
-            f"{', '.join(sorted(auto_map.FAMILIES))}); export without --auto-map: plain transformers loads that too"
+            f"{', '.join(sorted(auto_map.AUTO_MAP_FAMILIES))}); export without --auto-map: plain transformers loads that too"
         )
     module, class_name = f"modeling_{model_type}_reward", auto_map.reward_model_class(model_type)
     (directory / f"{module}.py").write_text(auto_map.reward_model_source(model_type), encoding="utf-8")

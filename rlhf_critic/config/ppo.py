@@ -125,7 +125,7 @@ class AlgorithmConfig(Section):
     epochs: PositiveInt = Field(1, description="How often an iteration's rollouts are gone through.")
     minibatches: PositiveInt = Field(1, description="Optimizer steps of an epoch.")
     gamma: Fraction = Field(1.0, description="Discount of a token.")
-    lam: Fraction = Field(0.95, description="GAE: 0 trusts the critic's next value, 1 the rewards that came.")
+    gae_lambda: Fraction = Field(0.95, description="GAE: 0 trusts the critic's next value, 1 the rewards that came.")
     clip: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="How far the policy's ratio may move.")
     value_clip: PositiveFloat | None = Field(0.2, description="How far a value may move; None does not clip.")
     kl_coefficient: NonNegativeFloat = Field(0.05, description="What a nat of KL from the reference costs.")
@@ -218,7 +218,7 @@ class PPOJobConfig(Section):
             )
         return self
 
-    def require_complete(self) -> None:
+    def validate_complete(self) -> None:
         """Checks what has no default.
 
         Raises:

@@ -186,7 +186,7 @@ class TrainJobConfig(Section):
             raise ValueError("names a seed twice: both runs would be the same")
         return seeds
 
-    def require_complete(self) -> None:
+    def validate_complete(self) -> None:
         """Checks what has no default.
 
         Raises:

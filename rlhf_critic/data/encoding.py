@@ -239,7 +239,7 @@ class Encoder:
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
 
-def require_same_ids(policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
+def validate_same_tokens(policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
     """Checks that a policy's token ids mean the same to a critic, which is to give values at the policy's tokens.
 
     The pad token may differ: it is never read.

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictStr, Valid
 from rlhf_critic.data.encoding import Prompt
 from rlhf_critic.errors import DataError
 
-Text: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
+NonEmptyText: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF_SPEAKER = {"Human": "user", "Assistant": "assistant"}
@@ -25,7 +25,7 @@ class Turn(BaseModel):
     """One message of a conversation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    role: Text
+    role: NonEmptyText
     content: StrictStr
 
     @model_validator(mode="before")
@@ -36,7 +36,7 @@ class Turn(BaseModel):
 
 
 Turns: TypeAlias = tuple[Turn, ...]
-Response: TypeAlias = Text | Annotated[Turns, Field(min_length=1)]
+Response: TypeAlias = NonEmptyText | Annotated[Turns, Field(min_length=1)]
 
 
 class Preference(BaseModel):
@@ -72,7 +72,7 @@ class Preference(BaseModel):
         return [turn.model_dump() for turn in (*before, *response[:-1])], response[-1].content
 
 
-class _Row(BaseModel):
+class PreferenceRow(BaseModel):
     """The fields that are read; others are left alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -91,7 +91,7 @@ class _Row(BaseModel):
         return {name: value for name, value in row.items() if value is not None}
 
 
-FIELDS = tuple(_Row.model_fields)
+FIELDS = tuple(PreferenceRow.model_fields)
 
 
 def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> Preference:
@@ -107,7 +107,7 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
     """
     named = {name: row.get(fields.get(name, name)) for name in FIELDS}
     try:
-        parsed = _Row.model_validate(named)
+        parsed = PreferenceRow.model_validate(named)
     except ValidationError as error:
         # Of the alternatives of a union, the one that got furthest is what the writer meant.
         first = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))

@@ -19,7 +19,7 @@ from rlhf_critic.data.sources import read_rows
 from rlhf_critic.errors import DataError, EncodingError
 
 
-class _Row(BaseModel):
+class PromptRow(BaseModel):
     """The field that is read; others are left alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -90,7 +90,7 @@ def load_prompts(
     for source in sources:
         for number, row in read_rows(source):
             try:
-                parsed = _Row.model_validate({"prompt": row.get(name)}).prompt
+                parsed = PromptRow.model_validate({"prompt": row.get(name)}).prompt
             except ValidationError as error:
                 raise DataError(
                     f"{source}:{number}: field {name!r}: must be a text, or a list of turns with 'role' and 'content' "

@@ -19,23 +19,23 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from rlhf_critic.data.encoding import Encoder
-from rlhf_critic.data.preference_schema import Text, Turns
+from rlhf_critic.data.preference_schema import NonEmptyText, Turns
 from rlhf_critic.data.sources import read_rows
 from rlhf_critic.errors import DataError, EncodingError, NonFiniteRewardError
-from rlhf_critic.evaluation.bootstrap import Estimate, FloatArray, bootstrap_mean, bootstrap_statistic
+from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, bootstrap_mean, bootstrap_statistic
 from rlhf_critic.evaluation.preferences import rows_of_subsets
 
 PAIRED_ID = re.compile(r"(ref|tied):(.+)")  # RewardBench 2's ids of its Ties subset
 
 
-class _Row(BaseModel):
+class BestOfNRow(BaseModel):
     """The fields that are read; others are left alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     prompt: StrictStr | Turns
-    chosen: tuple[Text, ...] = Field((), min_length=1)
-    rejected: tuple[Text, ...] = Field((), min_length=1)
-    responses: tuple[Text, ...] = Field((), min_length=2)
+    chosen: tuple[NonEmptyText, ...] = Field((), min_length=1)
+    rejected: tuple[NonEmptyText, ...] = Field((), min_length=1)
+    responses: tuple[NonEmptyText, ...] = Field((), min_length=2)
     best: StrictInt | None = None
     id: StrictStr | StrictInt | None = None
     subset: StrictStr | None = None
@@ -68,7 +68,7 @@ class SubsetBestOfN:
 
     name: str
     rows: int
-    accuracy: Estimate
+    accuracy: BootstrapEstimate
     chance: float
 
 
@@ -94,7 +94,7 @@ class TiesScore:
     """
 
     pairs: int
-    score: Estimate
+    score: BootstrapEstimate
     tied_accuracy: float
     ref_accuracy: float
     preferred: float
@@ -121,10 +121,10 @@ class BestOfNEvaluation:
     """
 
     rows: int
-    accuracy: Estimate
+    accuracy: BootstrapEstimate
     chance: float
     responses: float
-    all_right_above_wrong: Estimate | None
+    all_right_above_wrong: BootstrapEstimate | None
     ties: TiesScore | None
     subsets: tuple[SubsetBestOfN, ...]
     reward_mean: float
@@ -157,7 +157,7 @@ def load_best_of_n(source: str, encoder: Encoder) -> list[BestOfN]:
 
 def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN:
     try:
-        row = _Row.model_validate({name: value for name, value in fields.items() if value is not None})
+        row = BestOfNRow.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         first = max(error.errors(), key=lambda found: len(found["loc"]))
         field = ".".join(str(part) for part in first["loc"] if "[" not in str(part))

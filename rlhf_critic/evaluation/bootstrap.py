@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BootstrapEstimate:
     """A mean and its 95% percentile-bootstrap interval (Efron, 1979)."""
 
     mean: float
@@ -34,7 +34,7 @@ def wins(difference_P: FloatArray) -> FloatArray:
     return (np.sign(difference_P) + 1.0) / 2.0
 
 
-def bootstrap_mean(sample_P: FloatArray, seed: int = 0) -> Estimate:
+def bootstrap_mean(sample_P: FloatArray, seed: int = 0) -> BootstrapEstimate:
     """The mean of a sample and its percentile-bootstrap interval."""
     rng = np.random.default_rng(seed)
     means_B = np.concatenate(
@@ -46,7 +46,7 @@ def bootstrap_mean(sample_P: FloatArray, seed: int = 0) -> Estimate:
     return _with_interval(float(sample_P.mean()), means_B)
 
 
-def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int, seed: int = 0) -> Estimate:
+def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int, seed: int = 0) -> BootstrapEstimate:
     """A statistic of a sample and its percentile-bootstrap interval, where it is more than a mean.
 
     Args:
@@ -59,6 +59,6 @@ def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: i
     return _with_interval(statistic(np.arange(size)), values_B)
 
 
-def _with_interval(value: float, resampled_B: FloatArray) -> Estimate:
+def _with_interval(value: float, resampled_B: FloatArray) -> BootstrapEstimate:
     low, high = np.quantile(resampled_B, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(value, float(low), float(high))
+    return BootstrapEstimate(value, float(low), float(high))

@@ -8,14 +8,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_critic.evaluation.bootstrap import Estimate, FloatArray, bootstrap_statistic, wins
+from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, bootstrap_statistic, wins
 
 FEWEST_PREFERENCES = 30  # three coefficients are fitted; below this they would be noise
 # Rewards are fp32. Of a critic that only counts tokens nothing but rounding is left, and that must not decide.
 ROUNDING = 1e-5
 
 
-def length_controlled_accuracy(margin_P: FloatArray, lengths_P2: NDArray[np.int64], seed: int = 0) -> Estimate | None:
+def length_controlled_accuracy(
+    margin_P: FloatArray, lengths_P2: NDArray[np.int64], seed: int = 0
+) -> BootstrapEstimate | None:
     """Accuracy after the effect of length on the margin is regressed out.
 
     Dubois et al., "Length-Controlled AlpacaEval" (2024), regress a judge's verdict on the length difference

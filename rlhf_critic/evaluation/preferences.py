@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_critic.errors import NonFiniteRewardError
-from rlhf_critic.evaluation.bootstrap import Estimate, FloatArray, bootstrap_mean, wins
+from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, bootstrap_mean, wins
 from rlhf_critic.evaluation.calibration import Calibration, calibrate
 from rlhf_critic.evaluation.length_control import length_controlled_accuracy
 
@@ -30,8 +30,8 @@ class SubsetAccuracy:
 
     name: str
     preferences: int
-    accuracy: Estimate
-    length_baseline: Estimate
+    accuracy: BootstrapEstimate
+    length_baseline: BootstrapEstimate
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Evaluation:
     """
 
     preferences: int
-    accuracy: Estimate
-    margin: Estimate
-    log_loss: Estimate
-    length_controlled_accuracy: Estimate | None
-    length_baseline: Estimate
-    accuracy_where_shorter_wins: Estimate | None
+    accuracy: BootstrapEstimate
+    margin: BootstrapEstimate
+    log_loss: BootstrapEstimate
+    length_controlled_accuracy: BootstrapEstimate | None
+    length_baseline: BootstrapEstimate
+    accuracy_where_shorter_wins: BootstrapEstimate | None
     reward_mean: float
     reward_std: float
     calibration: Calibration

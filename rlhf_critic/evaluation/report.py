@@ -17,12 +17,12 @@ import jinja2
 
 from rlhf_critic.errors import ConfigError
 from rlhf_critic.evaluation.best_of_n import BestOfNEvaluation
-from rlhf_critic.evaluation.bootstrap import Estimate
+from rlhf_critic.evaluation.bootstrap import BootstrapEstimate
 from rlhf_critic.evaluation.calibration import Calibration
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import write_text_atomically
 
-METRICS_NAME = "metrics.json"
+REPORT_JSON = "metrics.json"
 PAGE_NAME = "report.html"
 MOST_WRONG = 8  # preferences shown as text
 MOST_CHARACTERS = 4000  # of one text
@@ -49,7 +49,7 @@ class Bar:
 
     name: str
     count: int
-    accuracy: Estimate
+    accuracy: BootstrapEstimate
     baseline: float
 
 
@@ -63,7 +63,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Text:
+class HighlightedText:
     """A text in pieces, with special tokens told apart from text that looks like them.
 
     Attributes:
@@ -88,8 +88,8 @@ class WrongExample:
 
     origin: str
     note: str
-    shared: Text
-    texts: tuple[Text, ...]
+    shared: HighlightedText
+    texts: tuple[HighlightedText, ...]
 
 
 @dataclass(frozen=True)
@@ -219,18 +219,18 @@ def wrong_example(origin: str, note: str, texts: Mapping[str, str], special_toke
     )
 
 
-def _in_pieces(label: str, text: str, special_tokens: Sequence[str]) -> Text:
+def _in_pieces(label: str, text: str, special_tokens: Sequence[str]) -> HighlightedText:
     if len(text) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         text = f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
     if not special_tokens:
-        return Text(label, ((text, False),))
+        return HighlightedText(label, ((text, False),))
     longest_first = sorted(special_tokens, key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-    return Text(label, tuple((piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece))
+    return HighlightedText(label, tuple((piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece))
 
 
-def refuse_report(directory: str) -> None:
+def validate_report_directory(directory: str) -> None:
     """Checks that a report can go to a directory, before work is spent on it.
 
     Raises:
@@ -249,11 +249,11 @@ def write_report(directory: str, metrics: Mapping[str, Any], page: Page) -> None
     """Writes ``metrics.json`` and ``report.html``, each whole or not at all.
 
     Raises:
-        ConfigError: See `refuse_report`; or the disk is full.
+        ConfigError: See `validate_report_directory`; or the disk is full.
     """
-    refuse_report(directory)
+    validate_report_directory(directory)
     try:
-        write_text_atomically(Path(directory) / METRICS_NAME, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        write_text_atomically(Path(directory) / REPORT_JSON, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
         write_text_atomically(Path(directory) / PAGE_NAME, render(page))
     except OSError as error:
         raise _cannot_write(directory, error) from error

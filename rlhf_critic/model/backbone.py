@@ -21,7 +21,7 @@ from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.planner import MicroBatch
 from rlhf_critic.batching.prefix_tree import PrefixTreeBatch, TokenIds
 from rlhf_critic.model.fused_ops import fuse_norms_and_activations
-from rlhf_critic.model.prefix_attention import FAMILIES, AttentionPlan, enable_prefix_trees
+from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, AttentionPlan, enable_prefix_trees
 
 logger = logging.getLogger(__name__)
 OutputT = TypeVar("OutputT")
@@ -57,13 +57,13 @@ class Backbone(nn.Module):
             )
         fuse_norms_and_activations(model)
         self.prefix_tree = prefix_tree and enable_prefix_trees(model)
-        if model.config.model_type not in FAMILIES | PADDED_FAMILIES:
+        if model.config.model_type not in PREFIX_TREE_FAMILIES | PADDED_FAMILIES:
             logger.warning(
                 "%s is not among the families this project is tested with (%s). It runs padded batches. Not tested for "
                 "it: that the same text gets the same score in any batch, in training under every ZeRO stage and after "
                 "saving. Compare some scores of a saved critic with plain transformers before you rely on them.",
                 model.config.model_type,
-                ", ".join(sorted(FAMILIES | PADDED_FAMILIES)),
+                ", ".join(sorted(PREFIX_TREE_FAMILIES | PADDED_FAMILIES)),
             )
         elif prefix_tree and not self.prefix_tree:
             logger.warning(

@@ -306,7 +306,7 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
 
 
-def require_positions(model: PreTrainedModel, max_length: int) -> None:
+def validate_positions(model: PreTrainedModel, max_length: int) -> None:
     """Checks that a model has a position for every token of the longest sequence.
 
     Raises:

@@ -32,7 +32,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from rlhf_critic.batching.prefix_tree import PrefixTree
 
 # Families, by config.model_type, whose values are held by test to be those of each sequence alone.
-FAMILIES = frozenset({"gemma2", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"})
+PREFIX_TREE_FAMILIES = frozenset({"gemma2", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"})
 IMPLEMENTATIONS = {"sdpa": "prefix_tree_sdpa", "eager": "prefix_tree_eager"}
 ATTENTION_NAMES = ("self_attn", "attn", "attention")
 # Modules of a decoder layer that work on each token by itself and whose output only that token uses.
@@ -179,7 +179,7 @@ def enable_prefix_trees(model: PreTrainedModel) -> bool:
     if model.config._attn_implementation in IMPLEMENTATIONS.values():
         return True  # a critic was made of this model before
     implementation = IMPLEMENTATIONS.get(model.config._attn_implementation)
-    if model.config.model_type not in FAMILIES or implementation is None:
+    if model.config.model_type not in PREFIX_TREE_FAMILIES or implementation is None:
         return False
     model.set_attn_implementation(implementation)
     if model.config._attn_implementation != implementation:

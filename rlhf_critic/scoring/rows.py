@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from rlhf_critic.data.preference_schema import Text as NonEmpty
-from rlhf_critic.data.preference_schema import Turns
+from rlhf_critic.data.preference_schema import NonEmptyText, Turns
 from rlhf_critic.errors import DataError
 from rlhf_critic.scoring.items import Conversation, Item, Text
 
 
-class _Row(BaseModel):
+class ScorableRow(BaseModel):
     """The fields that are read; others are passed through."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -21,11 +20,11 @@ class _Row(BaseModel):
     response: StrictStr | None = None
     responses: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
     messages: Annotated[Turns, Field(min_length=1)] | None = None
-    text: NonEmpty | None = None
+    text: NonEmptyText | None = None
     token_ids: Annotated[tuple[StrictInt, ...], Field(min_length=1)] | None = None
 
 
-FIELDS = tuple(_Row.model_fields)
+FIELDS = tuple(ScorableRow.model_fields)
 WAYS = (("prompt", "response"), ("prompt", "responses"), ("messages",), ("text",), ("token_ids",))
 
 
@@ -42,7 +41,7 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
     """
     named = {name: row.get(fields.get(name, name)) for name in FIELDS}
     try:
-        parsed = _Row.model_validate(named)
+        parsed = ScorableRow.model_validate(named)
     except ValidationError as error:
         first = max(error.errors(), key=lambda found: len(found["loc"]))
         field = fields.get(str(first["loc"][0]), str(first["loc"][0]))

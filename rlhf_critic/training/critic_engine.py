@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_critic.algorithms.ppo import clipped_value_loss
-from rlhf_critic.algorithms.preference_objective import judge, needs_values
-from rlhf_critic.algorithms.response_tokens import Actions, check_rollouts, with_actions
+from rlhf_critic.algorithms.preference_objective import needs_values, preference_loss
+from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
 from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, save_critic
 from rlhf_critic.config.model import ModelConfig
@@ -29,7 +29,7 @@ from rlhf_critic.data.preference_dataset import EncodedPreferences
 from rlhf_critic.errors import DataError, NonFiniteLossError
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, require_positions
+from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
 from rlhf_critic.training.engine import Batch, MicroBatchLoss, TrainingEngine, deepspeed_config
 from rlhf_critic.training.inference_engine import InferenceEngine
 
@@ -139,7 +139,7 @@ class CriticEngine(InferenceEngine):
             attn_implementation=None if model.attn_implementation == "auto" else model.attn_implementation,
             prefix_tree=model.prefix_tree,
         )
-        require_positions(critic.model, encoder.max_length)
+        validate_positions(critic.model, encoder.max_length)
         limit_training(critic, model, train.seed)
         return cls(critic, model, train, total_steps)
 
@@ -153,7 +153,7 @@ class CriticEngine(InferenceEngine):
         """Optimizer steps done."""
         return self.training.step
 
-    def refuse_unfit(self, preferences: EncodedPreferences) -> None:
+    def validate_preferences(self, preferences: EncodedPreferences) -> None:
         """Checks that the loss is defined for every preference.
 
         Raises:
@@ -187,7 +187,7 @@ class CriticEngine(InferenceEngine):
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
             output = self._engine(batch, rewards_only=not needs_values(options))
             chosen = [units[position] for position in positions]
-            judged = judge(output, chosen, preferences.margins_N[rows_G[list(positions)]], options)
+            judged = preference_loss(output, chosen, preferences.margins_N[rows_G[list(positions)]], options)
             return MicroBatchLoss(judged.loss_P, judged.sums())
 
         def name_of(position: int) -> str:
@@ -231,14 +231,14 @@ class CriticEngine(InferenceEngine):
             ValueError: Shapes do not fit, a number is not finite, or no rollout has an action.
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
-        check_rollouts(sequences, prompt_lengths, returns=returns, old_values=old_values)
-        fitted = with_actions(sequences, prompt_lengths)
+        validate_rollouts(sequences, prompt_lengths, returns=returns, old_values=old_values)
+        fitted = nonempty_responses(sequences, prompt_lengths)
         if not fitted:
             raise ValueError("no rollout has an action: there is nothing to fit the values to")
 
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
             rows = [fitted[position] for position in positions]
-            actions = Actions.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+            actions = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
             values_SL = self._engine(batch)
             rows_A, columns_A = (torch.from_numpy(places).to(self.device) for places in actions.places)
             old_A, returns_A = (

@@ -40,7 +40,7 @@ from rlhf_critic.training.offload import Offloaded, offload
 from rlhf_critic.training.reshard import load_resized
 from rlhf_critic.training.token_budget import ActivationMeter, Measurement, probe_token_budget
 
-STATE_NAME = "engine.json"
+ENGINE_STATE_NAME = "engine.json"
 STATE_TAG = "state"
 PROBE_LENGTH = 128  # tokens of each sequence in the probe of the token budget
 
@@ -255,7 +255,7 @@ class TrainingEngine:
                 "zero_stage": self.options.zero_stage,
                 "token_budget": token_budget,
             }
-            write_text_atomically(resume / STATE_NAME, json.dumps(state))
+            write_text_atomically(resume / ENGINE_STATE_NAME, json.dumps(state))
         dist.barrier()
 
     def load_state(self, directory: str | Path) -> None:
@@ -269,7 +269,7 @@ class TrainingEngine:
         """
         resume = Path(directory) / RESUME_FOLDER
         try:
-            state = json.loads((resume / STATE_NAME).read_text(encoding="utf-8"))
+            state = json.loads((resume / ENGINE_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory}: no state to resume from: {error}") from error
         stage, world_size = state["zero_stage"], state["world_size"]

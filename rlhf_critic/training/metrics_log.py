@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rlhf_critic.files import write_text_atomically
 
-METRICS_NAME = "metrics.jsonl"
+HISTORY_JSONL = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -29,7 +29,7 @@ class MetricsLog:
     def __init__(self, directory: str | Path, resume_step: int) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / METRICS_NAME
+        path = directory / HISTORY_JSONL
         if path.exists():
             write_text_atomically(path, "".join(line for line in _whole_lines(path) if _step(line) <= resume_step))
         self._file = path.open("a", encoding="utf-8")
@@ -61,7 +61,7 @@ class MetricsLog:
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """The records of a history, as they were written."""
-    return [json.loads(line) for line in _whole_lines(Path(directory) / METRICS_NAME)]
+    return [json.loads(line) for line in _whole_lines(Path(directory) / HISTORY_JSONL)]
 
 
 def _whole_lines(path: Path) -> list[str]:

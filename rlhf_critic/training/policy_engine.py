@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_critic.algorithms.ppo import clipped_policy_loss, estimate_kl
-from rlhf_critic.algorithms.response_tokens import Actions, check_rollouts, with_actions
+from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
 from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
@@ -41,7 +41,7 @@ class PolicyMetrics:
         loss: Mean clipped policy loss of the actions, before the step, without the entropy's part.
         clip_fraction: Share of the actions whose loss was the clipped one.
         entropy: Mean entropy, in nats.
-        moved_kl: Mean KL divergence (k3) between the policy now and the one that drew the tokens, in nats.
+        approx_kl: Mean KL divergence (k3) between the policy now and the one that drew the tokens, in nats.
         grad_norm: Global gradient norm before clipping.
         learning_rate: The rate the step was taken with.
         tokens: Tokens of all rollouts.
@@ -52,7 +52,7 @@ class PolicyMetrics:
     loss: float
     clip_fraction: float
     entropy: float
-    moved_kl: float
+    approx_kl: float
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -111,9 +111,9 @@ class PolicyEngine:
         Raises:
             ValueError: A prompt is empty or longer than its sequence.
         """
-        check_rollouts(sequences, prompt_lengths)
+        validate_rollouts(sequences, prompt_lengths)
         counts_S = [len(ids) - length for ids, length in zip(sequences, prompt_lengths, strict=True)]
-        fitted = with_actions(sequences, prompt_lengths)
+        fitted = nonempty_responses(sequences, prompt_lengths)
         ends_S = np.cumsum(counts_S)
         flat = torch.zeros(int(ends_S[-1]) if len(ends_S) else 0, dtype=torch.float64, device=self.training.device)
         if fitted:
@@ -158,8 +158,8 @@ class PolicyEngine:
             ValueError: Shapes do not fit, a number is not finite, or no rollout has an action.
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
-        check_rollouts(sequences, prompt_lengths, old_log_probs=old_log_probs, advantages=advantages)
-        fitted = with_actions(sequences, prompt_lengths)
+        validate_rollouts(sequences, prompt_lengths, old_log_probs=old_log_probs, advantages=advantages)
+        fitted = nonempty_responses(sequences, prompt_lengths)
         if not fitted:
             raise ValueError("no rollout has an action: there is nothing to fit the policy to")
         device = self.training.device
@@ -192,13 +192,13 @@ class PolicyEngine:
             self.seed,
             lambda unit: f"rollout {fitted[unit]}",
         )
-        loss, clip_fraction, entropy, moved_kl = (number / actions for number in result.sums)
+        loss, clip_fraction, entropy, approx_kl = (number / actions for number in result.sums)
         return PolicyMetrics(
             step=self.step,
             loss=loss,
             clip_fraction=clip_fraction,
             entropy=entropy,
-            moved_kl=moved_kl,
+            approx_kl=approx_kl,
             grad_norm=result.grad_norm,
             learning_rate=result.learning_rate,
             tokens=sum(len(ids) for ids in sequences),
@@ -248,7 +248,7 @@ class PolicyEngine:
         entropy_gradient: bool = False,
     ) -> Drawn:
         """What a policy says of the actions of these rollouts, which are the batch."""
-        actions = Actions.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+        actions = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
         places = (torch.from_numpy(numbers).to(self.training.device) for numbers in (*actions.places, actions.drawn_A))
         drawn: Drawn = module(batch, *places, self.temperature, entropy_gradient)
         return drawn

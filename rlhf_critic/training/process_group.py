@@ -45,7 +45,9 @@ def open_store(node_address: str, on_one_node: bool) -> tuple[TCPStore, str]:
     return store, address
 
 
-def meet(backend: str, store: TCPStore, rank: int, world_size: int, timeout: timedelta, on_one_node: bool) -> None:
+def init_process_group(
+    backend: str, store: TCPStore, rank: int, world_size: int, timeout: timedelta, on_one_node: bool
+) -> None:
     """Joins the process group of the ranks that have this store.
 
     Args:
@@ -79,7 +81,7 @@ def init_distributed(backend: str, timeout: timedelta = default_pg_timeout) -> N
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
 
 
-def agree(action: Callable[[], T]) -> T:
+def raise_on_all_ranks(action: Callable[[], T]) -> T:
     """Does something on this rank, then fails on all ranks if it failed on any, so that none waits for the lost.
 
     Raises:

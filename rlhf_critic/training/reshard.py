@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.weights import full_shape, gathered, is_writer
-from rlhf_critic.training.process_group import agree
+from rlhf_critic.training.process_group import raise_on_all_ranks
 
 CONVERSION_TIMEOUT_S = 1500.0  # under the 1800 s after which torch.distributed gives up on the rank that converts
 PROCESSES = 2  # of the conversion, each with the shard of one rank in memory
@@ -83,7 +83,7 @@ def _converted(state: Path, stage: int) -> Iterator[Path]:
     except FileExistsError:
         is_first = False
     try:
-        agree(lambda: convert(state, work / FOLDER, stage) if is_first else None)
+        raise_on_all_ranks(lambda: convert(state, work / FOLDER, stage) if is_first else None)
         yield work / FOLDER
         dist.barrier()  # others still read
     finally:

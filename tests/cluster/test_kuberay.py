@@ -165,7 +165,7 @@ def test_versions_are_those_of_the_project(name):
 def test_the_training_job_is_one_that_its_own_cluster_has_room_for():
     config = job_config(shlex.split(manifest("rayjob-train")["spec"]["entrypoint"]))
     assert isinstance(config, TrainJobConfig)
-    config.require_complete()
+    config.validate_complete()
     assert config.resume, "it may be tried again, and must go on then"
     assert config.run.storage_path.startswith("/mnt/rlhf/")
     assert nodes_for("rayjob-train", demand(config).gangs) == {"trainers": 1}

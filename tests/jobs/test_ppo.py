@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.ppo.checkpoint import checkpoints
-from actors.ppo.rollout_workers import RolloutPool
-from actors.ppo.trainer import PPOOutcome, PPORun, Sample
+from actors.ppo.rollout_workers import RolloutWorkers
+from actors.ppo.trainer import PPOOutcome, PPOTrainer, Sample
 from actors.serving import control
 from actors.serving.handle import connect
 from jobs import ppo
@@ -332,7 +332,7 @@ def test_a_job_that_is_killed_resumes_and_changes_nothing(options, undisturbed, 
 class Interrupted:
     """Rollout workers between whose first and later tasks something happens."""
 
-    def __init__(self, workers: RolloutPool, happens: Callable[[], object]) -> None:
+    def __init__(self, workers: RolloutWorkers, happens: Callable[[], object]) -> None:
         self._workers, self._happens = workers, happens
 
     def run(self, tasks, weights, timeout_s, progress):
@@ -342,7 +342,7 @@ class Interrupted:
         return [*first, *others], timings
 
 
-class Observed(PPORun):
+class Observed(PPOTrainer):
     """Remembers which versions judged; in the middle of its third iteration another reward model is published."""
 
     def __init__(self, publish: Callable[[], object], *arguments) -> None:

@@ -139,12 +139,12 @@ def test_no_pool_of_scorers_is_refused(arguments, ray_address, monkeypatch, caps
 def test_a_machine_without_room_says_so_at_once(ray_address):
     there = ray.cluster_resources()["CPU"]
     roomy = PPOJobConfig.model_validate({"rollout": {"workers": 1, "cpus_per_worker": there - 2}})
-    ppo.require_room(roomy)
+    ppo.validate_room(roomy)
     own_pool = {"reward": {"checkpoint": "critic"}, "rollout": {"workers": 1, "cpus_per_worker": there - 2}}
     with pytest.raises(
         ConfigError, match=rf"reserve {there + 1:g} CPUs, this machine has {there:g}.*--critic.cpus-per"
     ):
-        ppo.require_room(PPOJobConfig.model_validate(own_pool))
+        ppo.validate_room(PPOJobConfig.model_validate(own_pool))
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def test_what_is_there_is_not_brought_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(quickstart_data, "_download", no_download)
     (tmp_path / "model").mkdir()
-    quickstart_data.bring_model(tmp_path / "model")
+    quickstart_data.download_model(tmp_path / "model")
     for name in ("train", "held-out"):
         (tmp_path / name).write_text(json.dumps({}))
-    quickstart_data.bring_preferences(tmp_path / "train", tmp_path / "held-out")
+    quickstart_data.download_preferences(tmp_path / "train", tmp_path / "held-out")
     with pytest.raises(AssertionError, match="downloaded again"):
-        quickstart_data.bring_preferences(tmp_path / "train", tmp_path / "absent")
+        quickstart_data.download_preferences(tmp_path / "train", tmp_path / "absent")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from actors.serving import control
 from actors.serving.scorer import Scorer
-from jobs import evaluate, export, train
+from jobs import evaluate, export, inspect_data, train
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.config.train import TrainJobConfig
@@ -102,7 +102,7 @@ def test_scorers_refuse_a_pickle_and_do_not_run_it(disguise, message, critics, t
     assert marker.exists(), "a payload that does nothing proves nothing"
 
 
-def bring_code(directory, marker, model_type=None):
+def download_code(directory, marker, model_type=None):
     """Makes a model directory bring code for everything that transformers loads, and maybe need it."""
     (directory / "brought.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
     config = json.loads((directory / "config.json").read_text())
@@ -163,7 +163,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     model = shutil.copytree(critic, tmp_path / "model")
     (model / "critic.json").unlink()
     for directory in (critic, model):
-        bring_code(directory, marker, None if known_type else "brought")
+        download_code(directory, marker, None if known_type else "brought")
     prepared = WAYS[way](str(model), str(critic), preference_file, str(tmp_path / "out"))
     if isinstance(prepared, tuple):
         code, _, message = run(*prepared, monkeypatch, capsys)
@@ -178,7 +178,7 @@ def test_code_that_comes_with_a_model_is_not_run(
 
 def test_training_workers_do_not_run_it_either(critics, preference_file, ray_address, tmp_path, marker):
     model = shutil.copytree(critics["first"], tmp_path / "model")
-    bring_code(model, marker)
+    download_code(model, marker)
     options = {
         "model": {"path": str(model)},
         "encoding": {"max_length": 64},
@@ -213,7 +213,7 @@ def test_no_source_trusts_remote_code():
             if called.startswith("Auto") and called.endswith(".from_pretrained"):
                 loads += 1
                 trusts += trust is None
-                assert trust is not None or path.stem in {"quickstart_data", "load_anywhere"}, place
+                assert trust is not None or path.stem in {"quickstart_data", "score_with_transformers"}, place
         keys = [key for node in ast.walk(tree) if isinstance(node, ast.Dict) for key in node.keys if key]
         assert "'trust_remote_code'" not in map(ast.unparse, keys), path
     assert loads > trusts > 0, "the calls are not where this looks"

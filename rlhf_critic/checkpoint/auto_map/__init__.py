@@ -10,7 +10,7 @@ from pathlib import Path
 
 PATTERN = Path(__file__).with_name("modeling_llama_reward.py")
 # For each model type the beginning of its classes' names, and the backbone's name in the model and its weights.
-FAMILIES = {
+AUTO_MAP_FAMILIES = {
     "bloom": ("Bloom", "transformer"),
     "gemma2": ("Gemma2", "model"),
     "gpt2": ("GPT2", "transformer"),
@@ -35,12 +35,12 @@ POSITIONS = """\
 
 def reward_model_class(model_type: str) -> str:
     """The name of a family's class, for example ``LlamaRewardModel``."""
-    return f"{FAMILIES[model_type][0]}RewardModel"
+    return f"{AUTO_MAP_FAMILIES[model_type][0]}RewardModel"
 
 
 def reward_model_source(model_type: str) -> str:
     """The modeling file of a family, as Python source."""
-    name, backbone = FAMILIES[model_type]
+    name, backbone = AUTO_MAP_FAMILIES[model_type]
     exchanged = {
         "Llama": name,
         'base_model_prefix = "model"': f'base_model_prefix = "{backbone}"',

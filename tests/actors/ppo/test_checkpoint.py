@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.ppo.checkpoint import STATE_NAME, checkpoints, latest_checkpoint, set_damaged_aside
+from actors.ppo.checkpoint import PPO_STATE_NAME, checkpoints, latest_checkpoint, quarantine_damaged_checkpoints
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import write_manifest
 
@@ -18,8 +18,8 @@ def run(tmp_path) -> Path:
             (checkpoint / part).mkdir(parents=True)
             (checkpoint / part / "model.safetensors").write_text(f"{part} after {iteration}")
             write_manifest(checkpoint / part, 0, 1)
-        (checkpoint / STATE_NAME).write_text("{}")
-        write_manifest(checkpoint, 0, 1, STATE_NAME)
+        (checkpoint / PPO_STATE_NAME).write_text("{}")
+        write_manifest(checkpoint, 0, 1, PPO_STATE_NAME)
     return tmp_path
 
 
@@ -29,16 +29,16 @@ def names(run: Path) -> list[str]:
 
 def test_what_is_whole_keeps_its_name(run, tmp_path):
     before = names(run)
-    set_damaged_aside(run)
+    quarantine_damaged_checkpoints(run)
     assert names(run) == before
-    set_damaged_aside(tmp_path / "not begun")
+    quarantine_damaged_checkpoints(tmp_path / "not begun")
 
 
-@pytest.mark.parametrize("damaged", ["policy/model.safetensors", "critic/model.safetensors", STATE_NAME])
+@pytest.mark.parametrize("damaged", ["policy/model.safetensors", "critic/model.safetensors", PPO_STATE_NAME])
 def test_what_is_damaged_is_kept_under_another_name(run, damaged, capsys):
     newest, before = latest_checkpoint(run), checkpoints(run)[1]
     (newest / damaged).write_text("broken")
-    set_damaged_aside(run)
+    quarantine_damaged_checkpoints(run)
     assert latest_checkpoint(run) == before
     assert (run / f"damaged-{newest.name}" / damaged).read_text() == "broken"
     said = capsys.readouterr().out
@@ -50,10 +50,10 @@ def test_a_checkpoint_that_is_damaged_again_after_it_was_made_again_is_kept_too(
     newest = latest_checkpoint(run)
     whole = shutil.copytree(newest, run / "whole")
     for content in ("broken", "broken again"):
-        (newest / STATE_NAME).write_text(content)
-        set_damaged_aside(run)
+        (newest / PPO_STATE_NAME).write_text(content)
+        quarantine_damaged_checkpoints(run)
         shutil.copytree(whole, newest)
-    kept = [run / f"damaged-{newest.name}{again}" / STATE_NAME for again in ("", "-again")]
+    kept = [run / f"damaged-{newest.name}{again}" / PPO_STATE_NAME for again in ("", "-again")]
     assert [path.read_text() for path in kept] == ["broken", "broken again"]
 
 
@@ -62,5 +62,5 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(run):
         (checkpoint / "critic" / "model.safetensors").unlink()
     before = names(run)
     with pytest.raises(CheckpointError, match=r"iteration-000009.*missing"):
-        set_damaged_aside(run)
+        quarantine_damaged_checkpoints(run)
     assert names(run) == before

@@ -31,7 +31,7 @@ from rlhf_critic.config.tools import EvaluateJobConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.errors import CheckpointError, CriticError, NonFiniteLossError, PlacementError, RankLost
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.training.engine import STATE_NAME, deepspeed_config
+from rlhf_critic.training.engine import ENGINE_STATE_NAME, deepspeed_config
 from tests.actors.groups import CPUS, Rollouts, leaves_nothing, make_rollouts, processes, require_gone
 from tests.helpers import save_tiny_model
 
@@ -255,7 +255,7 @@ def test_what_is_saved_while_others_update_is_named_after_the_step_it_is_of(pair
         for one in updates:
             one.result(60)
     for number in range(4):
-        step = json.loads((tmp_path / str(number) / RESUME_FOLDER / STATE_NAME).read_text())["step"]
+        step = json.loads((tmp_path / str(number) / RESUME_FOLDER / ENGINE_STATE_NAME).read_text())["step"]
         card = read_card(tmp_path / str(number))
         assert (card.version, card.training["step"]) == (f"critic@{step}", step)
 

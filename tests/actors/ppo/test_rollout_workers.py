@@ -15,8 +15,9 @@ import psutil
 import pytest
 import ray
 
+from actors.ppo import rollout_workers
 from actors.ppo.policy_group import PolicyOptions, PolicyWeights
-from actors.ppo.rollout_workers import RolloutPool, RolloutTask, score_again
+from actors.ppo.rollout_workers import RolloutTask, RolloutWorkers, score_again
 from actors.serving import control
 from actors.serving.handle import connect
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
@@ -73,7 +74,7 @@ def tasks(options) -> list[RolloutTask]:
 
 @pytest.fixture(scope="module")
 def workers(options, client):
-    with RolloutPool(2, options, client, TOKENS, cpus_per_worker=0.3) as made:
+    with RolloutWorkers(2, options, client, TOKENS, cpus_per_worker=0.3) as made:
         yield made
 
 
@@ -131,7 +132,7 @@ def test_rollouts_carry_what_the_policy_drew_and_what_scorers_said(undisturbed, 
         assert one.reward == pytest.approx(of_critic + 2 * marks, abs=1e-5)
         assert one.model_version.startswith("tiny@1#")
         assert one.policy_version == 3
-        assert one.judged_in_part == (len(unlimited.encode(one.prompt, one.response).ids) > 64)
+        assert one.prompt_truncated_for_reward == (len(unlimited.encode(one.prompt, one.response).ids) > 64)
         assert one.log_probs.dtype == np.float32
         assert (one.log_probs <= 0).all()
     assert timings.generating > 0
@@ -173,7 +174,7 @@ def test_killed_workers_and_replicas_lose_nothing_and_double_nothing(undisturbed
 def test_a_worker_draws_the_next_task_while_scorers_judge_the_last(options, client, tasks, weights, tmp_path):
     """Its second call comes while the first is not answered, and the first is answered when the second has come."""
     meeting = [dataclasses.replace(task, prompts=(f"meet {tmp_path}",) * PROMPTS) for task in tasks[:2]]
-    with RolloutPool(1, options, client, TOKENS, cpus_per_worker=0.3) as alone:
+    with RolloutWorkers(1, options, client, TOKENS, cpus_per_worker=0.3) as alone:
         assert len(alone.run(meeting, weights, 120)[0]) == 2 * PROMPTS
 
 
@@ -207,7 +208,7 @@ def test_a_policy_that_cannot_be_built_is_an_error_at_once(options, client, task
     """Not the loss of a worker, after which others would be tried."""
     nowhere = PolicyOptions(BodyConfig(path="nowhere"), options.optimizer, "plain", 1, 0, 1.0)
     with (
-        RolloutPool(1, nowhere, client, TOKENS, cpus_per_worker=0.3) as broken,
+        RolloutWorkers(1, nowhere, client, TOKENS, cpus_per_worker=0.3) as broken,
         pytest.raises(EncodingError, match="no tokenizer could be loaded from 'nowhere'"),
     ):
         broken.run(tasks, weights, 200)
@@ -257,12 +258,12 @@ def test_rewards_of_two_versions_become_those_of_one(undisturbed, client, critic
 def test_what_was_too_long_for_the_scorers_says_so(undisturbed, client):
     short = dataclasses.replace(undisturbed[0][0], prompt="please", response="explain")
     long = dataclasses.replace(short, response="please " * 70)
-    assert [one.judged_in_part for one in score_again([long, short], client)] == [True, False]
+    assert [one.prompt_truncated_for_reward for one in score_again([long, short], client)] == [True, False]
 
 
 def test_scorers_that_are_gone_are_an_error_of_the_call_after_its_deadline(options, tasks, weights, slow_scorers):
     """The last test of this module: it ends the pool."""
-    with connect(deadline_s=4) as impatient, RolloutPool(1, options, impatient, TOKENS, cpus_per_worker=0.3) as made:
+    with connect(deadline_s=4) as impatient, RolloutWorkers(1, options, impatient, TOKENS, cpus_per_worker=0.3) as made:
         made.run(tasks[:1], weights, 120)
         gone = threading.Thread(target=control.stop, args=("scorers",))
         gone.start()

@@ -10,11 +10,11 @@ from fsspec.implementations.local import LocalFileSystem
 from actors.runtime.storage import (
     HistoryDirectory,
     absolute_storage_path,
+    check_free_space,
     checkpoint_name,
     checkpoint_names,
     remove_broken_list,
     remove_leftover,
-    require_space,
     resolve_run,
     run_exists,
     size_of,
@@ -91,6 +91,6 @@ def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path):
         path.write_bytes(bytes(700))
     assert size_of(tmp_path / "run") == 1400
     run = resolve_run(str(tmp_path), "run")
-    require_space(*run, 1400)
+    check_free_space(*run, 1400)
     with pytest.raises(CheckpointError, match="takes up to 1e\\+12 MB"):
-        require_space(*run, 10**18)
+        check_free_space(*run, 10**18)

@@ -313,7 +313,7 @@ def test_a_replica_of_two_shards_answers_like_one_in_one_process(serving, critic
 def live_shards():
     """The processes that hold a part of a critic."""
     there = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
-    return [process.pid for process in there if process.info["cmdline"][0].startswith("ray::Shard")]
+    return [process.pid for process in there if process.info["cmdline"][0].startswith("ray::ShardedCriticRank")]
 
 
 def is_zombie(pid):

@@ -152,12 +152,12 @@ def test_two_shards_give_the_rewards_of_one_and_leave_nothing_behind(ray_address
     with ThreadPoolExecutor(6) as callers:
         for call in [callers.submit(scorer.score, items[n : n + 5]) for n in range(0, 25, 5)]:
             call.result(120)
-    scorer.require_whole()
+    scorer.check_healthy()
     ray.kill(scorer._version.backend._group._ranks[1])
     with pytest.raises(ScorerUnavailable, match="lost one of its 2 shards"):
         scorer.score(items)
     with pytest.raises(ScorerUnavailable, match="must be started again"):
-        scorer.require_whole()
+        scorer.check_healthy()
     scorer.close()
     wait_until(lambda: ray.available_resources().get("CPU", 0) == free, "the shards' CPUs", 60)
 

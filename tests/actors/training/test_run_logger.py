@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.training.run_logger import History
+from actors.training.run_logger import RunLogger
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.training.critic_engine import StepMetrics
@@ -20,7 +20,7 @@ def step(number: int) -> StepMetrics:
 
 @pytest.fixture
 def history(ray_address, tmp_path):
-    return History(TrainJobConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path)}}), 0, 4)
+    return RunLogger(TrainJobConfig.model_validate({"run": {"name": "run", "storage_path": str(tmp_path)}}), 0, 4)
 
 
 def test_what_is_recorded_is_there_when_it_is_saved(history, tmp_path):

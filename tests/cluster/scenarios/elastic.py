@@ -16,7 +16,7 @@ import ray
 import jobs.train
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
 from rlhf_critic.config.train import TrainJobConfig
-from rlhf_critic.training.engine import STATE_NAME
+from rlhf_critic.training.engine import ENGINE_STATE_NAME
 from tests.cluster.autoscaled import ADDRESS, Nodes, start_head, write_config
 from tests.helpers import save_tiny_model, wait_until, write_preferences
 
@@ -61,7 +61,7 @@ def disturb(config: TrainJobConfig, directory: Path, nodes: Nodes) -> dict[str, 
 
     def newest() -> tuple[int, int]:
         """Step and world size of the newest checkpoint."""
-        states = [path for path in run.glob(f"step-*/{RESUME_FOLDER}/{STATE_NAME}") if path.stat().st_size]
+        states = [path for path in run.glob(f"step-*/{RESUME_FOLDER}/{ENGINE_STATE_NAME}") if path.stat().st_size]
         state = json.loads(max(states).read_text()) if states else {"step": 0, "world_size": 0}
         return state["step"], state["world_size"]
 

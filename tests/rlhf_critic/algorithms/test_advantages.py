@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_critic.algorithms.advantages import Judged, make_experience, minibatch_rows
+from rlhf_critic.algorithms.advantages import RolloutBatch, compute_advantages, minibatch_rows
 from rlhf_critic.algorithms.ppo import RunningMoments
 from rlhf_critic.config.ppo import AlgorithmConfig, RewardConfig
 from rlhf_critic.errors import DivergedError, NonFiniteRewardError
 
-PLAIN = AlgorithmConfig(gamma=1.0, lam=1.0, kl_coefficient=0.0, whiten_advantages=False)
+PLAIN = AlgorithmConfig(gamma=1.0, gae_lambda=1.0, kl_coefficient=0.0, whiten_advantages=False)
 EARLIER = RunningMoments().updated(torch.tensor([3.0, -1.0, 0.5]))
 
 
@@ -23,9 +23,9 @@ def floats(*numbers: float) -> np.ndarray:
     return np.array(numbers, dtype=np.float32)
 
 
-def two_rollouts() -> Judged:
+def two_rollouts() -> RolloutBatch:
     """A response of two tokens that came to its end, and one of one token that was cut."""
-    return Judged(
+    return RolloutBatch(
         sequences=[[5, 6, 7, 2], [5, 9]],
         prompt_lengths=[2, 1],
         truncated_S=np.array([False, True]),
@@ -36,7 +36,7 @@ def two_rollouts() -> Judged:
     )
 
 
-def random_rollouts(seed: int, empty: bool = False) -> Judged:
+def random_rollouts(seed: int, empty: bool = False) -> RolloutBatch:
     """Rollouts of every length, of which some were cut and, if asked for, some have no token."""
     rng = np.random.default_rng(seed)
     prompt_lengths = rng.integers(1, 4, 9).tolist()
@@ -45,7 +45,7 @@ def random_rollouts(seed: int, empty: bool = False) -> Judged:
         lengths[0] = lengths[4] = 0
     numbers = [[rng.normal(size=length).astype(np.float32) for length in lengths] for _ in range(2)]
     totals = [p + r for p, r in zip(prompt_lengths, lengths, strict=True)]
-    return Judged(
+    return RolloutBatch(
         sequences=[rng.integers(0, 50, total).tolist() for total in totals],
         prompt_lengths=prompt_lengths,
         truncated_S=rng.random(9) < 0.4,
@@ -56,7 +56,7 @@ def random_rollouts(seed: int, empty: bool = False) -> Judged:
     )
 
 
-def slow_experience(judged: Judged, algorithm: AlgorithmConfig, reward: RewardConfig, earlier: list[float]):
+def slow_experience(judged: RolloutBatch, algorithm: AlgorithmConfig, reward: RewardConfig, earlier: list[float]):
     """Advantages, returns and values of the actions by loops over tokens, in Python's own floats."""
     rewards = [
         float(r) - (reward.missing_eos_penalty if cut else 0.0)
@@ -88,7 +88,7 @@ def slow_experience(judged: Judged, algorithm: AlgorithmConfig, reward: RewardCo
                 is_last = later == response - 1
                 following = (float(judged.values[s][-1]) if goes_on else 0.0) if is_last else values[later + 1]
                 delta = of_tokens[later] + algorithm.gamma * following - values[later]
-                total += (algorithm.gamma * algorithm.lam) ** (later - t) * delta
+                total += (algorithm.gamma * algorithm.gae_lambda) ** (later - t) * delta
             row.append(total)
         advantages.append(row)
         returns.append([a + v for a, v in zip(row, values, strict=True)])
@@ -108,7 +108,7 @@ def assert_rows(rows, expected):
 
 
 def test_two_rollouts_by_hand():
-    made = make_experience(two_rollouts(), PLAIN, RewardConfig(), RunningMoments())
+    made = compute_advantages(two_rollouts(), PLAIN, RewardConfig(), RunningMoments())
     assert_rows(made.old_values, [[0.25, 0.5], [2.0]])
     assert_rows(made.returns, [[1.0, 1.0], [3.0]])
     assert_rows(made.advantages, [[0.75, 0.5], [1.0]])
@@ -124,7 +124,7 @@ def test_two_rollouts_by_hand():
 
 
 def test_kl_costs_at_every_token_by_hand():
-    made = make_experience(
+    made = compute_advantages(
         two_rollouts(), PLAIN.model_copy(update={"kl_coefficient": 0.1}), RewardConfig(), RunningMoments()
     )
     assert_rows(made.returns, [[1.0 - 0.05 + 0.1, 1.0 + 0.1], [3.0]])
@@ -132,16 +132,18 @@ def test_kl_costs_at_every_token_by_hand():
 
 def test_a_cut_response_goes_on_with_the_critics_value_or_is_judged_by_hand():
     goes_on = PLAIN.model_copy(update={"bootstrap_truncated": True})
-    assert_rows(make_experience(two_rollouts(), goes_on, RewardConfig(), RunningMoments()).returns, [[1.0, 1.0], [4.0]])
+    assert_rows(
+        compute_advantages(two_rollouts(), goes_on, RewardConfig(), RunningMoments()).returns, [[1.0, 1.0], [4.0]]
+    )
     penalty = RewardConfig(missing_eos_penalty=2.5)
-    assert_rows(make_experience(two_rollouts(), PLAIN, penalty, RunningMoments()).returns, [[1.0, 1.0], [0.5]])
+    assert_rows(compute_advantages(two_rollouts(), PLAIN, penalty, RunningMoments()).returns, [[1.0, 1.0], [0.5]])
 
 
 def test_rewards_are_scaled_by_all_of_the_run_and_then_clipped_by_hand():
     earlier = RunningMoments().updated(torch.tensor([0.0, 8.0]))  # with 1 and 3: mean 3, squares 9 + 25 + 4 + 0
     reward = RewardConfig(scaling="running", clip=0.5)
     spread = math.sqrt(38 / 3)
-    made = make_experience(two_rollouts(), PLAIN, reward, earlier)
+    made = compute_advantages(two_rollouts(), PLAIN, reward, earlier)
     assert_rows(made.returns, [[1 / spread] * 2, [0.5]])
     assert made.metrics["reward"] == 2.0, "metrics show rewards as they were given"
     assert made.moments.count == 4.0
@@ -165,7 +167,7 @@ def test_rewards_are_scaled_by_all_of_the_run_and_then_clipped_by_hand():
 def test_equals_loops_over_tokens(reward, bootstrap, whiten, empty, estimator):
     algorithm = AlgorithmConfig(
         gamma=0.9,
-        lam=0.8,
+        gae_lambda=0.8,
         kl_coefficient=0.3,
         kl_estimator=estimator,
         bootstrap_truncated=bootstrap,
@@ -174,7 +176,7 @@ def test_equals_loops_over_tokens(reward, bootstrap, whiten, empty, estimator):
     judged = random_rollouts(seed=3, empty=empty)
     assert judged.truncated_S.any()
     assert not judged.truncated_S.all()
-    made = make_experience(judged, algorithm, reward, EARLIER)
+    made = compute_advantages(judged, algorithm, reward, EARLIER)
     advantages, returns, old_values = slow_experience(judged, algorithm, reward, [3.0, -1.0, 0.5])
     assert_rows(made.advantages, advantages)
     assert_rows(made.returns, returns)
@@ -183,8 +185,8 @@ def test_equals_loops_over_tokens(reward, bootstrap, whiten, empty, estimator):
 
 def test_an_explained_variance_that_is_not_defined_is_left_out():
     alone = replace(two_rollouts(), rewards_S=floats(1.0, 1.0))
-    assert "explained_variance" not in make_experience(alone, PLAIN, RewardConfig(), RunningMoments()).metrics
-    several = make_experience(two_rollouts(), PLAIN, RewardConfig(), RunningMoments()).metrics
+    assert "explained_variance" not in compute_advantages(alone, PLAIN, RewardConfig(), RunningMoments()).metrics
+    several = compute_advantages(two_rollouts(), PLAIN, RewardConfig(), RunningMoments()).metrics
     assert all(math.isfinite(number) for number in several.values())
     errors, returns = [0.75, 0.5, 1.0], [1.0, 1.0, 3.0]
     assert several["explained_variance"] == pytest.approx(1 - np.var(errors) / np.var(returns), rel=1e-5)
@@ -195,13 +197,13 @@ def test_an_explained_variance_that_is_not_defined_is_left_out():
 def test_a_reward_that_is_not_finite_is_refused_and_named(bad, options):
     judged = replace(two_rollouts(), rewards_S=floats(1.0, bad))
     with pytest.raises(NonFiniteRewardError, match="1 of 2 rewards are NaN or infinite, those of rollouts 1"):
-        make_experience(judged, PLAIN, RewardConfig(**options), RunningMoments())
+        compute_advantages(judged, PLAIN, RewardConfig(**options), RunningMoments())
 
 
 def test_a_cut_response_that_is_not_judged_is_refused_too_where_its_reward_is_not_finite():
     judged = replace(two_rollouts(), rewards_S=floats(1.0, math.nan))
     with pytest.raises(NonFiniteRewardError, match="rollouts 1"):
-        make_experience(
+        compute_advantages(
             judged, PLAIN.model_copy(update={"bootstrap_truncated": True}), RewardConfig(), RunningMoments()
         )
 
@@ -244,4 +246,4 @@ def test_numbers_of_models_that_are_not_finite_end_the_run_with_advice(field, wh
     numbers = [row.copy() for row in getattr(judged, field)]
     numbers[1][0] = bad
     with pytest.raises(DivergedError, match=rf"{who} is NaN or infinite in 1 of 2 rollouts.*learning-rate"):
-        make_experience(replace(judged, **{field: numbers}), PLAIN, RewardConfig(), RunningMoments())
+        compute_advantages(replace(judged, **{field: numbers}), PLAIN, RewardConfig(), RunningMoments())

@@ -218,8 +218,8 @@ def test_rewards_are_clipped_on_both_sides():
 # --- advantages ---
 
 
-def slow_gae(rewards, values, mask, last_values, truncated, gamma, lam):
-    """A_t = sum_l (gamma lam)^l delta_{t+l} over the actions alone, in order."""
+def slow_gae(rewards, values, mask, last_values, truncated, gamma, gae_lambda):
+    """A_t = sum_l (gamma gae_lambda)^l delta_{t+l} over the actions alone, in order."""
     advantages = torch.zeros(mask.shape, dtype=torch.float64)
     returns = torch.zeros(mask.shape, dtype=torch.float64)
     for s in range(mask.shape[0]):
@@ -228,21 +228,21 @@ def slow_gae(rewards, values, mask, last_values, truncated, gamma, lam):
         r = [rewards[s, t].item() for t in actions]
         delta = [r[i] + gamma * v[i + 1] - v[i] for i in range(len(actions))]
         for i, t in enumerate(actions):
-            advantages[s, t] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(actions)))
+            advantages[s, t] = sum((gamma * gae_lambda) ** (j - i) * delta[j] for j in range(i, len(actions)))
             returns[s, t] = advantages[s, t] + v[i]
     return advantages, returns
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_gae_equals_the_sum_over_temporal_differences(seed, lam, gamma):
+def test_gae_equals_the_sum_over_temporal_differences(seed, gae_lambda, gamma):
     torch.manual_seed(seed)
     mask = random_mask(random.Random(seed))
     rewards, values = random_like(mask), random_like(mask)
     truncated = torch.rand(mask.shape[0]) < 0.5
     last_values = torch.randn(mask.shape[0]).masked_fill(~truncated, math.nan)
-    arguments = rewards, values, mask, last_values, truncated, gamma, lam
+    arguments = rewards, values, mask, last_values, truncated, gamma, gae_lambda
     for actual, expected in zip(gae(*arguments), slow_gae(*arguments), strict=True):
         close(actual, expected)
 

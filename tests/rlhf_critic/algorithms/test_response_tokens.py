@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_critic.algorithms.response_tokens import Actions, check_rollouts, with_actions
+from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
 
 # Two actions, none, one after a prompt of one token, three.
 SEQUENCES = [[5, 6, 7, 8], [9, 10], [11, 12], [13, 14, 15, 16, 17]]
@@ -13,7 +13,7 @@ PROMPT_LENGTHS = [2, 2, 1, 2]
 
 
 def test_an_action_draws_the_token_after_the_one_it_has_read():
-    actions = Actions.of(SEQUENCES, PROMPT_LENGTHS)
+    actions = ResponseTokens.of(SEQUENCES, PROMPT_LENGTHS)
     assert actions.rows_A.tolist() == [0, 0, 2, 3, 3, 3]
     assert actions.columns_A.tolist() == [1, 2, 0, 1, 2, 3]
     assert actions.drawn_A.tolist() == [7, 8, 12, 15, 16, 17]
@@ -21,25 +21,25 @@ def test_an_action_draws_the_token_after_the_one_it_has_read():
 
 
 def test_no_action_reads_the_last_token_of_its_rollout():
-    actions = Actions.of(SEQUENCES, PROMPT_LENGTHS)
+    actions = ResponseTokens.of(SEQUENCES, PROMPT_LENGTHS)
     shortened = [ids[:-1] for ids in SEQUENCES]
     assert all(column < len(shortened[row]) for row, column in zip(*actions.places, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
 def test_arrays_of_any_integers_give_int64(dtype):
-    actions = Actions.of([np.array(ids, dtype=dtype) for ids in SEQUENCES], PROMPT_LENGTHS)
+    actions = ResponseTokens.of([np.array(ids, dtype=dtype) for ids in SEQUENCES], PROMPT_LENGTHS)
     assert actions.drawn_A.tolist() == [7, 8, 12, 15, 16, 17]
     assert {column.dtype for column in (actions.rows_A, actions.columns_A, actions.drawn_A)} == {np.dtype(np.int64)}
 
 
 def test_empty_responses_have_no_action():
-    actions = Actions.of([[1, 2], [3]], [2, 1])
+    actions = ResponseTokens.of([[1, 2], [3]], [2, 1])
     for column in (actions.rows_A, actions.columns_A, actions.drawn_A):
         assert column.shape == (0,)
         assert column.dtype == np.int64
-    assert with_actions([[1, 2], [3]], [2, 1]) == []
-    assert with_actions(SEQUENCES, PROMPT_LENGTHS) == [0, 2, 3]
+    assert nonempty_responses([[1, 2], [3]], [2, 1]) == []
+    assert nonempty_responses(SEQUENCES, PROMPT_LENGTHS) == [0, 2, 3]
 
 
 def numbers() -> list[np.ndarray]:
@@ -48,11 +48,11 @@ def numbers() -> list[np.ndarray]:
 
 
 def test_rollouts_that_fit_pass():
-    check_rollouts(SEQUENCES, PROMPT_LENGTHS)
-    check_rollouts(
+    validate_rollouts(SEQUENCES, PROMPT_LENGTHS)
+    validate_rollouts(
         SEQUENCES, PROMPT_LENGTHS, returns=numbers(), old_values=[row.astype(np.float32) for row in numbers()]
     )
-    check_rollouts([], [], returns=[])
+    validate_rollouts([], [], returns=[])
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_rollouts_that_fit_pass():
 )
 def test_prompts_that_do_not_fit_are_named(prompt_lengths, message):
     with pytest.raises(ValueError, match=message):
-        check_rollouts(SEQUENCES, prompt_lengths)
+        validate_rollouts(SEQUENCES, prompt_lengths)
 
 
 def test_an_empty_sequence_is_named():
     with pytest.raises(ValueError, match="rollout 1: a prompt of 1 tokens in a sequence of 0"):
-        check_rollouts([[1], []], [1, 1])
+        validate_rollouts([[1], []], [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def test_numbers_that_do_not_fit_are_named_by_rollout_and_action(rollout, row, m
     rows = numbers()
     rows[rollout] = row
     with pytest.raises(ValueError, match=message):
-        check_rollouts(SEQUENCES, PROMPT_LENGTHS, old_values=numbers(), returns=rows)
+        validate_rollouts(SEQUENCES, PROMPT_LENGTHS, old_values=numbers(), returns=rows)
 
 
 @pytest.mark.parametrize("count", [3, 5])
 def test_too_few_or_too_many_rows_of_numbers_are_named(count):
     rows = [*numbers(), np.zeros(1)][:count]
     with pytest.raises(ValueError, match=f"4 rollouts, but old_values has {count} entries"):
-        check_rollouts(SEQUENCES, PROMPT_LENGTHS, returns=numbers(), old_values=rows)
+        validate_rollouts(SEQUENCES, PROMPT_LENGTHS, returns=numbers(), old_values=rows)

@@ -11,13 +11,13 @@ from rlhf_critic.checkpoint import auto_map
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.checkpoint.export import export_critic
 from rlhf_critic.model.backbone import PADDED_FAMILIES
-from rlhf_critic.model.prefix_attention import FAMILIES
+from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from rlhf_critic.scoring.local import score_sequences
 from tests.helpers import make_preferences, run_command
 from tests.rlhf_critic.checkpoint.test_critic_directory import save
 from tests.rlhf_critic.model.test_families import save_base_model
 
-NAMES = sorted(auto_map.FAMILIES)
+NAMES = sorted(auto_map.AUTO_MAP_FAMILIES)
 WAYS = [
     f"{kind}_{way}"
     for kind in ("native", "auto_map")
@@ -62,7 +62,7 @@ def plain(exports, tmp_path_factory) -> dict[str, dict]:
 
 
 def test_every_tested_family_has_a_modeling_file():
-    assert set(auto_map.FAMILIES) == FAMILIES | PADDED_FAMILIES
+    assert set(auto_map.AUTO_MAP_FAMILIES) == PREFIX_TREE_FAMILIES | PADDED_FAMILIES
 
 
 @pytest.mark.parametrize("name", [*NAMES, "llama, untied", "llama, tied"])
@@ -73,7 +73,7 @@ def test_plain_transformers_scores_an_export_the_same(exports, plain, name):
     expected = score_sequences(loaded.critic, [one.ids for one in encoded], 200)
     assert np.ptp(expected) > 0.01
     scores = plain[name]
-    family = auto_map.FAMILIES[name.split(",")[0]][0]
+    family = auto_map.AUTO_MAP_FAMILIES[name.split(",")[0]][0]
     assert scores["native_class"] == f"{family}ForSequenceClassification"
     assert scores["auto_map_class"] == f"{family}RewardModel"
     for way in WAYS:
@@ -109,7 +109,7 @@ def test_the_shipped_class_can_be_trained_on(plain, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_file_is_plain_python_of_its_own_family(name, tmp_path):
     source = auto_map.reward_model_source(name)
-    family, backbone = auto_map.FAMILIES[name]
+    family, backbone = auto_map.AUTO_MAP_FAMILIES[name]
     assert ("Llama" in source) == (name == "llama")
     assert f"self.{backbone} = {family}Model(config)" in source
     assert ("position_ids" in source) == (name != "bloom")

@@ -19,7 +19,7 @@ from rlhf_critic.checkpoint.critic_directory import (
 from rlhf_critic.checkpoint.export import export_critic
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import verify_manifest, whole_directory, write_manifest
+from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest
 from rlhf_critic.model.factory import create_critic_model
 
 MAX_LENGTH = 40
@@ -78,11 +78,11 @@ def test_an_export_is_whole_or_absent(tiny_model, tmp_path):
     with pytest.raises(CheckpointError, match="no auto_map modeling file for model type 'mpt'"):
         export_critic(saved, tmp_path / "absent", auto_map=True)
     assert {path.name for path in tmp_path.iterdir()} == {"saved", "there"}
-    with pytest.raises(RuntimeError, match="half way"), whole_directory(tmp_path / "absent") as building:
+    with pytest.raises(RuntimeError, match="half way"), atomic_directory(tmp_path / "absent") as building:
         (building / "file").write_text("half")
         raise RuntimeError("half way")
     (tmp_path / "file").write_text("not a directory")
-    with pytest.raises(CheckpointError, match="could not be written"), whole_directory(tmp_path / "file" / "absent"):
+    with pytest.raises(CheckpointError, match="could not be written"), atomic_directory(tmp_path / "file" / "absent"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"saved", "there", "file"}
 

@@ -52,7 +52,7 @@ def test_missing_files_and_required_options(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         parse_command_line(TrainJobConfig, ["--config", str(tmp_path / "nowhere.yaml")])
     with pytest.raises(ConfigError, match=r"model\.path is required: give --model\.path VALUE"):
-        parse_command_line(TrainJobConfig, []).require_complete()
+        parse_command_line(TrainJobConfig, []).validate_complete()
 
 
 def test_help_gives_every_option_with_its_default(capsys):

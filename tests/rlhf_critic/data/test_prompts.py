@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
-from rlhf_critic.data.encoding import Encoder, load_tokenizer, require_same_ids
+from rlhf_critic.data.encoding import Encoder, load_tokenizer, validate_same_tokens
 from rlhf_critic.data.prompts import Prompts, load_prompts, split_prompts
 from rlhf_critic.errors import DataError, EncodingError
 from tests.helpers import save_tiny_tokenizer
@@ -151,12 +151,12 @@ def test_tokenizers_with_the_same_ids_may_differ_in_their_pad_token_only(tokeniz
     policy = load_tokenizer(tokenizer_dir())
     for peculiarity in ({"pad_is_eos": True}, {"adds_bos": True}, {"chat_template": None}):
         other = load_tokenizer(save_tiny_tokenizer(tmp_path / "other", **peculiarity))
-        require_same_ids(policy, other)
-        require_same_ids(other, policy)
+        validate_same_tokens(policy, other)
+        validate_same_tokens(other, policy)
     padded = load_tokenizer(tokenizer_dir())
     padded.add_special_tokens({"pad_token": "<nothing>"})
-    require_same_ids(policy, padded)
-    require_same_ids(padded, policy)
+    validate_same_tokens(policy, padded)
+    validate_same_tokens(padded, policy)
 
 
 def test_tokenizers_with_other_ids_are_refused_by_a_token_that_differs(tokenizer_dir):
@@ -164,11 +164,11 @@ def test_tokenizers_with_other_ids_are_refused_by_a_token_that_differs(tokenizer
     longer.add_tokens(["<tool>"])
     for pair in ((policy, longer), (longer, policy)):
         with pytest.raises(EncodingError, match=rf"1 entries differ, such as '<tool>' with the id {len(policy)}"):
-            require_same_ids(*pair)
+            validate_same_tokens(*pair)
     state = json.loads(swapped.backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     one, other = (swapped.tokenize(word)[0] for word in ("q", "z"))
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     swapped._tokenizer = type(swapped.backend_tokenizer).from_str(json.dumps(state))
     with pytest.raises(EncodingError, match=r"4 entries differ, such as '[qz]' with the id"):
-        require_same_ids(policy, swapped)
+        validate_same_tokens(policy, swapped)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.evaluation.bootstrap import Estimate
+from rlhf_critic.evaluation.bootstrap import BootstrapEstimate
 from rlhf_critic.evaluation.plots import histogram_svg, length_svg, reliability_svg
 from rlhf_critic.evaluation.preferences import evaluate_rewards
 from rlhf_critic.evaluation.report import (
@@ -17,8 +17,8 @@ from rlhf_critic.evaluation.report import (
     Page,
     Plot,
     preference_figures,
-    refuse_report,
     render,
+    validate_report_directory,
     write_report,
     wrong_example,
 )
@@ -42,7 +42,7 @@ def page_of(text: str = "plain") -> Page:
         source=text,
         figures=preference_figures(evaluation),
         baseline_name="longer text wins",
-        bars=[Bar(text, 3, Estimate(0.5, 0.2, 0.8), 0.4)],
+        bars=[Bar(text, 3, BootstrapEstimate(0.5, 0.2, 0.8), 0.4)],
         plots=[Plot("title", "caption", svg) for svg in plots],
         wrong=[wrong_example(f"{text}:7", "margin -1", {"chosen": f"a {text} b", "rejected": f"a {text} c"}, ["</s>"])],
     )
@@ -132,8 +132,8 @@ def test_a_report_is_whole_and_never_overwrites(tmp_path):
     assert json.loads((directory / "metrics.json").read_text()) == {"accuracy": 0.5}
     assert (directory / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
     with pytest.raises(ConfigError, match="not an empty directory; give a new one, or empty it"):
-        refuse_report(str(directory))
+        validate_report_directory(str(directory))
     with pytest.raises(ConfigError, match="not an empty directory"):
-        refuse_report(str(directory / "report.html"))
+        validate_report_directory(str(directory / "report.html"))
     with pytest.raises(ConfigError, match=r"cannot be written \(.*; free some space, or give another directory"):
-        refuse_report(str(directory / "report.html" / "inside"))
+        validate_report_directory(str(directory / "report.html" / "inside"))

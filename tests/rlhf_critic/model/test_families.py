@@ -27,8 +27,8 @@ from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.preferences import EncodedPreferences, load_preferences
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.backbone import PADDED_FAMILIES
-from rlhf_critic.model.factory import create_critic_model, require_positions, silence_dropout
-from rlhf_critic.model.prefix_attention import FAMILIES
+from rlhf_critic.model.factory import create_critic_model, silence_dropout, validate_positions
+from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.training.critic_engine import CriticEngine
 from tests.helpers import save_tiny_tokenizer, write_preferences
@@ -45,7 +45,7 @@ OPTIONS = TrainConfig(
     adam_epsilon=1e-4,  # a gradient that is zero but for rounding must not become a step of full length
     token_budget=200,
 )
-NAMES = sorted({*FAMILIES, *PADDED_FAMILIES})
+NAMES = sorted({*PREFIX_TREE_FAMILIES, *PADDED_FAMILIES})
 UNTESTED_NAMES = ["falcon", "stablelm"]
 
 
@@ -219,7 +219,7 @@ def test_a_saved_critic_scores_the_same_here_and_in_plain_transformers(trained, 
     assert any(probe[0] == BOS for probe in probes) == (name == "opt")  # long ones lose their beginning
     directory = workspace / f"stage-{stage}" / name
     loaded = load_critic(directory)
-    assert loaded.critic.prefix_tree == (name in FAMILIES)
+    assert loaded.critic.prefix_tree == (name in PREFIX_TREE_FAMILIES)
     assert loaded.critic.num_padding_at_beginning == (name == "opt")
     np.testing.assert_allclose(score_sequences(loaded.critic, probes, 200), expected, rtol=0, atol=1e-5)
     plain, report = AutoModelForSequenceClassification.from_pretrained(directory, output_loading_info=True)
@@ -274,15 +274,15 @@ def test_a_family_that_is_not_tested_works_and_says_so_once(sources, name, prefi
     assert "Not tested for it" in record.message
 
 
-@pytest.mark.parametrize("name", sorted({*FAMILIES, *PADDED_FAMILIES}))
+@pytest.mark.parametrize("name", sorted({*PREFIX_TREE_FAMILIES, *PADDED_FAMILIES}))
 def test_a_limit_beyond_learned_positions_is_refused(name, tmp_path):
     """With one position more than it has learned, GPT-2 or OPT would fail in the middle of a run."""
     critic = create_critic_model(save_base_model(name, tmp_path), load_tokenizer(str(tmp_path)), None)
     positions = getattr(critic.model.config, "max_position_embeddings", 256)
-    require_positions(critic.model, positions)
+    validate_positions(critic.model, positions)
     if name in {"gpt2", "opt"}:
         critic.rewards(critic.batch_of([[5] * positions]))
         with pytest.raises(CheckpointError, match=f"has learned {positions} positions"):
-            require_positions(critic.model, positions + 1)
+            validate_positions(critic.model, positions + 1)
     else:
-        require_positions(critic.model, positions + 1)
+        validate_positions(critic.model, positions + 1)

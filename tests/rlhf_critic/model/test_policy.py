@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_critic.algorithms.response_tokens import Actions
+from rlhf_critic.algorithms.response_tokens import ResponseTokens
 from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.model.factory import silence_dropout
@@ -45,7 +45,7 @@ def judge(
     entropy_gradient: bool = False,
 ) -> Drawn:
     """What a policy says of all actions, in one batch without the last tokens."""
-    actions = Actions.of(sequences, prompt_lengths)
+    actions = ResponseTokens.of(sequences, prompt_lengths)
     columns = (torch.from_numpy(column) for column in (*actions.places, actions.drawn_A))
     return policy(policy.batch_of([ids[:-1] for ids in sequences]), *columns, temperature, entropy_gradient)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.prefix_tree import PrefixTree, PrefixTreeBatch
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.prefix_attention import FAMILIES, AttentionPlan, _eager, _flex, _fused
+from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, AttentionPlan, _eager, _flex, _fused
 from tests.rlhf_critic.families import VOCABULARY, WINDOW, family_configs, kernels_of, random_model
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -260,4 +260,4 @@ def test_positions_that_depend_on_the_batch_are_warned_of(caplog):
 
 def test_the_families_of_the_table_are_those_tested():
     tested = {config.model_type for config in family_configs().values()} - {"bloom"}
-    assert tested == FAMILIES
+    assert tested == PREFIX_TREE_FAMILIES

@@ -34,7 +34,7 @@ def step_once(
     source: str, data: str, cache: str, stage: int, changes: dict
 ) -> tuple[dict[str, float], EncodedPreferences]:
     engine, preferences, _ = make(source, data, cache, stage, token_budget=120, **changes)
-    engine.refuse_unfit(preferences)
+    engine.validate_preferences(preferences)
     metrics = engine.train_step(preferences, np.arange(len(preferences)))
     evaluation = engine.evaluate(preferences)
     figures = {
@@ -46,7 +46,7 @@ def step_once(
 def refuse(source: str, data: str, cache: str, changes: dict) -> str:
     engine, preferences, _ = make(source, data, cache, 0, **changes)
     with pytest.raises(DataError) as refused:
-        engine.refuse_unfit(preferences)
+        engine.validate_preferences(preferences)
     return str(refused.value)
 
 

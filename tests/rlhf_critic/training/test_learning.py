@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.quickstart_data import bring_model
+from jobs.quickstart_data import download_model
 from rlhf_critic.batching.sampler import global_batch
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
@@ -42,7 +42,7 @@ def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"real preferences are not at {DATA}")
 def test_sixty_steps_lower_the_log_loss_below_a_coins(ranks, tmp_path):
     model = REPOSITORY / ".cache" / "quickstart" / "model"
-    bring_model(model)
+    download_model(model)
     files = {}
     for split, rows in (("train", STEPS * BATCH), ("test", HELD_OUT)):
         files[split] = tmp_path / f"{split}.jsonl"

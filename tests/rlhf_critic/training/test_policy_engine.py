@@ -103,7 +103,7 @@ def reference(tiny_model) -> list[dict[str, list[float]]]:
         schedule = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=2 * UPDATES)
         old_A = None
         measured: dict[str, list[float]] = {
-            name: [] for name in ("loss", "grad_norm", "clip_fraction", "entropy", "moved_kl", "learning_rate")
+            name: [] for name in ("loss", "grad_norm", "clip_fraction", "entropy", "approx_kl", "learning_rate")
         }
         for _ in range(UPDATES):
             drawn = from_the_definition(model, rollouts.sequences, rollouts.prompt_lengths, TEMPERATURE, suppressed)
@@ -117,7 +117,7 @@ def reference(tiny_model) -> list[dict[str, list[float]]]:
             measured["grad_norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
             measured["clip_fraction"].append((near_A < free_A).double().mean().item())
             measured["entropy"].append(drawn.entropies_A.mean().item())
-            measured["moved_kl"].append((ratio_A - 1 - ratio_A.log()).mean().item())
+            measured["approx_kl"].append((ratio_A - 1 - ratio_A.log()).mean().item())
             measured["learning_rate"].append(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
@@ -132,7 +132,7 @@ def agree(metrics: list[dict], expected: dict[str, list[float]]) -> None:
     np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-3)
     np.testing.assert_allclose(found["clip_fraction"], expected["clip_fraction"], rtol=1e-12)
     np.testing.assert_allclose(found["entropy"], expected["entropy"], rtol=1e-5)
-    np.testing.assert_allclose(found["moved_kl"], expected["moved_kl"], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(found["approx_kl"], expected["approx_kl"], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found["learning_rate"], expected["learning_rate"], rtol=1e-9)
     assert [step["step"] for step in metrics] == list(range(1, UPDATES + 1))
 
@@ -147,7 +147,7 @@ def test_updates_are_those_of_a_plain_loop(ranks, tiny_model, reference, world_s
     plain = plain_policy(tiny_model)
     for (metrics, before, after), expected in zip(of_ranks[0], reference, strict=True):
         agree(metrics, expected)
-        assert metrics[0]["moved_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert metrics[0]["approx_kl"] == pytest.approx(0.0, abs=1e-6)
         assert metrics[0]["clip_fraction"] == 0.0
         assert metrics[0]["tokens"] == sum(len(ids) for ids in make_rollouts(0).sequences)
         # The reference is the model that training began with, whatever has become of the policy.
@@ -169,7 +169,7 @@ def test_the_plain_loop_clips_some_actions_and_moves(reference):
     for measured in reference:
         assert measured["clip_fraction"][0] == 0.0
         assert 0.1 < measured["clip_fraction"][-1] < 0.9
-        assert measured["moved_kl"][-1] > 0.01
+        assert measured["approx_kl"][-1] > 0.01
         assert measured["loss"][-1] < measured["loss"][0] - 0.05
 
 
@@ -200,7 +200,7 @@ def test_ranks_without_work_wait_for_the_others(ranks, tiny_model, stage):
     alone = make_rollouts(0).part(7)
     (expected,) = ranks(1).run(update_once, tiny_model, 0, alone, {})
     for metrics in ranks(2).run(update_once, tiny_model, stage, alone, {}):
-        for name in ("loss", "grad_norm", "clip_fraction", "entropy", "moved_kl"):
+        for name in ("loss", "grad_norm", "clip_fraction", "entropy", "approx_kl"):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
