@@ -1,0 +1,53 @@
+"""Log output of one process: levels, timestamps and one handler. Knows nothing of what is logged.
+
+Results that a user asked for go to standard output. Events, warnings and errors go through `logging` to standard
+error: coloured by rich on a terminal, plain lines elsewhere (a file, a pipe, a Ray worker).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+LEVEL_VARIABLE = "RLHF_CRITIC_LOG_LEVEL"
+PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+PACKAGES = ("rlhf_critic", "actors", "jobs")
+# Libraries that report their start-up at WARNING or INFO.
+NOISY_LIBRARIES = ("DeepSpeed", "deepspeed", "ray", "ray.train", "ray.serve")
+
+
+def configure_logging(level: str | None = None) -> None:
+    """Sends the log records of this project to standard error. Repeated calls only change the level.
+
+    Args:
+        level: Name of the lowest level that is shown, such as ``DEBUG``. Default: the environment variable
+            ``RLHF_CRITIC_LOG_LEVEL``, else ``INFO``. With ``DEBUG``, libraries are shown as well.
+
+    Raises:
+        ValueError: There is no such level.
+    """
+    name = (level or os.environ.get(LEVEL_VARIABLE) or "INFO").upper()
+    if name not in LEVELS:
+        raise ValueError(f"log level {name!r} is unknown; use one of {', '.join(LEVELS)}")
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        logger.setLevel(name)
+        if not logger.handlers:
+            logger.addHandler(_handler())
+            logger.propagate = False
+    if name != "DEBUG":
+        for library in NOISY_LIBRARIES:
+            logging.getLogger(library).setLevel(logging.ERROR)
+
+
+def _handler() -> logging.Handler:
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(PLAIN_FORMAT))
+    return handler
