@@ -27,7 +27,9 @@ def untouched_loggers():
 
 
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_events_are_plain_timed_lines_on_standard_error_and_results_on_standard_output():
