@@ -265,16 +265,13 @@ def _published(app: str) -> str | None:
 
 
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
-    from rlhf_critic.checkpoint.critic_directory import (  # torch and transformers, for this alone
-        check_critic,
-        weights_digest,
-    )
+    from rlhf_critic.checkpoint.critic_directory import check_critic  # imports torch and transformers
 
     with local_directory(scorer.checkpoint) as directory:
-        card = check_critic(directory)
+        card, digest = check_critic(directory)
         if scorer.normalize:
             card.reward_scale()
-        return scorer.model_copy(update={"digest": weights_digest(directory)})
+    return scorer.model_copy(update={"digest": digest})
 
 
 def _absolute(checkpoint: str) -> str:

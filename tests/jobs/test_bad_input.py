@@ -263,7 +263,7 @@ FULL_DISK = """
 import resource, sys
 from jobs import export
 from jobs.cli import run_job
-from rlhf_critic.checkpoint import load_critic, save_critic
+from rlhf_critic.checkpoint.critic_directory import load_critic, save_critic
 
 checkpoint, second = sys.argv[1], sys.argv.pop()
 loaded = load_critic(checkpoint)
@@ -285,7 +285,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_usable(tiny_model, tmp
     assert f"error: {out}: could not be written" in finished.stderr
     assert "Free some space" in finished.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
-    with pytest.raises(CheckpointError, match="not written to its end"):
+    with pytest.raises(CheckpointError, match="writing it was interrupted"):
         load_critic(second)
     load_critic(first)
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from actors.serving.scorer import LocalCritic, Scorer
-from rlhf_critic.checkpoint.critic_directory import load_critic, read_card, weights_digest
+from rlhf_critic.checkpoint.critic_directory import load_critic, read_card, weights_hash
 from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonComponent, ScorerConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, ScorerUnavailable
 from tests.actors.scorers import make_conversations, rewards_by_engine
@@ -118,7 +118,7 @@ def test_a_version_names_all_that_decides_a_reward(critics):
 
 
 def test_what_is_not_what_was_published_is_refused_and_changes_nothing(critics, tmp_path):
-    config = ScorerConfig(checkpoint=critics["first"], digest=weights_digest(critics["first"]))
+    config = ScorerConfig(checkpoint=critics["first"], digest=weights_hash(critics["first"]))
     scorer = Scorer(config)
     before = scorer.info()
     with pytest.raises(CheckpointError, match="its files are not those that were published"):

@@ -193,9 +193,9 @@ def break_the_card(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_the_template, "not the one this critic was fitted with"),
-        (change_the_limit, "not the one this critic was fitted with"),
-        (drop_the_card, "not a critic directory, or one that was not written to its end"),
+        (change_the_template, "not the one this critic was trained with"),
+        (change_the_limit, "not the one this critic was trained with"),
+        (drop_the_card, "not a critic directory, or writing it was interrupted"),
         (break_the_card, "not a valid critic card"),
         (cut_weights, "damaged"),
     ],
