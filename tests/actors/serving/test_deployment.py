@@ -111,7 +111,7 @@ def test_a_version_that_is_not_served_gives_no_rewards(serving, critics, client)
     url = serving(critics["first"], max_replicas=1)
     served = client.score_items(make_conversations(1)).model_version
     assert client.score_items(make_conversations(1), version=served).model_version == served
-    with pytest.raises(VersionMismatch, match="other@7 was asked for, this scorer serves tiny@1#"):
+    with pytest.raises(VersionMismatch, match="other@7 was requested, this scorer serves tiny@1#"):
         client.score_items(make_conversations(1), version="other@7")
     with connect_http(url) as over_http, pytest.raises(VersionMismatch, match="other@7"):
         over_http.score_items(make_conversations(1), version="other@7")
