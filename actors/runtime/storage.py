@@ -7,7 +7,6 @@ local spool and copied up now and then. Knows nothing of what is written.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -27,14 +26,9 @@ REWRITTEN_SUFFIX = "-again"  # after the name of a checkpoint that was damaged a
 CHECKPOINT = re.compile(rf"step-(\d+)(?:{REWRITTEN_SUFFIX})*")
 
 
-def absolute_storage_path(storage_path: str) -> str:
-    """A URI as it is; a local path made absolute, because actors may have another working directory."""
-    return storage_path if "://" in storage_path else os.path.abspath(storage_path)
-
-
 def resolve_run(storage_path: str, name: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a run, and the run's directory on it."""
-    filesystem, path = pafs.FileSystem.from_uri(absolute_storage_path(storage_path))
+    filesystem, path = pafs.FileSystem.from_uri(storage_path)
     return filesystem, f"{path}/{name}"
 
 
