@@ -13,13 +13,21 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
+from actors.runtime.ray_internals import WorkerGroupStartupTimeoutError
 from actors.runtime.session import init_ray
 from actors.runtime.storage import remove_broken_list, resolve_run, run_exists
 from actors.training.result import SCORE, TrainOutcome

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.fs as pafs
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from rlhf_critic.errors import CheckpointError
 
@@ -55,6 +54,8 @@ def remove_broken_list(filesystem: pafs.FileSystem, run_path: str) -> None:
     Ray Train writes it in place, so that a disk which is full leaves it empty, and does not start with such a one.
     Checkpoints are found without it; those that it had are no longer counted by ``run.keep_checkpoints``.
     """
+    from actors.runtime.ray_internals import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # seconds of import
+
     path = f"{run_path}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
     if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
         return

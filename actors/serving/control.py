@@ -18,9 +18,9 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
-from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
 from actors.serving.deployment import digest_of
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
@@ -287,7 +287,7 @@ def _runtime_environment(use_gpu: bool) -> dict[str, Any]:
 
 
 def _client() -> Any:
-    return _get_global_client(raise_if_no_controller_running=True)
+    return get_serve_client(raise_if_no_controller_running=True)
 
 
 def _deployed(app: str) -> dict[str, Any] | None:
@@ -297,7 +297,7 @@ def _deployed(app: str) -> dict[str, Any] | None:
 
 def _configs() -> dict[str, dict[str, Any]]:
     """The configs of all applications that were deployed by config."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = get_serve_client(raise_if_no_controller_running=False)
     if client is None:
         return {}
     applications = client.get_serve_details()["applications"]
