@@ -18,12 +18,13 @@ PACKAGES = ("rlhf_critic", "actors", "jobs")
 NOISY_LIBRARIES = ("DeepSpeed", "deepspeed", "ray", "ray.train", "ray.serve")
 
 
-def configure_logging(level: str | None = None) -> None:
+def configure_logging(level: str | None = None, *, quiet_libraries: bool = True) -> None:
     """Sends the log records of this project to standard error. Repeated calls only change the level.
 
     Args:
         level: Name of the lowest level that is shown, such as ``DEBUG``. Default: the environment variable
             ``RLHF_CRITIC_LOG_LEVEL``, else ``INFO``. With ``DEBUG``, libraries are shown as well.
+        quiet_libraries: Whether libraries log errors only. A Serve replica passes False, to keep Serve's access log.
 
     Raises:
         ValueError: There is no such level.
@@ -37,7 +38,7 @@ def configure_logging(level: str | None = None) -> None:
         if not logger.handlers:
             logger.addHandler(_handler())
             logger.propagate = False
-    if name != "DEBUG":
+    if quiet_libraries and name != "DEBUG":
         for library in NOISY_LIBRARIES:
             logging.getLogger(library).setLevel(logging.ERROR)
 

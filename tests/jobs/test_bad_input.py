@@ -197,11 +197,11 @@ def test_commands_on_what_is_no_critic(tiny_model, tmp_path, monkeypatch, capsys
 
 
 EXPORTS = {
-    "a base model": ({}, [], "(lm_head.*, model.*) are not those of --from auto", "python -m jobs.train"),
+    "a base model": ({}, [], "(lm_head.*, model.*) do not match --from auto", "python -m jobs.train"),
     "a format it has not": (
         {},
         ["--from", "trlx"],
-        "(lm_head.*, model.*) are not those of --from trlx",
+        "(lm_head.*, model.*) do not match --from trlx",
         "another --from",
     ),
     "an unknown format": ({}, ["--from", "coati"], "invalid choice 'coati'", "deepspeed-chat"),
@@ -210,7 +210,7 @@ EXPORTS = {
         {"value_head.bias": 0.0, "tokenizer_config.json": None},
         [],
         "no tokenizer_config.json",
-        "give the model it was fitted from, --base BASE_MODEL",
+        "give the model it was trained from, --base BASE_MODEL",
     ),
 }
 
