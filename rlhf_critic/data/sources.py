@@ -79,11 +79,6 @@ def fingerprint_of(source: str) -> str:
     return digest.hexdigest()
 
 
-def is_local_source(source: str) -> bool:
-    """Whether a source, its split aside, is a file or directory of this machine."""
-    return "://" not in source and (Path(source).exists() or Path(_without_split(source)[0]).is_dir())
-
-
 def _read_file(source: str) -> Iterator[tuple[int, Row]]:
     read = _READERS.get(_suffix(source))
     if read is None:

@@ -263,7 +263,7 @@ FULL_DISK = """
 import resource, sys
 from jobs import export
 from jobs.cli import run_job
-from rlhf_critic.checkpoint import load_critic, save_critic
+from rlhf_critic.checkpoint.critic_directory import load_critic, save_critic
 
 checkpoint, second = sys.argv[1], sys.argv.pop()
 loaded = load_critic(checkpoint)
