@@ -1,8 +1,8 @@
 """Llama with a scalar reward head, for ``AutoModelForSequenceClassification`` and ``trust_remote_code=True``.
 
-Needs only torch and transformers. The weights are named as in ``LlamaForSequenceClassification`` with one label, so the
-directory also loads without this file. This file adds a value at every token, sequence ends found from the attention
-mask, positions that left padding does not shift, and a head computed in fp32.
+Needs only torch and transformers. The weights are named as in ``LlamaForSequenceClassification`` with one label, so
+the directory also loads without this file. This file adds a value at every token, sequence ends found from the
+attention mask, positions that left padding does not shift, and a head computed in fp32.
 """
 
 from __future__ import annotations
