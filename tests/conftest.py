@@ -32,8 +32,8 @@ from ray import serve
 from actors.serving import control
 from jobs.serve import run_pool
 from rlhf_critic.config.serve import ServeJobConfig
-from tests.actors.scorers import save_tiny_critic
 from tests import durations
+from tests.actors.scorers import save_tiny_critic
 from tests.helpers import RankGroup, save_tiny_model, save_tiny_tokenizer, write_preferences
 
 SCORERS = "scorers"  # the name of the one pool

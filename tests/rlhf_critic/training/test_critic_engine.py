@@ -21,7 +21,7 @@ from rlhf_critic.errors import CheckpointError, NonFiniteLossError
 from rlhf_critic.model.weights import gathered, persistent_tensors
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.training.critic_engine import CriticEngine
-from tests.helpers import save_tiny_model
+from tests.helpers import STAGES_ON_RANKS, save_tiny_model, slow_except
 
 STEPS = 20
 OPTIONS = TrainConfig(
@@ -118,8 +118,7 @@ def reference(tiny_model, preference_file, cache) -> tuple[list[float], list[flo
     return losses, norms
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "world_size"), STAGES_ON_RANKS)
 def test_losses_are_those_of_a_plain_loop(ranks, tiny_model, preference_file, cache, reference, world_size, stage):
     of_ranks = ranks(world_size).run(train_and_score, tiny_model, preference_file, cache, stage)
     metrics, rewards, values = of_ranks[0]
@@ -135,7 +134,7 @@ def test_losses_are_those_of_a_plain_loop(ranks, tiny_model, preference_file, ca
         np.testing.assert_array_equal(other_rewards, rewards)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", slow_except([2], [1, 2]))
 def test_padded_batches_give_the_same_losses_for_more_tokens(
     ranks, tiny_model, preference_file, cache, reference, world_size
 ):
@@ -150,7 +149,7 @@ def test_padded_batches_give_the_same_losses_for_more_tokens(
     assert sum(step["computed_tokens"] for step in packed[0]) < sum(step["tokens"] for step in packed[0])
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([3], [0, 2, 3]))
 @pytest.mark.parametrize(
     "changes", [{"token_budget": "auto"}, {"gradient_checkpointing": True}], ids=["auto budget", "checkpointing"]
 )
@@ -161,7 +160,7 @@ def test_budget_and_checkpointing_change_no_loss(ranks, tiny_model, preference_f
         assert [step["micro_batches"] for step in metrics] == [step["micro_batches"] for step in of_ranks[0][0]]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([2], [0, 2, 3]))
 def test_bf16_trains_with_the_head_in_fp32(ranks, tiny_model, preference_file, cache, reference, stage):
     (metrics, rewards, _), _ = ranks(2).run(train_and_score, tiny_model, preference_file, cache, stage, "bfloat16")
     np.testing.assert_allclose([step["loss"] for step in metrics[:5]], reference[0][:5], rtol=0.1)
@@ -210,7 +209,7 @@ def resume(source: str, data: str, cache: str, stage: int, directory: str) -> tu
     return train(engine, preferences, STEPS), whole_weights(engine), optimizer_state(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([3], [0, 2, 3]))
 def test_stopping_and_resuming_changes_nothing(ranks, tiny_model, preference_file, cache, tmp_path, stage):
     arguments = (tiny_model, preference_file, cache, stage)
     undisturbed = ranks(2).run(straight, *arguments)
@@ -288,7 +287,7 @@ def poison_and_step(source: str, data: str, cache: str, stage: int) -> tuple[int
     return failed.value.step, failed.value.rows, preferences.origin(int(row)), unchanged
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([2], [0, 2, 3]))
 def test_a_loss_that_is_not_a_number_stops_all_ranks_before_the_step(ranks, tiny_model, preference_file, cache, stage):
     for step, rows, culprit, unchanged in ranks(2).run(poison_and_step, tiny_model, preference_file, cache, stage):
         assert step == 1
