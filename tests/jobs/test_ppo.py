@@ -37,7 +37,7 @@ from rlhf_critic.errors import ConfigError, EncodingError, ScorerUnavailable
 from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import rewards_by_engine
 from tests.helpers import WORDS, save_tiny_model, wait_until
-from tests.jobs.test_bad_input import run as run_command_line
+from tests.jobs.command_line import run as run_command_line
 
 REPOSITORY = Path(__file__).parents[2]
 ITERATIONS, SHORT = 15, 6

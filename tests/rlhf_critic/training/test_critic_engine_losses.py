@@ -14,7 +14,7 @@ from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.errors import DataError
 from rlhf_critic.model.factory import create_critic_model
 from tests.helpers import make_preferences, slow_except
-from tests.rlhf_critic.training.test_critic_engine import make
+from tests.rlhf_critic.training.critic_runs import make
 
 PAIRS = [{**row, "margin": number % 3} for number, row in enumerate(make_preferences(7, seed=4))]
 RANKINGS = [

@@ -24,9 +24,9 @@ from rlhf_critic.model.factory import padded_vocabulary_size
 from rlhf_critic.model.policy import create_policy
 from rlhf_critic.training.policy_engine import PolicyEngine
 from tests.helpers import STAGES_ON_RANKS, slow_except
-from tests.rlhf_critic.model.test_families import NAMES, save_base_model
-from tests.rlhf_critic.model.test_policy import from_the_definition, plain_policy
-from tests.rlhf_critic.training.test_value_update import Rollouts, make_rollouts
+from tests.rlhf_critic.families import NAMES, save_base_model
+from tests.rlhf_critic.model.policies import from_the_definition, plain_policy
+from tests.rlhf_critic.training.rollouts import Rollouts, make_rollouts
 
 UPDATES = 5
 STAGES = slow_except([3], [0, 1, 2, 3])

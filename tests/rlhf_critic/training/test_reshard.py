@@ -22,7 +22,7 @@ from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.engine import STATE_TAG
 from rlhf_critic.training.reshard import convert
 from tests.helpers import slow_except
-from tests.rlhf_critic.training.test_critic_engine import OPTIONS, STEPS, card_of, train, whole_weights
+from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, train, whole_weights
 
 HALF = STEPS // 2
 # A large decay, so that one group of parameters with the decay of another shows.
