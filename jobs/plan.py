@@ -5,11 +5,6 @@ Calculates; starts nothing, needs neither weights, a GPU nor Ray.
 
 from __future__ import annotations
 
-import os
-
-# Nothing is computed here. DeepSpeed would look for a GPU and say on the standard output that there is none.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import json
 import warnings
 from collections.abc import Iterator
