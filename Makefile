@@ -34,7 +34,7 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes: one with the tests that need Ray's session, one with the tests of ranks; pure tests fill the gaps.
+# Two processes share the tests; tests/README.md says which tests stay together.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 DURATIONS := benchmarks/test_durations.txt
 
