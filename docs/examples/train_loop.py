@@ -14,14 +14,13 @@ import sys
 
 import torch
 
+from rlhf_critic import Encoder, create_critic_model, load_critic, load_tokenizer
 from rlhf_critic.algorithms.preference_objective import preference_loss
 from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.sampler import global_batch, steps_in
-from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, load_critic, save_critic
+from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, save_critic
 from rlhf_critic.config.train import TrainConfig
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.preferences import load_preferences
-from rlhf_critic.model.factory import create_critic_model
 from rlhf_critic.scoring.local import score_sequences
 
 OPTIONS = TrainConfig(learning_rate=1e-4, global_batch_size=8, epochs=1.0)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.cli import COMMANDS
+
 TOP = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", flags=re.MULTILINE | re.DOTALL)
-MODULE_OF = {"inspect": "jobs.inspect_data"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def job_of(words: list[str]) -> tuple[str, list[str]] | None:
         words = words[words.index("--") + 1 :]
     program = words[0].rpartition("/")[2]
     if program == "rlhf-critic":
-        return MODULE_OF.get(words[1], f"jobs.{words[1]}"), words[2:]
+        return COMMANDS[words[1]].module, words[2:]
     if program.startswith("python") and words[1:2] == ["-m"] and words[2].startswith("jobs."):
         return words[2], words[3:]
     return None
