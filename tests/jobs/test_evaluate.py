@@ -82,7 +82,7 @@ def test_best_of_n_is_recognised_by_its_first_row(run, tmp_path):
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())["evaluation"]
     assert metrics["rows"] == 12
     assert metrics["chance"] == pytest.approx(1 / 4)
-    assert "drawn at random" in printed
+    assert "accuracy of random rewards" in printed
     page = (tmp_path / "report" / "report.html").read_text()
     assert "best wrong response, reward" in page
     assert page.count("<svg") == 1

@@ -60,9 +60,9 @@ def test_right_responses_come_first_as_they_are_encoded_alone(encoder, tmp_path)
         ({"rejected": None}, r":2: needs the lists 'chosen' and 'rejected', or"),
         ({"chosen": "of course"}, r":2: field 'chosen': .*tuple"),
         ({"prompt": None}, r":2: field 'prompt': Field required"),
-        ({"chosen": None, "responses": ["a", "b"], "best": 2}, r":2: field 'best': 2 is not the index of one of 2"),
+        ({"chosen": None, "responses": ["a", "b"], "best": 2}, r":2: field 'best': 2 is not an index of the 2"),
         ({"chosen": None, "responses": ["a", "b"], "best": True}, r":2: field 'best': .*integer"),
-        ({"id": "tied:4"}, r":2: field 'id': 'tied:4' needs at least two right responses"),
+        ({"id": "tied:4"}, r":2: field 'id': 'tied:4' needs at least two responses in 'chosen'"),
     ],
 )
 def test_a_row_that_is_wrong_is_named_with_its_field(encoder, tmp_path, changes, message):

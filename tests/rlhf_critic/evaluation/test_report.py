@@ -12,7 +12,7 @@ from rlhf_critic.evaluation.bootstrap import BootstrapEstimate
 from rlhf_critic.evaluation.plots import histogram_svg, length_svg, reliability_svg
 from rlhf_critic.evaluation.preferences import evaluate_rewards
 from rlhf_critic.evaluation.report import (
-    MOST_CHARACTERS,
+    MAX_CHARACTERS,
     Bar,
     Page,
     Plot,
@@ -116,7 +116,7 @@ def test_what_texts_share_is_told_once_and_special_tokens_apart():
 def test_a_long_text_loses_its_middle_and_says_so():
     text = wrong_example("f:1", "", {"chosen": "x" * 9000 + "end", "rejected": "y"}, []).texts[0]
     (piece,) = text.pieces
-    assert f"[... {9003 - MOST_CHARACTERS} characters left out ...]" in piece[0]
+    assert f"[... {9003 - MAX_CHARACTERS} characters omitted ...]" in piece[0]
     assert piece[0].endswith("xend")
 
 
@@ -135,5 +135,5 @@ def test_a_report_is_whole_and_never_overwrites(tmp_path):
         validate_report_directory(str(directory))
     with pytest.raises(ConfigError, match="not an empty directory"):
         validate_report_directory(str(directory / "report.html"))
-    with pytest.raises(ConfigError, match=r"cannot be written \(.*; free some space, or give another directory"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*; free space or give another directory"):
         validate_report_directory(str(directory / "report.html" / "inside"))

@@ -79,10 +79,10 @@ ANSWER = {"role": "assistant", "content": "b"}
     [
         ([USER], [], "does not end with an assistant's turn"),
         ([USER], [ANSWER, {"role": "tool", "content": "b"}], "does not end with an assistant's turn"),
-        ("a", [ANSWER], "consists of turns, and its prompt does not"),
-        ([USER], [{"role": "assistant", "content": None}], "ends with a turn that is no text"),
-        ([USER], [{"role": "assistant", "content": [{"type": "image"}]}], "ends with a turn that is no text"),
-        ([USER], [{**ANSWER, "tool_calls": [{"type": "function"}]}], "ends with a turn that is no text"),
+        ("a", [ANSWER], "consists of turns, but its prompt is a text"),
+        ([USER], [{"role": "assistant", "content": None}], "ends with a turn that is not text"),
+        ([USER], [{"role": "assistant", "content": [{"type": "image"}]}], "ends with a turn that is not text"),
+        ([USER], [{**ANSWER, "tool_calls": [{"type": "function"}]}], "ends with a turn that is not text"),
     ],
 )
 def test_a_completion_that_is_no_text_is_refused(prompt, completion, reason):

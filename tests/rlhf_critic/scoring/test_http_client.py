@@ -99,9 +99,9 @@ def test_an_item_is_named_by_its_place_in_the_whole_call():
         (error(409, "version_mismatch"), VersionMismatch, "told"),
         (error(500, "failed"), ScorerFailed, "told"),
         ((404, b"<html>no such page"), ScorerRejected, "HTTP 404: <html>no such page"),
-        ((200, b"<html>a login page"), ScorerFailed, "answers, but not with scores: '<html>a login page'"),
-        ((200, b"{}"), ScorerFailed, "answers, but not with scores"),
-        ((200, b'{"model_version": "v", "rewards": [null]}'), ScorerFailed, "answers, but not with scores"),
+        ((200, b"<html>a login page"), ScorerFailed, "the answer holds no scores: '<html>a login page'"),
+        ((200, b"{}"), ScorerFailed, "the answer holds no scores"),
+        ((200, b'{"model_version": "v", "rewards": [null]}'), ScorerFailed, "the answer holds no scores"),
     ],
 )
 def test_what_asking_again_does_not_help_is_told_at_once(answer, raised, what):

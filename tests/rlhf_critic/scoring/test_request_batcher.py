@@ -341,7 +341,7 @@ def test_closing_in_vain_fails_what_is_left():
     futures = [busy, *(batcher.submit([[number, number, number]], True) for number in range(3))]
     assert not batcher.close(0.2)
     for future in futures:
-        with pytest.raises(ScorerUnavailable, match=r"0\.2 s were not enough"):
+        with pytest.raises(ScorerUnavailable, match=r"unfinished calls after 0\.2 s"):
             future.result(30)
     with pytest.raises(ScorerUnavailable, match="shutting down"):
         batcher.submit([[1]], True)
