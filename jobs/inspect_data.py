@@ -1,4 +1,4 @@
-"""``python -m jobs.inspect_data DATA --model MODEL``: statistics and examples of preferences as the critic reads them."""
+"""``python -m jobs.inspect_data DATA --model MODEL``: statistics and examples of preferences."""
 
 from __future__ import annotations
 

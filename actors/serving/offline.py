@@ -76,9 +76,7 @@ class ChunkScorer:
             rows, error = 0, None
             try:
                 rows = self._score(int(number))
-            except (
-                CriticError
-            ) as raised:  # returned as a value, because Ray Data would log a traceback and wrap it twice
+            except CriticError as raised:  # returned, because Ray Data would log a traceback and wrap the error twice
                 error = raised
             done["part"].append(number)
             done["rows"].append(rows)

@@ -1,6 +1,6 @@
 """Advantages and critic updates for your own PPO trainer: the calls that its loop makes to this project.
 
-Your trainer provides rollouts and `update_policy`. It needs a running pool of scorers: ``python -m jobs.serve my-critic``.
+Your trainer provides rollouts and `update_policy`. It needs a running pool: ``python -m jobs.serve my-critic``.
 """
 
 from __future__ import annotations

@@ -174,8 +174,8 @@ def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN
         named = [(f"{side}.{i}", text) for side in ("chosen", "rejected") for i, text in enumerate(getattr(row, side))]
     else:
         raise DataError(
-            f"{origin}: needs the lists 'chosen' and 'rejected', or the list 'responses' and 'best'; fix or remove this "
-            "row"
+            f"{origin}: needs the lists 'chosen' and 'rejected', or the list 'responses' and 'best'; fix or remove "
+            "this row"
         )
     paired = PAIRED_ID.fullmatch(str(row.id))
     if paired and paired[1] == "tied" and right == 1:

@@ -127,9 +127,7 @@ def preference_figures(evaluation: Evaluation) -> list[Figure]:
             str(controlled or "cannot be estimated"),
             "if both sides were equally long; preferring the longer text gives 0.5",
         ),
-        Figure(
-            "accuracy, shorter wins", str(shorter or "no such preference"), "only pairs whose chosen side is shorter"
-        ),
+        Figure("accuracy, shorter wins", str(shorter or "no such preference"), "pairs whose chosen side is shorter"),
         Figure("log-loss", str(evaluation.log_loss), "nats; chance gives 0.693"),
         Figure("margin", str(evaluation.margin), "mean of chosen minus rejected reward"),
         *calibration_figures(evaluation.calibration),
@@ -169,9 +167,7 @@ def calibration_figures(calibration: Calibration) -> list[Figure]:
 def best_of_n_figures(evaluation: BestOfNEvaluation) -> list[Figure]:
     """Returns the figures of a best-of-n evaluation."""
     figures = [
-        Figure(
-            "accuracy", str(evaluation.accuracy), "a correct response has the highest reward; ties share the credit"
-        ),
+        Figure("accuracy", str(evaluation.accuracy), "highest reward to a correct response; ties share the credit"),
         Figure("chance", f"{evaluation.chance:.3f}", "accuracy of random rewards"),
     ]
     if evaluation.all_right_above_wrong is not None:

@@ -1,4 +1,4 @@
-"""What the inspection prints is what was read, and what the critic will see."""
+"""The printed statistics match the data, and examples match the critic's encoding."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Offline scoring gives the engine's rewards, writes every row once, and goes on where it was stopped."""
+"""Offline scoring gives the rewards of training, writes every row once, and resumes after an interruption."""
 
 import datetime
 import gzip
@@ -45,7 +45,7 @@ def read(out):
 
 
 def rows_of(shape, items, encoder):
-    """The same conversations, written in each way that is read."""
+    """Returns the same conversations in every supported format."""
     for number, (prompt, response) in enumerate(items):
         if shape == "pairs":
             yield {"id": number, "prompt": prompt, "response": response}

@@ -1,4 +1,4 @@
-"""Best-of-n rows of each shape are read or refused, and scored as their definitions say."""
+"""Best-of-n rows of each shape are read or rejected, and their scores equal the definitions."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def test_the_top_shares_its_credit_among_ties():
     assert (first.name, first.rows, second.name, second.rows) == ("a", 3, "b", 1)
     assert first.accuracy.mean == pytest.approx((1 + 0 + 1 / 2) / 3)
     assert first.chance == pytest.approx((1 / 4 + 1 / 4 + 2 / 3) / 3)
-    assert evaluation.all_right_above_wrong.mean == 0  # of one row, whose worst right response is below the wrong one
+    assert evaluation.all_right_above_wrong.mean == 0  # one such row; its lowest correct reward is below the wrong one
     assert evaluation.ties is None
 
 
@@ -99,7 +99,7 @@ def test_the_ties_score_equals_a_slow_computation_from_its_definition():
     for prompt in range(40):
         for kind, right, wrong, found in (("tied", rng.randint(2, 5), 4, tied), ("ref", 1, 4, ref)):
             if kind == "ref" and prompt in {3, 17}:
-                continue  # without a partner it counts in the accuracy of its kind only
+                continue  # without its pair it counts only in the accuracy of its kind
             good = [rng.gauss(3, 0.6) for _ in range(right)]
             if prompt == 5:
                 good = [4.0] * right  # no spread at all

@@ -1,4 +1,4 @@
-"""The page is one file that shows data as text and asks nothing of anyone; a report is written whole or refused."""
+"""The report page is one file without links that shows data as text; a report is written atomically."""
 
 import json
 import re
@@ -27,7 +27,7 @@ NASTY = "<script>alert('x')</script>&amp;\"' </pre><img src=http://example.com/x
 
 
 def page_of(text: str = "plain") -> Page:
-    """A page whose every text from data is ``text``."""
+    """Returns a page in which every text from data is ``text``."""
     rng = np.random.default_rng(0)
     rewards = rng.normal([0.5, 0], size=(60, 2))
     lengths = rng.integers(1, 99, (60, 2))
@@ -49,7 +49,7 @@ def page_of(text: str = "plain") -> Page:
 
 
 class Parsed(HTMLParser):
-    """The tags, attributes and text of a page."""
+    """Tags, attributes and text of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

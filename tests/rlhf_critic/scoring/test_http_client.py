@@ -1,4 +1,4 @@
-"""Over HTTP a caller meets the same errors as in the cluster, whatever it is that answers."""
+"""HTTP callers get the same errors as callers inside the cluster, whatever server answers."""
 
 import json
 import socket
@@ -19,10 +19,10 @@ ASKED = [Conversation("p", "x" * number) for number in range(10)]
 
 @contextmanager
 def server(answer):
-    """A server on this machine; ``answer`` makes of a request's JSON a status and a body.
+    """Runs a server on this machine. ``answer`` maps a request's JSON to a status and a body.
 
     Yields:
-        Its URL and the authorization that callers showed.
+        Its URL, and the Authorization headers that it received.
     """
     shown = []
 
@@ -47,7 +47,7 @@ def server(answer):
 
 
 def lengths(body):
-    """The reward is the length of the response."""
+    """Answers with the length of each response as its reward."""
     items = [item.to_item() for item in ScoreRequest.model_validate(body).items]
     rewards_S = np.array([len(item.response) for item in items], dtype=np.float32)
     scores = Scores(rewards_S, "v1", np.zeros(len(items), np.bool_), np.ones(len(items), np.int64))

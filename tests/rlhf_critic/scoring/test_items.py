@@ -1,4 +1,4 @@
-"""A text has the same token ids however it comes, and what cannot be scored is refused with a word for the reason."""
+"""A text has the same token ids in every form, and each reason to reject an item has its own kind."""
 
 import inspect
 import re
