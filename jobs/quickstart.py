@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import ray
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 

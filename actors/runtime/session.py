@@ -1,4 +1,4 @@
-"""Joining a Ray, or starting one, and where it and Serve listen. Knows nothing of what runs in it."""
+"""How a process joins or starts Ray, and where Ray and Serve listen. Knows nothing about what runs there."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import socket
 from typing import Any
 
 import ray
-from ray._common.network_utils import build_address
-from ray._common.tls_utils import add_port_to_grpc_server
-from ray._private import ray_constants, services
+
+from actors.runtime.ray_internals import add_port_to_grpc_server, build_address, find_bootstrap_address, ray_constants
 
 ANSWER_TIMEOUT_S = 5.0
 
 
 def address_to_join() -> str | None:
-    """The Ray that was meant: that of ``RAY_ADDRESS``, or the one that ``ray start`` began here, if it still answers.
+    """Returns the address of the Ray to join: ``RAY_ADDRESS``, or the one that ``ray start`` began here, if it answers.
 
-    Ray itself would wait minutes for one that has gone, or, asked for any, join the Ray of somebody else's job.
+    Ray itself would wait minutes for a Ray that has ended, or join the Ray of somebody else's job if asked for any.
     """
     address = os.environ.get(ray_constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE)
     if address:
         return None if address == "local" else address
-    address = services.find_bootstrap_address(None)
+    address = find_bootstrap_address(None)
     if not address:
         return None
     host, _, port = address.rpartition(":")
@@ -34,18 +33,18 @@ def address_to_join() -> str | None:
 
 
 def init_ray(**options: Any) -> None:
-    """Joins a Ray (see `address_to_join`) or starts one, as ``ray.init`` does, but one that listens on loopback alone.
+    """Joins a Ray (see `address_to_join`), or starts one that listens on loopback only.
 
-    Ray's servers listen at their node's address, and ``ray.init`` turns a loopback address that it is given into one
-    that other machines reach. Where Ray takes a machine for one that cannot be part of a cluster, as it does macOS and
-    Windows (environment variable ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER``), it does not; and nobody joins a Ray that
-    lives as long as its driver. The same holds for joining such a Ray at its loopback address.
+    Ray's servers listen at their node's address, and ``ray.init`` replaces a loopback address by one that other
+    machines can reach. It keeps loopback where a machine cannot be part of a cluster: on macOS and Windows (environment
+    variable ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER``). This function sets that case for the call, because nobody joins a
+    Ray that ends with its driver. The same holds when such a Ray is joined at its loopback address.
 
     Args:
-        **options: Of ``ray.init``.
+        **options: Options of ``ray.init``.
 
     Raises:
-        ConnectionError: ``ray.init``'s, where there is no Ray to join.
+        ConnectionError: There is no Ray to join; from ``ray.init``.
     """
     options.setdefault("address", address_to_join() or "local")
     usual = ray_constants.ENABLE_RAY_CLUSTER
@@ -57,16 +56,16 @@ def init_ray(**options: Any) -> None:
 
 
 def listen_at_node_address() -> None:
-    """Keeps the server that a Serve replica is about to open at its node's address; to be called as the replica starts.
+    """Makes the server that a Serve replica opens listen at its node's address; call it as the replica starts.
 
-    Every replica opens one for pickled calls of other replicas (``ray.serve._private.replica``, which has no option for
-    it), by itself at every address of the machine.
+    Every replica opens a server for pickled calls from other replicas, by default at every address of the machine.
+    Serve has no option for it.
     """
-    from ray.serve._private import replica
+    from actors.runtime.ray_internals import serve_replica  # seconds of import
 
     def at_node_address(server: Any, address: str) -> int:
         here = build_address(ray.util.get_node_ip_address(), address.rpartition(":")[2])
         port: int = add_port_to_grpc_server(server, here)
         return port
 
-    replica.add_port_to_grpc_server = at_node_address
+    serve_replica.add_port_to_grpc_server = at_node_address

@@ -7,7 +7,6 @@ local spool and copied up now and then. Knows nothing of what is written.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -17,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.fs as pafs
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from rlhf_critic.errors import CheckpointError
 
@@ -27,14 +25,9 @@ REWRITTEN_SUFFIX = "-again"  # after the name of a checkpoint that was damaged a
 CHECKPOINT = re.compile(rf"step-(\d+)(?:{REWRITTEN_SUFFIX})*")
 
 
-def absolute_storage_path(storage_path: str) -> str:
-    """A URI as it is; a local path made absolute, because actors may have another working directory."""
-    return storage_path if "://" in storage_path else os.path.abspath(storage_path)
-
-
 def resolve_run(storage_path: str, name: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a run, and the run's directory on it."""
-    filesystem, path = pafs.FileSystem.from_uri(absolute_storage_path(storage_path))
+    filesystem, path = pafs.FileSystem.from_uri(storage_path)
     return filesystem, f"{path}/{name}"
 
 
@@ -61,6 +54,8 @@ def remove_broken_list(filesystem: pafs.FileSystem, run_path: str) -> None:
     Ray Train writes it in place, so that a disk which is full leaves it empty, and does not start with such a one.
     Checkpoints are found without it; those that it had are no longer counted by ``run.keep_checkpoints``.
     """
+    from actors.runtime.ray_internals import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # seconds of import
+
     path = f"{run_path}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
     if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
         return

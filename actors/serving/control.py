@@ -18,9 +18,9 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
-from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
 from actors.serving.deployment import digest_of
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
@@ -76,7 +76,7 @@ def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
         CheckpointError: The critic is not whole, or lacks what the options need.
         ConfigError: The components are wrong.
     """
-    scorer = config.scorer_config(_absolute(checkpoint), "")
+    scorer = config.scorer_config(checkpoint, "")
     return _with_digest(scorer)
 
 
@@ -163,7 +163,7 @@ def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> 
         raise ConfigError(f"there is no pool {app!r} to publish to: start it with python -m jobs.serve {checkpoint}")
     after = copy.deepcopy(before)
     user_config = _replicas(after)["user_config"]
-    scorer = ScorerConfig(**{**user_config["scorer"], "checkpoint": _absolute(checkpoint)})
+    scorer = ScorerConfig(**{**user_config["scorer"], "checkpoint": checkpoint})
     user_config["scorer"] = _with_digest(scorer).model_dump(mode="json")
     return _change(app, before, after, timeout_s, progress)
 
@@ -277,10 +277,6 @@ def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
         return scorer.model_copy(update={"digest": weights_digest(directory)})
 
 
-def _absolute(checkpoint: str) -> str:
-    return checkpoint if "://" in checkpoint else os.path.abspath(checkpoint)
-
-
 def _runtime_environment(use_gpu: bool) -> dict[str, Any]:
     """The environment of whoever starts the pool, as far as replicas need it: a submitted job's code comes along."""
     mine = ray.get_runtime_context().runtime_env
@@ -291,7 +287,7 @@ def _runtime_environment(use_gpu: bool) -> dict[str, Any]:
 
 
 def _client() -> Any:
-    return _get_global_client(raise_if_no_controller_running=True)
+    return get_serve_client(raise_if_no_controller_running=True)
 
 
 def _deployed(app: str) -> dict[str, Any] | None:
@@ -301,7 +297,7 @@ def _deployed(app: str) -> dict[str, Any] | None:
 
 def _configs() -> dict[str, dict[str, Any]]:
     """The configs of all applications that were deployed by config."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = get_serve_client(raise_if_no_controller_running=False)
     if client is None:
         return {}
     applications = client.get_serve_details()["applications"]

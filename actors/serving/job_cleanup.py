@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from actors.runtime.ray_internals import ray_state
 from actors.serving import control
 from actors.serving.replica_status import NAMESPACE, ON_HEAD
 
@@ -60,4 +61,4 @@ def ends_with_this_job(app: str) -> Iterator[None]:
 
 def _runs(job: str) -> bool:
     """Whether a job's driver is there; Ray's public way to ask needs a dashboard."""
-    return any(one["JobID"] == job and not one["IsDead"] for one in ray._private.state.jobs())
+    return any(one["JobID"] == job and not one["IsDead"] for one in ray_state.jobs())

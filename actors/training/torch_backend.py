@@ -1,6 +1,6 @@
-"""How Ray Train's workers meet: as Ray Train does it, but where only they listen.
+"""Process group of Ray Train's workers: set up as Ray Train does, but listening only where the workers are.
 
-Ray Train's own way opens torch's store at every address of the machine. Knows nothing of what workers compute.
+Ray Train's own set-up opens torch's store at every address of the machine. Knows nothing about what workers compute.
 """
 
 from __future__ import annotations
@@ -8,35 +8,36 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import ray
-from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from torch.distributed import TCPStore
 
-# Of the first rank's process, which must hold the store for as long as there are ranks.
+from actors.runtime.ray_internals import TorchBackend, set_torch_distributed_env_vars
+
+# In the first rank's process, which must hold the store for as long as there are ranks.
 _stores: list[TCPStore] = []
 
 
 @dataclass
 class PrivateTorchConfig(TorchConfig):
-    """A ``TorchConfig`` with which workers on one node meet and talk over loopback."""
+    """A ``TorchConfig`` whose workers connect over loopback if they are on one node."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        """What starts and ends the process group."""
+    def backend_cls(self) -> type:
+        """The class that starts and ends the process group."""
         return _PrivateTorchBackend
 
 
-class _PrivateTorchBackend(_TorchBackend):
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
-        worker_group.execute(_set_torch_distributed_env_vars)
+class _PrivateTorchBackend(TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(set_torch_distributed_env_vars)
         address, port = worker_group.execute_single(0, _open_store)
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, _meet, address, port, backend_config.backend, backend_config.timeout_s
+                    rank, _join, address, port, backend_config.backend, backend_config.timeout_s
                 )
                 for rank in range(len(worker_group))
             ]
@@ -55,7 +56,7 @@ def _open_store() -> tuple[str, int]:
     return address, store.port
 
 
-def _meet(address: str, port: int, backend: str, timeout_s: int) -> None:
+def _join(address: str, port: int, backend: str, timeout_s: int) -> None:
     from rlhf_critic.training.process_group import init_process_group
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

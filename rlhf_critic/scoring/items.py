@@ -20,7 +20,8 @@ from rlhf_critic.errors import EncodingError, ScorerRejected
 
 if TYPE_CHECKING:  # clients need neither torch nor transformers
     from rlhf_critic.batching.prefix_tree import TokenIds
-    from rlhf_critic.data.encoding import Encoded, Encoder, Prompt
+    from rlhf_critic.data.conversation import Prompt
+    from rlhf_critic.data.encoding import Encoded, Encoder
 
 
 class Conversation(NamedTuple):
