@@ -152,7 +152,7 @@ class GetRewardRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
     query: StrictStr | ListOf[StrictStr] = Field(description="Finished texts: prompt and response together.")
     prompts: StrictStr | ListOf[StrictStr] | None = Field(None, description="Prompt at the start of each query.")
-    labels: Any = Field(None, description="Accepted and ignored.")
+    labels: Any = Field(None, description="Accepted for compatibility and ignored.")
 
 
 class GetRewardResponse(_Message):

@@ -381,3 +381,11 @@ def test_nothing_to_score_and_senseless_options():
     for options in ({"max_items_per_call": 0}, {"max_in_flight": 0}, {"deadline_s": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             ScorerClient(Lengths(), **options)
+
+
+def test_a_client_needs_neither_torch_nor_transformers():
+    modules = "client", "http_client", "http_schema", "items"
+    script = "; ".join(f"import rlhf_critic.scoring.{module}" for module in modules)
+    script += "; import sys; assert not {'torch', 'transformers', 'datasets', 'ray'} & set(sys.modules)"
+    done = run_command(["-c", script], Path(__file__).parents[3])
+    assert done.returncode == 0, done.stderr

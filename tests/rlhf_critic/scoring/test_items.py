@@ -164,7 +164,7 @@ def test_a_conversation_that_the_template_refuses(tokenizer_dir):
 
 
 def test_every_refusal_has_a_row():
-    said = set(re.findall(r'(?:_refused|ScorerRejected)\(\s*"(\w+)"', inspect.getsource(items_module)))
+    said = set(re.findall(r'(?:_rejected|ScorerRejected)\(\s*"(\w+)"', inspect.getsource(items_module)))
     assert said == {kind for _, kind, _ in REFUSED.values()} | {"template_refused", "unequal_lengths", "not_a_list"}
 
 
