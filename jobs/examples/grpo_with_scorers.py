@@ -1,6 +1,6 @@
 """GRPO with TRL and rewards from a running pool of scorers.
 
-    python -m jobs.serve my-critic &
+    rlhf-critic serve my-critic &
     python jobs/examples/grpo_with_scorers.py POLICY PROMPTS.jsonl http://127.0.0.1:8000
 
 POLICY is a causal language model. Each row of PROMPTS.jsonl has a field ``prompt``.
@@ -12,8 +12,8 @@ import torch
 from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from rlhf_critic import connect_http
 from rlhf_critic.integrations.trl import reward_function
-from rlhf_critic.scoring.http_client import connect_http
 
 
 def main(policy: str, prompts: str, url: str) -> None:

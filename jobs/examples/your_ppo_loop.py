@@ -1,6 +1,6 @@
 """Advantages and critic updates for your own PPO trainer: the calls that its loop makes to this project.
 
-Your trainer provides rollouts and `update_policy`. It needs a running pool: ``python -m jobs.serve my-critic``.
+Your trainer provides rollouts and `update_policy`. It needs a running pool of scorers: ``rlhf-critic serve my-critic``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from actors.ppo.critic_group import CriticGroup, CriticOptions
-from actors.serving.handle import connect
+from actors import CriticGroup, CriticOptions, connect
 from rlhf_critic.algorithms import ppo
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig

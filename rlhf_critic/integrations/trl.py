@@ -1,6 +1,6 @@
 """Rewards for TRL's ``GRPOTrainer`` (and RLOO) from a pool of scorers.
 
-    from actors.serving.handle import connect
+    from actors import connect
     trainer = GRPOTrainer(model=..., reward_funcs=reward_function(connect()), ...)
 
 Written against TRL 1.16, whose trainers call reward functions with ``prompts`` and ``completions`` as lists.

@@ -26,12 +26,13 @@ from actors.ppo import critic_group
 from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticShard
 from jobs.evaluate import evaluate
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, check_critic, load_critic, read_card
+from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import EncodingConfig, ModelConfig
 from rlhf_critic.config.tools import EvaluateJobConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.errors import CheckpointError, CriticError, NonFiniteLossError, PlacementError, RankLost
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.training.engine import ENGINE_STATE_NAME, deepspeed_config
+from rlhf_critic.training.engine import ENGINE_STATE_NAME
 from tests.actors.groups import CPUS, Rollouts, leaves_nothing, make_rollouts, processes, require_gone
 from tests.helpers import save_tiny_model
 
