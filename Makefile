@@ -9,11 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help install quickstart ppo-demo test soak audit docs docs-site lint format clean
-=======
-.PHONY: help install quickstart ppo-demo test test-all soak audit lint format clean
->>>>>>> main
+.PHONY: help install quickstart ppo-demo test test-all soak audit docs docs-site lint format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
