@@ -94,7 +94,7 @@ def preference_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """One Ray for the whole session, with the Jobs API; it offers more CPUs than the machine has, for placement only."""
+    """One Ray for the whole session, with the Jobs API; it offers more CPUs than there are, so that all fit."""
     with pytest.MonkeyPatch.context() as patch:
         # The agent behind the Jobs API takes any free port. By default it has a fixed one, which another Ray may hold.
         any_port = partial(ray._private.parameter.RayParams, dashboard_agent_listen_port=0)

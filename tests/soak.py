@@ -399,7 +399,7 @@ class Watcher:
                     self.seen[process] = title or self.seen.get(process, "")
 
     def long_lives(self, start: float, until: float) -> list[dict[str, Any]]:
-        """Returns the growth of each process that lived from ``start`` on: MiB a minute and files, in the last two thirds."""
+        """Returns the growth of each process that lived from ``start`` on, in the last two thirds."""
         since = start + (until - start) / 3
         lives = []
         for process, samples in self._samples.items():
