@@ -1,7 +1,7 @@
 """Scores texts with an exported critic, transformers and nothing else: an example to copy.
 
-``python score_with_transformers.py EXPORT < texts.json`` reads a JSON list of [prompt, response] pairs and prints the list of
-their rewards.
+``python score_with_transformers.py EXPORT < texts.json`` reads a JSON list of [prompt, response] pairs and prints the
+list of their rewards.
 """
 
 import json
