@@ -149,7 +149,8 @@ def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | N
         args=remaining,
         default=load_config_file(config_class, known.config) if known.config else tyro.MISSING_NONPROP,
         prog=prog or None,
-        description=f"{purpose}\n\n--config FILE.yaml sets options from a file; options on the command line override it.",
+        description=f"{purpose}\n\n--config FILE.yaml sets options from a file; options on the command line override "
+        f"it.",
     )
 
 

@@ -62,7 +62,8 @@ class ModelConfig(BodyConfig):
     )
     lora_rank: NonNegativeInt = Field(
         0,
-        description="Rank of low-rank adapters, which are trained with the head instead of all weights; 0 is off. Needs "
+        description="Rank of low-rank adapters, which are trained with the head instead of all weights; 0 is off. "
+        "Needs "
         "peft (rlhf-critic[lora]). Checkpoints hold the merged weights.",
     )
     lora_alpha: PositiveFloat = Field(16.0, description="Scale of the adapters: lora_alpha / lora_rank.")
@@ -77,7 +78,8 @@ class EncodingConfig(Section):
 
     chat_template: ChatTemplate = Field(
         "auto",
-        description="Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the path "
+        description="Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the "
+        "path "
         "of a Jinja file.",
     )
     max_length: PositiveInt = Field(
@@ -115,7 +117,8 @@ class OptimizerConfig(Section):
     )
     token_budget: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Maximum number of tokens computed per micro-batch; auto measures a few sizes at the start. Changes "
+        description="Maximum number of tokens computed per micro-batch; auto measures a few sizes at the start. "
+        "Changes "
         "speed and memory, and results only by rounding.",
     )
     gradient_checkpointing: bool = Field(
@@ -124,7 +127,8 @@ class OptimizerConfig(Section):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2,
-        description="ZeRO stage of DeepSpeed: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters.",
+        description="ZeRO stage of DeepSpeed: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also "
+        "parameters.",
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer state in CPU memory; needs zero_stage 1 to 3.")
     offload_parameters: bool = Field(

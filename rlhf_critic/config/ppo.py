@@ -50,7 +50,8 @@ class CriticConfig(Section):
 
     model: ModelConfig = Field(
         ModelConfig(),
-        description="Critic to start from: a critic directory as path, or by default the policy's base model with a zero head.",
+        description="Critic to start from: a critic directory as path, or by default the policy's base model with a "
+        "zero head.",
     )
     optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
     shards: PositiveInt = Field(1, description="Number of actors that the critic is sharded over.")
@@ -59,7 +60,8 @@ class CriticConfig(Section):
     )
     offload: bool = Field(
         False,
-        description="Offload the critic's parameters and optimizer state during rollouts. Has no benefit with run.use_gpu, "
+        description="Offload the critic's parameters and optimizer state during rollouts. Has no benefit with "
+        "run.use_gpu, "
         "where every actor has its own GPU.",
     )
 
@@ -69,7 +71,8 @@ class PromptConfig(Section):
 
     train: Sources = Field(
         (),
-        description="Training prompts (required): files, directories that datasets saved, or hub ids, whose rows have a "
+        description="Training prompts (required): files, directories that datasets saved, or hub ids, whose rows have "
+        "a "
         "prompt.",
     )
     validation: Sources = Field(
@@ -169,7 +172,8 @@ class AlgorithmConfig(Section):
     )
     bootstrap_truncated: bool = Field(
         False,
-        description="Leave truncated responses unscored and continue their return with the critic's value. If off, they "
+        description="Leave truncated responses unscored and continue their return with the critic's value. If off, "
+        "they "
         "are scored as they are and end there.",
     )
     value_warmup_iterations: NonNegativeInt = Field(
@@ -193,7 +197,8 @@ class PPORunConfig(Section):
     keep_checkpoints: PositiveInt = Field(2, description="Number of checkpoints to keep in the run's directory.")
     evaluate_every: NonNegativeInt = Field(
         0,
-        description="Iterations between evaluations on held-out prompts; 0 evaluates before the first and after the last.",
+        description="Iterations between evaluations on held-out prompts; 0 evaluates before the first and after the "
+        "last.",
     )
     max_failures: NonNegativeInt = Field(
         3,

@@ -52,7 +52,8 @@ class DataConfig(Section):
     )
     overlong: Literal["truncate", "skip"] = Field(
         "truncate",
-        description="Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. Both "
+        description="Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. "
+        "Both "
         "are counted and reported.",
     )
     seed: NonNegativeInt = Field(
@@ -89,7 +90,8 @@ class TrainConfig(OptimizerConfig):
     )
     centering_coefficient: NonNegativeFloat = Field(
         0.0,
-        description="Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests 0.01.",
+        description="Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests "
+        "0.01.",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="Label smoothing: assumed probability that a preference label is flipped."
@@ -130,11 +132,13 @@ class RunConfig(Section):
     )
     num_workers: PositiveInt = Field(
         1,
-        description="Number of Ray Train workers, each with one shard of the critic. A resumed run may have another number.",
+        description="Number of Ray Train workers, each with one shard of the critic. A resumed run may have another "
+        "number.",
     )
     min_workers: PositiveInt | None = Field(
         None,
-        description="Minimum number of workers after nodes are lost (elastic training); the group grows up to num_workers "
+        description="Minimum number of workers after nodes are lost (elastic training); the group grows up to "
+        "num_workers "
         "again. Each change restarts from the last checkpoint. Use it only on nodes without other work, because Ray "
         "Train counts all resources of a node as free. None keeps num_workers.",
     )
@@ -180,7 +184,8 @@ class TrainJobConfig(Section):
     resume: bool = Field(False, description="Resume the run of this name from its last checkpoint.")
     seeds: tuple[NonNegativeInt, ...] = Field(
         (),
-        description="Train once with each of these seeds, in runs NAME-seed-N, and compare. Empty uses train.seed alone.",
+        description="Train once with each of these seeds, in runs NAME-seed-N, and compare. Empty uses train.seed "
+        "alone.",
     )
     dry_run: bool = Field(False, description="Print the plan (steps, tokens, memory per shard) without training.")
 
