@@ -47,7 +47,9 @@ COMMANDS = {
     "serve": Command("jobs.serve", "rlhf_critic.config.serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
     "score": Command("jobs.score", "rlhf_critic.config.serve:ScoreJobConfig", "Score the responses of a data set."),
     "ppo": Command("jobs.ppo", "rlhf_critic.config.ppo:PPOJobConfig", "Train a policy with PPO."),
-    "plan": Command("jobs.plan", "jobs.plan:PlanJobConfig", "Estimate memory, nodes and time of a training run."),
+    "plan": Command(
+        "jobs.plan", "rlhf_critic.config.tools:PlanJobConfig", "Estimate the memory and time of a training run."
+    ),
 }
 
 EXIT_FAILED = 1
