@@ -83,7 +83,7 @@ def test_modules_and_targets_that_the_text_names_exist(page):
     modules = set(re.findall(r"python -m ((?:jobs|benchmarks|tests)\.\w+)", text))
     assert [module for module in modules - {"jobs.NAME"} if importlib.util.find_spec(module) is None] == []
     targets = set(re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets 
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
 
 
 OPTION = re.compile(
