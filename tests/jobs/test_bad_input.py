@@ -121,7 +121,7 @@ OPTIONS = {
     "no data": (["--model.path", "x"], "give --data.train VALUE"),
     "two ways to validate": (
         ["--data.validation", "v.jsonl", "--data.validation-fraction", "0.1"],
-        "give one or the other",
+        "exclude each other; give one of them",
     ),
     "weights for other sources": (["--data.train", "a.jsonl", "--data.train-weights", "1", "2"], "one weight for each"),
     "a seed twice": (["--seeds", "0", "0"], "names a seed twice"),
