@@ -23,7 +23,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
     """A handler that writes to the standard error of the moment, which tests and notebooks replace."""
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter
