@@ -12,7 +12,7 @@ from actors.training.worker import load_data, total_steps
 from rlhf_critic.algorithms.preference_objective import needs_values
 from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.prefix_tree import PrefixTree
-from rlhf_critic.batching.sampler import global_batch
+from rlhf_critic.batching.sampler import rows_of_step
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, check_critic_model, limit_training, validate_positions
@@ -39,7 +39,7 @@ def plan_table(config: TrainJobConfig) -> Table:
     steps = total_steps(len(data.train), options)
     tokens, computed, micro_batches = [], [], []
     for step in tqdm(np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int)), desc="planning", disable=None):
-        rows = global_batch(data.train.prompts_N, options.global_batch_size, options.epochs, options.seed, int(step))
+        rows = rows_of_step(data.train.prompts_N, options.global_batch_size, options.seed, int(step), options.epochs)
         units = [preference.responses for preference in data.train.take(rows)]
         tokens.append(int(data.train.tokens_N[rows].sum()))
         computed.append(len(PrefixTree.build([ids for unit in units for ids in unit])))

@@ -72,7 +72,7 @@ def test_bad_options(what, tmp_path, monkeypatch, capsys):
 
 DATA = {
     "a missing file": (None, "prompts.jsonl: cannot be read"),
-    "an empty file": ("", "prompts.jsonl: there is nothing in it"),
+    "an empty file": ("", "prompts.jsonl: has no rows"),
     "not JSON": ('{"prompt": "a"', "prompts.jsonl:2: not JSON"),
     "no such field": ('{"text": "a"}', "prompts.jsonl:2: field 'prompt': must be a text, or a list of turns"),
     "an empty text under a plain template": ('{"prompt": ""}', "prompts.jsonl:2: field 'prompt': has no token"),
