@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TextIO
 
+from rlhf_critic.errors import ConfigError
+
 LEVEL_VARIABLE = "RLHF_CRITIC_LOG_LEVEL"
 PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -43,11 +45,11 @@ def configure_logging(level: str | None = None) -> None:
             ``RLHF_CRITIC_LOG_LEVEL``, else ``INFO``. With ``DEBUG``, libraries are shown as well.
 
     Raises:
-        ValueError: There is no such level.
+        ConfigError: There is no such level.
     """
     name = (level or os.environ.get(LEVEL_VARIABLE) or "INFO").upper()
     if name not in LEVELS:
-        raise ValueError(f"log level {name!r} is unknown; use one of {', '.join(LEVELS)}")
+        raise ConfigError(f"log level {name!r} is unknown; use one of {', '.join(LEVELS)}")
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(name)
