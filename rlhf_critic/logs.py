@@ -37,12 +37,13 @@ def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def configure_logging(level: str | None = None) -> None:
+def configure_logging(level: str | None = None, *, quiet_libraries: bool = True) -> None:
     """Sends the log records of this project to standard error. Repeated calls only change the level.
 
     Args:
         level: Name of the lowest level that is shown, such as ``DEBUG``. Default: the environment variable
             ``RLHF_CRITIC_LOG_LEVEL``, else ``INFO``. With ``DEBUG``, libraries are shown as well.
+        quiet_libraries: Whether libraries log errors only. A Serve replica passes False, to keep Serve's access log.
 
     Raises:
         ConfigError: There is no such level.
@@ -55,7 +56,7 @@ def configure_logging(level: str | None = None) -> None:
         logger.setLevel(name)
         if not logger.handlers:
             logger.addHandler(_handler())
-    if name != "DEBUG":
+    if quiet_libraries and name != "DEBUG":
         for library in NOISY_LIBRARIES:
             logging.getLogger(library).setLevel(logging.ERROR)
             logging.getLogger(library).addFilter(_errors_only)  # DeepSpeed sets its own level when it is imported

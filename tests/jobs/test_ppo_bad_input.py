@@ -125,7 +125,7 @@ def test_a_checkpoint_whose_state_is_damaged_is_refused(arguments, monkeypatch, 
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"iteration": 3')
     said = refusal([*arguments, "--run.name", "mine", "--resume"], monkeypatch, capsys)
-    assert "iteration-000003: 0 of 1 manifests: this checkpoint was not written whole" in said
+    assert "iteration-000003: incomplete, 0 of 1 manifests found" in said
     assert checkpoint.is_dir()
 
 
