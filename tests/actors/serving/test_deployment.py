@@ -31,10 +31,9 @@ from rlhf_critic.errors import (
 from rlhf_critic.scoring.http_client import connect_http
 from rlhf_critic.scoring.items import Conversation, Text
 from tests.actors.scorers import make_conversations, rewards_by_engine
-from tests.helpers import wait_until
+from tests.helpers import slow_except, wait_until
 
 TOLERANCE = 1e-5
-CALLS = 300
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -202,7 +201,8 @@ def test_a_publication_that_is_interrupted_leaves_the_pool_with_what_it_had(serv
     assert {client.score_items(make_conversations(1)).model_version for _ in range(20)} == {before}
 
 
-def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
+@pytest.mark.parametrize(("calls", "kill_every_s"), slow_except([(400, 1.5)], [(400, 1.5), (1000, 2.0)]))
+def test_replicas_that_are_killed_lose_no_request(serving, critics, client, calls, kill_every_s):
     serving(critics["first"], min_replicas=3, max_replicas=3)
     items = make_conversations(60)
     wanted = rewards_by_engine(critics["first"], items)
@@ -211,7 +211,7 @@ def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
 
     def kill_now_and_then():
         rng = random.Random(0)
-        while not ended.wait(1.5):
+        while not ended.wait(kill_every_s):
             alive = [pid for pid in replica_pids() if not is_zombie(pid)]
             if alive:
                 os.kill(pid := rng.choice(alive), signal.SIGKILL)
@@ -226,11 +226,11 @@ def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
     killer.start()
     try:
         with ThreadPoolExecutor(4) as callers:
-            differences = list(callers.map(ask, range(CALLS)))
+            differences = list(callers.map(ask, range(calls)))
     finally:
         ended.set()
         killer.join()
-    assert len(differences) == CALLS
+    assert len(differences) == calls
     assert max(differences) < TOLERANCE
     assert len(killed) >= 3
     wait_until(lambda: len(replica_pids()) == 3, "three replicas again", 120)
