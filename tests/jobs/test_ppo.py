@@ -381,7 +381,7 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
     ("name", "changes", "message"),
     [
         ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy ran away"),
-        ("nan", {"epochs": 1, "minibatches": 1}, "the policy's output is NaN or infinite, so nothing can be drawn"),
+        ("nan", {"epochs": 1, "minibatches": 1}, "the policy's output is NaN or infinite, so no token can be sampled"),
     ],
 )
 def test_a_policy_that_runs_away_ends_the_job_with_advice_and_keeps_the_checkpoints(

@@ -1,4 +1,4 @@
-"""One small random model of every family that prefix trees are held to, and of one that cannot take them."""
+"""Small random models of every family that is tested with prefix trees, and of one without them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf_critic.model.factory import silence_dropout
+from rlhf_critic.model.hf_config import silence_dropout
 
 VOCABULARY = 64
 WINDOW = 6  # short enough for the tests' sequences to exceed
@@ -33,7 +33,7 @@ _GROUPED = {**_SHAPE, **_MLP, "num_key_value_heads": 2}
 
 
 def family_configs() -> dict[str, PreTrainedConfig]:
-    """A new config of every family; some in two kinds."""
+    """Returns a new config of every family; some families have two variants."""
     made: dict[str, tuple[Any, dict[str, Any]]] = {
         "llama": (LlamaConfig, _GROUPED),
         "mistral": (MistralConfig, {**_GROUPED, "sliding_window": None}),
@@ -58,7 +58,7 @@ def family_configs() -> dict[str, PreTrainedConfig]:
 
 
 def random_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """A model with larger weights than a fresh one's, so that values differ enough to compare."""
+    """Builds a model with larger weights than usual, so that values differ enough to compare."""
     silence_dropout(config)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attn_implementation)
     generator = torch.Generator().manual_seed(0)
@@ -70,5 +70,5 @@ def random_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrain
 
 
 def kernels_of(config: PreTrainedConfig) -> list[str]:
-    """The attention kernels transformers has for a family."""
+    """Returns the attention kernels that transformers has for a family."""
     return ["eager"] if config.model_type in {"gemma2", "bloom"} else ["sdpa", "eager"]
