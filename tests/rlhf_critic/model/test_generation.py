@@ -17,9 +17,8 @@ from rlhf_critic.model.generation import Response, TransformersGenerator, create
 from rlhf_critic.model.policy import create_policy
 from rlhf_critic.model.weights import persistent_tensors
 from tests.helpers import save_tiny_model
-from tests.rlhf_critic.families import family_configs
-from tests.rlhf_critic.model.test_families import save_base_model
-from tests.rlhf_critic.model.test_policy import judge
+from tests.rlhf_critic.families import family_configs, save_base_model
+from tests.rlhf_critic.model.policies import token_stats
 
 PROMPTS = [[5], [7, 9, 200, 31, 8, 44, 45, 46], [12, 13, 14], [7, 9, 200]]
 MANY = [[5, 6, 7 + row % 50] for row in range(150)]
@@ -43,7 +42,7 @@ def agree_with_the_policy(source: str, temperature: float, prefix_tree: bool) ->
     policy = create_policy(BodyConfig(path=source, prefix_tree=prefix_tree), load_tokenizer(source)).eval()
     sequences = [[*ids, *response.ids.tolist()] for ids, response in zip(PROMPTS, responses, strict=True)]
     with torch.no_grad():
-        expected = judge(policy, sequences, [len(ids) for ids in PROMPTS], temperature).log_probs_A.numpy()
+        expected = token_stats(policy, sequences, [len(ids) for ids in PROMPTS], temperature).log_probs_A.numpy()
     for response in responses:
         assert response.ids.dtype == np.int64
         assert response.log_probs.dtype == np.float32
@@ -77,7 +76,7 @@ def test_first_tokens_are_drawn_as_often_as_the_policy_says(tiny_model):
     def distance(at_temperature: float) -> float:
         """Returns the deviation of the statistic from its expectation, in standard deviations."""
         with torch.no_grad():
-            drawn = judge(policy, [[5, 9, 200, token] for token in range(rows)], [3] * rows, at_temperature)
+            drawn = token_stats(policy, [[5, 9, 200, token] for token in range(rows)], [3] * rows, at_temperature)
         expected_V = draws * drawn.log_probs_A.double().exp().numpy()
         often = expected_V >= 5
         observed, expected = (

@@ -11,15 +11,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_critic.algorithms.response_tokens import ResponseTokens
 from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.data.encoding import load_tokenizer
-from rlhf_critic.model.hf_config import silence_dropout
 from rlhf_critic.model.policy import Policy, SampledTokenStats, create_policy, sampling_logits, suppressed_ids
-from tests.rlhf_critic.families import family_configs, kernels_of
-from tests.rlhf_critic.model.test_families import save_base_model
+from tests.rlhf_critic.families import family_configs, kernels_of, save_base_model
+from tests.rlhf_critic.model.policies import from_the_definition, plain_policy, token_stats
 
 NAMES = sorted(family_configs())
 TINY = ["tiny_model", "tied_model"]
@@ -35,45 +32,6 @@ def make_rollouts(vocabulary: int) -> tuple[list[list[int]], list[int]]:
             sequences.append(prompt + rng.integers(2, vocabulary, response_length).tolist())
             prompt_lengths.append(prompt_length)
     return sequences, prompt_lengths
-
-
-def evaluate(
-    policy: Policy,
-    sequences: list[list[int]],
-    prompt_lengths: list[int],
-    temperature: float = 1.0,
-    entropy_gradient: bool = False,
-) -> SampledTokenStats:
-    """Computes the statistics of all response tokens, in one batch without the last tokens."""
-    actions = ResponseTokens.of(sequences, prompt_lengths)
-    columns = (torch.from_numpy(column) for column in (*actions.places, actions.drawn_A))
-    return policy(policy.batch_of([ids[:-1] for ids in sequences]), *columns, temperature, entropy_gradient)
-
-
-def plain_policy(source: str) -> PreTrainedModel:
-    config = AutoModelForCausalLM.from_pretrained(source).config
-    silence_dropout(config)
-    return AutoModelForCausalLM.from_pretrained(source, config=config).train()
-
-
-def from_the_definition(
-    model: PreTrainedModel,
-    sequences: list[list[int]],
-    prompt_lengths: list[int],
-    temperature: float,
-    suppressed: list[int],
-) -> SampledTokenStats:
-    """Computes log-probabilities and entropies from the definition, one sequence at a time, in float64."""
-    log_probs, entropies = [], []
-    for ids, prompt_length in zip(sequences, prompt_lengths, strict=True):
-        logits_LV = model(torch.tensor([ids])).logits[0].double() / temperature
-        kept = torch.tensor([token for token in range(logits_LV.shape[1]) if token not in suppressed])
-        for logits_V, drawn in zip(logits_LV[prompt_length - 1 : -1, kept], ids[prompt_length:], strict=True):
-            weights_V = (logits_V - logits_V.max().detach()).exp()
-            probs_V = weights_V / weights_V.sum()
-            log_probs.append(probs_V[kept == drawn].log()[0])
-            entropies.append(-(probs_V * probs_V.log()).sum())
-    return SampledTokenStats(torch.stack(log_probs), torch.stack(entropies))
 
 
 def agree(found: SampledTokenStats, expected: SampledTokenStats) -> None:
@@ -108,7 +66,7 @@ def test_log_probs_and_entropies_are_those_of_plain_transformers(request, fixtur
     assert policy.prefix_tree == prefix_tree
     rollouts = make_rollouts(300)
     expected = from_the_definition(plain_policy(source), *rollouts, temperature, policy.suppressed)
-    agree(evaluate(policy, *rollouts, temperature), expected)
+    agree(token_stats(policy, *rollouts, temperature), expected)
     assert expected.log_probs_A.std() > 0.3  # not all the same
     assert expected.entropies_A.std() > 0.02
 
@@ -122,7 +80,7 @@ def test_every_family_has_the_log_probs_of_plain_transformers(sources, name, ker
     assert policy.prefix_tree == (prefix_tree and name != "bloom")
     rollouts = make_rollouts(300)
     expected = from_the_definition(plain_policy(sources[name]), *rollouts, 0.9, policy.suppressed)
-    agree(evaluate(policy, *rollouts, 0.9), expected)
+    agree(token_stats(policy, *rollouts, 0.9), expected)
     assert expected.log_probs_A.std() > 0.1
 
 
@@ -136,7 +94,7 @@ def test_the_soft_cap_of_gemma2s_logits_is_felt(sources):
     free = from_the_definition(model, *rollouts, 1.0, policy.suppressed)
     model.config.final_logit_softcapping = 1.0
     expected = from_the_definition(model, *rollouts, 1.0, policy.suppressed)
-    agree(evaluate(policy, *rollouts), expected)
+    agree(token_stats(policy, *rollouts), expected)
     assert (expected.log_probs_A - free.log_probs_A).abs().max() > 0.1
 
 
@@ -146,7 +104,7 @@ def test_the_soft_cap_of_gemma2s_logits_is_felt(sources):
 def gradients(policy: Policy, entropy_weight: float) -> dict[str, torch.Tensor]:
     """Computes the gradients of a sum in which every response token has another weight."""
     policy.zero_grad()
-    drawn = evaluate(policy, *make_rollouts(300), 0.8, entropy_gradient=entropy_weight > 0)
+    drawn = token_stats(policy, *make_rollouts(300), 0.8, entropy_gradient=entropy_weight > 0)
     weights_A = torch.linspace(-1.0, 2.0, len(drawn.log_probs_A))
     (weights_A * (drawn.log_probs_A + entropy_weight * drawn.entropies_A)).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in policy.model.named_parameters()}
@@ -181,13 +139,13 @@ def test_gradients_over_a_prefix_tree_are_those_of_a_padded_batch(sources, name)
 def test_entropies_have_a_gradient_only_where_it_is_asked_for(tiny_model):
     policy = create_policy(BodyConfig(path=tiny_model), load_tokenizer(tiny_model))
     rollouts = make_rollouts(300)
-    without, with_gradient = (evaluate(policy, *rollouts, entropy_gradient=asked) for asked in (False, True))
+    without, with_gradient = (token_stats(policy, *rollouts, entropy_gradient=asked) for asked in (False, True))
     assert not without.entropies_A.requires_grad
     assert without.log_probs_A.requires_grad
     assert with_gradient.entropies_A.requires_grad
     torch.testing.assert_close(without.entropies_A, with_gradient.entropies_A)
     with torch.no_grad():
-        assert not evaluate(policy, *rollouts, entropy_gradient=True).entropies_A.requires_grad
+        assert not token_stats(policy, *rollouts, entropy_gradient=True).entropies_A.requires_grad
 
 
 # --- suppressed ids ---
@@ -199,7 +157,7 @@ def test_probabilities_sum_to_one_over_what_can_be_drawn_and_are_zero_elsewhere(
     policy = create_policy(BodyConfig(path=tiny_model), tokenizer)
     rows = policy.model.config.vocab_size
     # One rollout for each id of the vocabulary, after the same prompt.
-    drawn = evaluate(policy, [[5, 6, 7, token] for token in range(rows)], [3] * rows, 0.7)
+    drawn = token_stats(policy, [[5, 6, 7, token] for token in range(rows)], [3] * rows, 0.7)
     probs_V = drawn.log_probs_A.double().exp()
     assert probs_V.sum().item() == pytest.approx(1.0, abs=1e-5)
     assert [token for token in range(rows) if probs_V[token] == 0.0] == policy.suppressed
@@ -251,4 +209,4 @@ def test_a_policy_of_the_first_layers_is_what_plain_transformers_makes_of_them(t
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     rollouts = make_rollouts(300)
-    agree(evaluate(policy, *rollouts), from_the_definition(model, *rollouts, 1.0, policy.suppressed))
+    agree(token_stats(policy, *rollouts), from_the_definition(model, *rollouts, 1.0, policy.suppressed))
