@@ -82,7 +82,7 @@ class Policy(Backbone):
 
     def _logits(self, hidden_AD: Tensor) -> Tensor:
         logits_AV = self.model.get_output_embeddings()(hidden_AD).float()
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)  # of Gemma2
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma2 has one
         return logits_AV if softcap is None else softcap * torch.tanh(logits_AV / softcap)
 
 

@@ -254,7 +254,7 @@ AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, options: Any, on_cpu: Any
 ) -> tuple[Tensor, None]:
-    """Runs the kernel of the device; in the last layer, for leaves only if the plan says it."""
+    """Runs the kernel of the device; in the last layer, for leaves only if the plan is ``leaves_only``."""
     attend = on_cpu
     if query.is_cuda:
         attend = _eager if options.get("dropout") else _flex  # flex attention has no dropout
