@@ -44,3 +44,8 @@ def global_batch(prompts_N: IntArray, global_batch_size: int, epochs: float, see
         in_epoch_G = positions_G // num_preferences == epoch
         rows_G[in_epoch_G] = order_N[positions_G[in_epoch_G] % num_preferences]
     return rows_G
+
+
+def is_due(step: int, every: int) -> bool:
+    """Returns whether something that happens every ``every`` steps (0: never) happens after this step."""
+    return every > 0 and step % every == 0

@@ -143,7 +143,15 @@ class AlgorithmConfig(Section):
     max_kl: PositiveFloat = Field(
         50.0, description="The run stops where the mean KL of a response from the reference exceeds this, in nats."
     )
-    seed: NonNegativeInt = Field(0, description="Of the order of prompts, of what is drawn, and of minibatches.")
+    seed: NonNegativeInt = Field(0, description="Random seed for prompt order, sampled responses and minibatches.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_name(cls, options: Any) -> Any:
+        """Reads ``lam``, the name of ``gae_lambda`` in files of earlier versions."""
+        if isinstance(options, dict) and "lam" in options:
+            options = {("gae_lambda" if name == "lam" else name): value for name, value in options.items()}
+        return options
 
 
 class PPORunConfig(Section):
@@ -154,6 +162,12 @@ class PPORunConfig(Section):
     use_gpu: bool = Field(False, description="One GPU for each shard, worker and replica (not yet run on a GPU).")
     checkpoint_every: NonNegativeInt = Field(10, description="Iterations between checkpoints; 0: at the end only.")
     keep_checkpoints: PositiveInt = Field(2, description="How many checkpoints the run's directory keeps.")
+    wandb_project: str | None = Field(
+        None, description="Weights & Biases project that also receives the history; needs the wandb package."
+    )
+    history_uri: str | None = Field(
+        None, description="URI (s3://, gs://) or path that the history is also copied to, as NAME/history."
+    )
     evaluate_every: NonNegativeInt = Field(
         0, description="Iterations between evaluations on held-out prompts; 0: before the first and after the last."
     )

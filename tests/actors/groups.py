@@ -1,4 +1,4 @@
-"""What tests of groups of ranks share: rollouts, the processes behind a group, and what must be gone after it."""
+"""Helpers for tests of actors: rollouts, processes of a group, what a group must leave behind, a remote file system."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow.fs as pafs
 import ray
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from ray.util.placement_group import placement_group_table
 
@@ -61,6 +65,11 @@ def make_rollouts(prompts: int, per_prompt: int = 3, seed: int = 0, longest: int
     counts = [len(ids) - length for ids, length in zip(sequences, prompt_lengths, strict=True)]
     returns, old_values = ([numbers.normal(size=count).astype(np.float32) for count in counts] for _ in range(2))
     return Rollouts(sequences, prompt_lengths, returns, old_values)
+
+
+def remote_file_system(directory: Path) -> pafs.FileSystem:
+    """Returns a file system kept in a directory, which pyarrow and Ray take for a remote one."""
+    return pafs.PyFileSystem(pafs.FSSpecHandler(DirFileSystem(str(directory), LocalFileSystem())))
 
 
 def processes(group: RankGroup) -> list[psutil.Process]:
