@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_critic.errors import ConfigError, CriticError
+
+logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -41,19 +45,48 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
         sys.exit(EXIT_FAILED)
 
 
-def validate_outside_package(option: str, path: str) -> None:
-    """Refuses to write into the copy of the working directory that Ray makes for a submitted job.
-
-    Args:
-        option: As the user gave it.
-        path: Its value, a path or URI.
+def validate_wandb(project: str | None) -> None:
+    """Checks that the package for ``run.wandb_project`` is installed.
 
     Raises:
-        ConfigError: The path is relative and this is such a copy, which Ray deletes when it likes.
+        ConfigError: The option is given, and the package is missing.
     """
-    if "://" not in path and not os.path.isabs(path) and RAY_PACKAGE_FOLDER in Path.cwd().parts:
-        flag = option.replace("_", "-")
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
+
+
+def validate_resume(storage_path: str, name: str, exists: bool, resume: bool) -> None:
+    """Checks that a run is resumed on purpose.
+
+    Args:
+        storage_path: The directory of all runs.
+        name: The name of this run.
+        exists: There is a directory of that run.
+        resume: The user gave ``--resume``.
+
+    Raises:
+        ConfigError: The run exists and the user did not ask to resume it.
+    """
+    if exists and not resume:
         raise ConfigError(
-            f"{option} {path!r} is relative, and a submitted job runs in a copy of the working directory that Ray may "
-            f"delete: give {flag} an absolute path or a URI"
+            f"there is a run named {name!r} in {storage_path}: continue it with --resume, or choose another --run.name"
+        )
+    if resume and not exists:
+        logger.info("nothing to resume, starting a new run name=%s storage_path=%s", name, storage_path)
+
+
+def validate_outside_package(option: str, path: str) -> None:
+    """Checks that a job does not write into the copy of the working directory that Ray makes for a submitted job.
+
+    Args:
+        option: The option's name.
+        path: The option's value, an absolute path or a URI.
+
+    Raises:
+        ConfigError: The path lies in such a copy, which Ray deletes at any time.
+    """
+    if "://" not in path and RAY_PACKAGE_FOLDER in Path(path).parts:
+        raise ConfigError(
+            f"{option}: {path} lies in the copy of the working directory that Ray makes for a submitted job and may "
+            "delete; give an absolute path outside it, or a URI"
         )

@@ -27,16 +27,14 @@ from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
 from actors.serving.job_cleanup import ends_with_this_job
-from jobs.cli import run_job, validate_outside_package
+from jobs.cli import run_job, validate_outside_package, validate_resume, validate_wandb
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line
-from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.prompts import Prompts, load_prompts, split_prompts
-from rlhf_critic.data.sources import is_local_source
 from rlhf_critic.errors import ConfigError, RankLost
 from rlhf_critic.evaluation.plots import save_curves
 from rlhf_critic.training.metrics_log import read_metrics
@@ -61,7 +59,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
     """
     config.validate_complete()
     validate_outside_package("run.storage_path", config.run.storage_path)
-    config = with_absolute_paths(config)
+    validate_wandb(config.run.wandb_project)
     prompts, held_out = read_prompts(config)
     with lock_run(config.run.storage_path, config.run.name):
         return _run(config, prompts, held_out)
@@ -69,14 +67,8 @@ def run(config: PPOJobConfig) -> PPOOutcome:
 
 def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PPOOutcome:
     directory = Path(config.run.storage_path) / config.run.name
-    if directory.exists() and not config.resume:
-        raise ConfigError(
-            f"there is a run named {config.run.name!r} in {config.run.storage_path}: continue it with --resume, or "
-            "choose another --run.name"
-        )
+    validate_resume(config.run.storage_path, config.run.name, directory.exists(), config.resume)
     quarantine_damaged_checkpoints(directory)
-    if config.resume and latest_checkpoint(directory) is None:
-        print(f"there is no checkpoint of {config.run.name!r} in {config.run.storage_path} yet: starting it")
     if not config.run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     validate_before_start(config, prompts)
@@ -231,40 +223,6 @@ def show(console: Console, outcome: PPOOutcome) -> None:
     console.print(f"curves: {outcome.directory / PLOT_NAME}", highlight=False, soft_wrap=True)
     console.print(f"policy: {outcome.checkpoint / 'policy'}", highlight=False, soft_wrap=True)
     console.print(f"critic: {outcome.checkpoint / 'critic'}", highlight=False, soft_wrap=True)
-
-
-def with_absolute_paths(config: PPOJobConfig) -> PPOJobConfig:
-    """Local paths made absolute: actors may have another working directory than the driver."""
-
-    def absolute(path: str | None) -> str | None:
-        return os.path.abspath(path) if path and "://" not in path and Path(path).exists() else path
-
-    def absolute_sources(sources: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(os.path.abspath(source) if is_local_source(source) else source for source in sources)
-
-    def of_model(part: str) -> dict[str, object]:
-        section = getattr(config, part)
-        return {"model": section.model.model_copy(update={"path": absolute(section.model.path)})}
-
-    template = config.policy.chat_template
-    if template not in {AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME}:  # though there may be files of that name
-        template = os.path.abspath(template)
-    changes: dict[str, dict[str, object]] = {
-        "policy": {**of_model("policy"), "chat_template": template},
-        "critic": of_model("critic"),
-        "prompts": {
-            "train": absolute_sources(config.prompts.train),
-            "validation": absolute_sources(config.prompts.validation),
-        },
-        "reward": {
-            "checkpoint": absolute(config.reward.checkpoint),
-            "components": absolute(config.reward.components),
-        },
-        "run": {"storage_path": os.path.abspath(config.run.storage_path)},
-    }
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
-    )
 
 
 def _free_port() -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from math import ceil
@@ -32,7 +31,7 @@ from jobs.cli import run_job, validate_outside_package
 from rlhf_critic.checkpoint.critic_directory import check_critic, weights_digest
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
-from rlhf_critic.data.sources import fingerprint_of, is_local_source, read_rows
+from rlhf_critic.data.sources import fingerprint_of, read_rows
 from rlhf_critic.errors import ConfigError, DataError, PlacementError
 from rlhf_critic.files import write_text_atomically
 from rlhf_critic.scoring.rows import parse_scorable
@@ -77,9 +76,8 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         if config.normalize:
             card.reward_scale()
         digest = weights_digest(directory)
-    checkpoint = config.checkpoint if "://" in config.checkpoint else os.path.abspath(config.checkpoint)
-    scorer = config.scorer_config(checkpoint, digest)
-    data = os.path.abspath(config.data) if is_local_source(config.data) else config.data
+    scorer = config.scorer_config(config.checkpoint, digest)
+    data = config.data
     version = version_name(card.version, digest, scorer)
     fingerprint = fingerprint_of(data)
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
@@ -90,7 +88,7 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     work = ScoringJob(
         data=data,
         fields=config.fields,
-        out=os.path.abspath(config.out),
+        out=config.out,
         format="parquet" if is_parquet else "jsonl",
         schema=schema,
         rows_per_part=config.rows_per_part,

@@ -6,10 +6,8 @@ Runs alone (it starts a local Ray) or as a Ray job:
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,16 +28,14 @@ from rich.table import Table
 
 from actors.runtime.ray_internals import WorkerGroupStartupTimeoutError
 from actors.runtime.session import init_ray
-from actors.runtime.storage import absolute_storage_path, remove_broken_list, resolve_run, run_exists
+from actors.runtime.storage import remove_broken_list, resolve_run, run_exists
 from actors.training.result import SCORE, TrainOutcome
 from actors.training.torch_backend import PrivateTorchConfig
-from jobs.cli import DISK_FULL_ERRNOS, run_job, validate_outside_package
+from jobs.cli import DISK_FULL_ERRNOS, run_job, validate_outside_package, validate_resume, validate_wandb
 from jobs.run_lock import lock_run
 from rlhf_critic.config.base import parse_command_line
-from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
 from rlhf_critic.config.train import TrainJobConfig
-from rlhf_critic.data.sources import is_local_source
-from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
+from rlhf_critic.errors import CheckpointError, PlacementError
 
 # Ray Train decides on the size of an elastic group by what it saw up to 20 s before (the period of its autoscaling
 # coordinator), and so may wait for a node that is gone; after so many seconds it decides again.
@@ -80,8 +76,7 @@ def report(config: TrainJobConfig, result: Result) -> str:
 
 def checkpoint_of(config: TrainJobConfig, result: Result) -> str:
     """Where a run's last checkpoint is, a path or URI."""
-    run = with_absolute_paths(config).run
-    return f"{run.storage_path}/{run.name}/{result.return_value.checkpoint}"
+    return f"{config.run.storage_path}/{config.run.name}/{result.return_value.checkpoint}"
 
 
 def compare_seeds(config: TrainJobConfig) -> Table:
@@ -133,9 +128,7 @@ def train(config: TrainJobConfig) -> Result:
     """
     config.validate_complete()
     validate_outside_package("run.storage_path", config.run.storage_path)
-    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
-    config = with_absolute_paths(config)
+    validate_wandb(config.run.wandb_project)
     with lock_run(config.run.storage_path, config.run.name):
         return _train(config)
 
@@ -143,14 +136,8 @@ def train(config: TrainJobConfig) -> Result:
 def _train(config: TrainJobConfig) -> Result:
     run = config.run
     exists = run_exists(*resolve_run(run.storage_path, run.name))
-    if exists and not config.resume:
-        raise ConfigError(
-            f"there is a run named {run.name!r} in {run.storage_path}: continue it with --resume, or choose another "
-            "--run.name"
-        )
+    validate_resume(run.storage_path, run.name, exists, config.resume)
     remove_broken_list(*resolve_run(run.storage_path, run.name))
-    if config.resume and not exists:
-        print(f"there is no run named {run.name!r} in {run.storage_path} yet: starting it")
     # Ray Train's own limit is a minute, after which it tries again without end; an autoscaler needs longer, and a
     # user wants to be told.
     is_elastic = run.min_workers is not None
@@ -249,38 +236,6 @@ def _why_not_placed(config: TrainJobConfig, option: Literal["num_workers", "min_
         f"run.{option}: {getattr(run, option)} workers with {wanted} each could not be placed within "
         f"{run.start_timeout_s:g} s (run.start_timeout_s): the cluster has {there}. Ask for fewer workers or CPUs, let "
         "the autoscaler add more nodes, or wait longer"
-    )
-
-
-def with_absolute_paths(config: TrainJobConfig) -> TrainJobConfig:
-    """Local paths made absolute: actors may have another working directory than the driver."""
-
-    def absolute(path: str) -> str:
-        return os.path.abspath(path) if "://" not in path and Path(path).exists() else path
-
-    def absolute_sources(option: str, sources: tuple[str, ...]) -> tuple[str, ...]:
-        made = tuple(os.path.abspath(source) if is_local_source(source) else source for source in sources)
-        if len(set(made)) < len(made):
-            raise ConfigError(f"{option}: names a source twice, in two ways: {', '.join(sources)}")
-        return made
-
-    template = config.encoding.chat_template
-    if template not in {AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME}:
-        template = absolute(template)
-    data = config.data.model_copy(
-        update={
-            "train": absolute_sources("data.train", config.data.train),
-            "validation": absolute_sources("data.validation", config.data.validation),
-            "cache_dir": os.path.abspath(config.data.cache_dir),
-        }
-    )
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
-            "encoding": config.encoding.model_copy(update={"chat_template": template}),
-            "data": data,
-            "run": config.run.model_copy(update={"storage_path": absolute_storage_path(config.run.storage_path)}),
-        }
     )
 
 

@@ -22,7 +22,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.ppo.policy_group import PolicyOptions, PolicyWeights
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.data.encoding import Prompt
+from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import CriticError, RankLost, RolloutsUnavailable
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation

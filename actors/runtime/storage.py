@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -29,14 +28,9 @@ REWRITTEN_SUFFIX = "-again"  # follows the name of a checkpoint that replaces a 
 CHECKPOINT = re.compile(rf"step-(\d+)(?:{REWRITTEN_SUFFIX})*")
 
 
-def absolute_storage_path(storage_path: str) -> str:
-    """Returns a URI unchanged and a local path as absolute, because actors may have another working directory."""
-    return storage_path if "://" in storage_path else os.path.abspath(storage_path)
-
-
 def resolve_run(storage_path: str, name: str) -> tuple[pafs.FileSystem, str]:
     """Returns the file system of a run, and the run's directory on it."""
-    filesystem, path = pafs.FileSystem.from_uri(absolute_storage_path(storage_path))
+    filesystem, path = pafs.FileSystem.from_uri(storage_path)
     return filesystem, f"{path}/{name}"
 
 

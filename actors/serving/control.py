@@ -76,7 +76,7 @@ def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
         CheckpointError: The critic is not whole, or lacks what the options need.
         ConfigError: The components are wrong.
     """
-    scorer = config.scorer_config(_absolute(checkpoint), "")
+    scorer = config.scorer_config(checkpoint, "")
     return _with_digest(scorer)
 
 
@@ -163,7 +163,7 @@ def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> 
         raise ConfigError(f"there is no pool {app!r} to publish to: start it with python -m jobs.serve {checkpoint}")
     after = copy.deepcopy(before)
     user_config = _replicas(after)["user_config"]
-    scorer = ScorerConfig(**{**user_config["scorer"], "checkpoint": _absolute(checkpoint)})
+    scorer = ScorerConfig(**{**user_config["scorer"], "checkpoint": checkpoint})
     user_config["scorer"] = _with_digest(scorer).model_dump(mode="json")
     return _change(app, before, after, timeout_s, progress)
 
@@ -275,10 +275,6 @@ def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
         if scorer.normalize:
             card.reward_scale()
         return scorer.model_copy(update={"digest": weights_digest(directory)})
-
-
-def _absolute(checkpoint: str) -> str:
-    return checkpoint if "://" in checkpoint else os.path.abspath(checkpoint)
 
 
 def _runtime_environment(use_gpu: bool) -> dict[str, Any]:

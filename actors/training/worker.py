@@ -132,7 +132,7 @@ class _TrainingRun:
                 except CheckpointError as error:
                     # One that is not listed belongs to an attempt that was lost while it saved.
                     damage = damage or (error if name in self.listed else None)
-                    self._log("checkpoint=%s is damaged, trying the previous one: %s", name, error, level=logging.WARNING)
+                    self._log("damaged checkpoint=%s, trying an earlier one: %s", name, error, level=logging.WARNING)
                     continue
                 self._check_on_each_node(self._validate_same_run, directory)
                 self.engine.load(directory)
@@ -172,7 +172,7 @@ class _TrainingRun:
                 )
                 started = time.perf_counter()
                 metrics = engine.train_step(self.data.train, rows)
-                if history:
+                if history and bar:
                     history.write("train", metrics.step, step_values(metrics, time.perf_counter() - started))
                     bar.set_description(f"training: loss {metrics.loss:.3f}, accuracy {metrics.accuracy:.2f}")
                     bar.update(1)
@@ -195,9 +195,7 @@ class _TrainingRun:
     def _run_logger(self) -> RunLogger:
         run = self.config.run
         directory = HistoryDirectory(*resolve_run(run.storage_path, run.name))
-        return RunLogger(
-            directory, self.engine.step, run.name, run.wandb_project, self.config.model_dump(mode="json")
-        )
+        return RunLogger(directory, self.engine.step, run.name, run.wandb_project, self.config.model_dump(mode="json"))
 
     def _gave_up(self) -> bool:
         patience = self.config.train.early_stopping_patience

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
+from tyro.constructors import PrimitiveConstructorSpec
 
 from rlhf_critic.errors import ConfigError
 
@@ -38,23 +42,86 @@ SECRET_IN_URI = re.compile(
 )
 
 
+def is_local_source(source: str) -> bool:
+    """Tells whether a source of data, without its ``:SPLIT``, is a file or directory of this machine."""
+    return "://" not in source and (Path(source).exists() or Path(re.sub(r":\w+$", "", source)).is_dir())
+
+
+def shown_path(path: str) -> str:
+    """Shortens an absolute path below the working directory to a relative one, as a user would type it."""
+    return os.path.relpath(path) if os.path.isabs(path) and Path(path).is_relative_to(Path.cwd()) else path
+
+
+def absolute_path(path: str) -> str:
+    """Makes a local path absolute and expands ``~``; a URI and an empty string stay as they are."""
+    return path if "://" in path or not path else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_if_local(name: str) -> str:
+    is_path = name.startswith((".", "/", "~")) or Path(name).exists()
+    return absolute_path(name) if is_path else name
+
+
+def _absolute_source(source: str) -> str:
+    source = os.path.expanduser(source)
+    return os.path.abspath(source) if is_local_source(source) else source
+
+
+def _as_tuple(sources: Any) -> Any:
+    return (sources,) if isinstance(sources, str) else () if sources is None else sources
+
+
+def _each_once(sources: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    _reject_secrets(str(info.field_name), sources)  # before an error that shows the value
+    if len(set(sources)) < len(sources):
+        raise ValueError("names a source twice; name each source once")
+    return sources
+
+
+def _one_path_component(name: str) -> str:
+    if not name or name in {".", ".."} or any(character in name for character in "/\\"):
+        raise ValueError("must be a single directory name")
+    return name
+
+
+def _reject_secrets(option: str, texts: Iterable[object]) -> None:
+    if any(isinstance(text, str) and SECRET_IN_URI.search(text) for text in texts):
+        # Not a ValueError, with which pydantic would show the value.
+        raise ConfigError(
+            f"{option}: a URI with a password or key in it, which would be written into checkpoints and logs: leave it "
+            "out, and give it by the environment, as the storage's own tools take it (AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY for s3://)"
+        )
+
+
+# Paths are absolute in memory, because actors may have another working directory than the driver. --help shows those
+# below the working directory as relative ones. A section whose default has a path needs a default_factory, so that the
+# path follows the working directory of the moment.
+AS_TYPED = PrimitiveConstructorSpec[str](
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda path: [shown_path(path)],
+)
+PathOrUri = Annotated[str, AfterValidator(absolute_path), AS_TYPED]
+ModelPath = Annotated[str, AfterValidator(_absolute_if_local), AS_TYPED]  # or a hub id, which stays as it is
+Source = Annotated[str, AfterValidator(_absolute_source), AS_TYPED]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_tuple), AfterValidator(_each_once)]
+RunName = Annotated[str, AfterValidator(_one_path_component)]
+
+
 class Section(BaseModel):
-    """Options that belong together: unknown names, NaN and infinity are refused."""
+    """A group of options. Unknown names, NaN and infinity are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod
     def _no_secret(cls, value: Any, info: ValidationInfo) -> Any:
-        """Options are written into checkpoints, histories and logs, so no secret may be among them."""
+        """Rejects secrets, because options are written into checkpoints, histories and logs."""
         texts = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
-        if any(isinstance(text, str) and SECRET_IN_URI.search(text) for text in texts):
-            # Not a ValueError, with which pydantic would show the value.
-            raise ConfigError(
-                f"{info.field_name}: a URI with a password or key in it, which would be written into checkpoints and "
-                "logs: leave it out, and give it by the environment, as the storage's own tools take it "
-                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
-            )
+        _reject_secrets(str(info.field_name), texts)
         return value
 
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+
+from rlhf_critic.config.base import (
+    AS_TYPED,
+    Decay,
+    Fraction,
+    ModelPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Section,
+    absolute_path,
 )
 
-from rlhf_critic.config.base import Decay, Fraction, NonNegativeFloat, NonNegativeInt, Section
-
-# What chat_template may be beside a file; these words are never one, though there may be files of that name.
+# Values of chat_template that are never file names, though there may be files of that name.
 AUTO_TEMPLATE = "auto"
-
-
 PLAIN_TEMPLATE_NAME = "plain"
+
+
+def _absolute_template(template: str) -> str:
+    return template if template in {AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME} else absolute_path(template)
+
+
+ChatTemplate = Annotated[str, AfterValidator(_absolute_template), AS_TYPED]
 
 
 class BodyConfig(Section):
     """A base model and how much of it is used."""
 
-    path: str = Field("", description="Base model: a Hugging Face directory or hub id (required).")
+    path: ModelPath = Field("", description="Base model: a Hugging Face directory or hub id (required).")
     num_layers: PositiveInt | None = Field(None, description="Keep only the first layers of the body; None keeps all.")
     freeze_layers: NonNegativeInt = Field(
         0, description="Leave the embeddings and this many of the first layers as they are; 0 trains everything."
@@ -62,12 +71,19 @@ class ModelConfig(BodyConfig):
 class EncodingConfig(Section):
     """How a prompt and a response become token ids."""
 
-    chat_template: str = Field(
+    chat_template: ChatTemplate = Field(
         "auto",
         description="'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the path of a Jinja "
         "file.",
     )
     max_length: PositiveInt = Field(1024, description="Most tokens of a sequence; longer ones lose their beginning.")
+
+
+class ConstantSchedule(Section):
+    """Defaults of an optimizer whose learning rate stays as it is, because nobody knows how long the run will be."""
+
+    schedule: Literal["cosine", "linear", "constant"] = Field("constant", description="Learning rate after warm-up.")
+    warmup_fraction: Fraction = Field(0.0, description="Fraction of all steps over which the rate rises from 0.")
 
 
 class OptimizerConfig(Section):

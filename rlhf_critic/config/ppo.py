@@ -6,25 +6,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from rlhf_critic.config.base import Decay, Fraction, NonNegativeFloat, NonNegativeInt, Section
-from rlhf_critic.config.model import BodyConfig, ModelConfig, OptimizerConfig
+from rlhf_critic.config.base import (
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathOrUri,
+    RunName,
+    Section,
+    Sources,
+)
+from rlhf_critic.config.model import BodyConfig, ChatTemplate, ConstantSchedule, ModelConfig, OptimizerConfig
 from rlhf_critic.errors import ConfigError
 
 
-class PolicyOptimizerConfig(OptimizerConfig):
+class PolicyOptimizerConfig(ConstantSchedule, OptimizerConfig):
     """AdamW for the policy."""
 
     learning_rate: PositiveFloat = Field(1e-6, description="Peak learning rate of AdamW.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("constant", description="Learning rate after warm-up.")
-    warmup_fraction: Fraction = Field(0.0, description="Fraction of all steps over which the rate rises from 0.")
 
 
-class CriticOptimizerConfig(OptimizerConfig):
+class CriticOptimizerConfig(ConstantSchedule, OptimizerConfig):
     """AdamW for the critic."""
-
-    learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("constant", description="Learning rate after warm-up.")
-    warmup_fraction: Fraction = Field(0.0, description="Fraction of all steps over which the rate rises from 0.")
 
 
 class PolicyConfig(Section):
@@ -32,7 +35,7 @@ class PolicyConfig(Section):
 
     model: BodyConfig = BodyConfig()
     optimizer: PolicyOptimizerConfig = PolicyOptimizerConfig()
-    chat_template: str = Field(
+    chat_template: ChatTemplate = Field(
         "auto", description="How it reads prompts: 'auto' (the tokenizer's own, else plain), 'plain' or a Jinja file."
     )
     shards: PositiveInt = Field(1, description="Actors that it is sharded over.")
@@ -58,18 +61,13 @@ class CriticConfig(Section):
 class PromptConfig(Section):
     """What the policy is to answer."""
 
-    train: tuple[str, ...] = Field(
+    train: Sources = Field(
         (), description="Sources of prompts: files, directories that datasets saved, or hub ids; rows have a prompt."
     )
-    validation: tuple[str, ...] = Field((), description="Sources of held-out prompts; none: see validation_fraction.")
+    validation: Sources = Field((), description="Sources of held-out prompts; none: see validation_fraction.")
     validation_fraction: Decay = Field(0.0, description="Instead: hold out this fraction of the prompts.")
     fields: dict[str, str] = Field({}, description="Another name of the field: --prompts.fields prompt instruction.")
     max_tokens: PositiveInt = Field(256, description="Most tokens of a prompt; longer ones lose their beginning.")
-
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _one_is_a_list_of_one(cls, sources: Any) -> Any:
-        return (sources,) if isinstance(sources, str) else () if sources is None else sources
 
 
 class RolloutConfig(Section):
@@ -95,10 +93,10 @@ class RewardConfig(Section):
     """What judges responses."""
 
     app: str = Field("scorers", description="The pool of scorers, as python -m jobs.serve --app names it.")
-    checkpoint: str | None = Field(
+    checkpoint: PathOrUri | None = Field(
         None, description="A critic directory for a pool that the job runs itself and ends; None uses a running one."
     )
-    components: str | None = Field(None, description="Of that pool: see --components of jobs.serve.")
+    components: PathOrUri | None = Field(None, description="Of that pool: see --components of jobs.serve.")
     normalize: bool = Field(False, description="Of that pool: see --normalize of jobs.serve.")
     min_replicas: PositiveInt = Field(1, description="Of that pool: fewest replicas.")
     max_replicas: PositiveInt = Field(1, description="Of that pool: most replicas.")
@@ -157,15 +155,15 @@ class AlgorithmConfig(Section):
 class PPORunConfig(Section):
     """Where and on what the job runs."""
 
-    name: str = Field("ppo", description="Name of the run; its directory is STORAGE_PATH/NAME.")
-    storage_path: str = Field("runs", description="Local path; with several nodes, one that all of them share.")
+    name: RunName = Field("ppo", description="Name of the run; its directory is STORAGE_PATH/NAME.")
+    storage_path: PathOrUri = Field("runs", description="Local path; with several nodes, one that all of them share.")
     use_gpu: bool = Field(False, description="One GPU for each shard, worker and replica (not yet run on a GPU).")
     checkpoint_every: NonNegativeInt = Field(10, description="Iterations between checkpoints; 0: at the end only.")
     keep_checkpoints: PositiveInt = Field(2, description="How many checkpoints the run's directory keeps.")
     wandb_project: str | None = Field(
         None, description="Weights & Biases project that also receives the history; needs the wandb package."
     )
-    history_uri: str | None = Field(
+    history_uri: PathOrUri | None = Field(
         None, description="URI (s3://, gs://) or path that the history is also copied to, as NAME/history."
     )
     evaluate_every: NonNegativeInt = Field(
@@ -177,13 +175,6 @@ class PPORunConfig(Section):
     start_timeout_s: PositiveFloat = Field(
         1800.0, description="Seconds to wait for actors to be placed and started (an autoscaler may have to add nodes)."
     )
-
-    @field_validator("name")
-    @classmethod
-    def _one_path_component(cls, name: str) -> str:
-        if not name or name in {".", ".."} or any(character in name for character in "/\\"):
-            raise ValueError("must be a single directory name")
-        return name
 
     @field_validator("storage_path")
     @classmethod
@@ -205,7 +196,7 @@ class PPOJobConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     ppo: AlgorithmConfig = AlgorithmConfig()
-    run: PPORunConfig = PPORunConfig()
+    run: PPORunConfig = Field(default_factory=PPORunConfig)
     resume: bool = Field(False, description="Continue the run of this name from its last checkpoint.")
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, StrictStr, field_validator, model_validator
 
-from rlhf_critic.config.base import NonNegativeFloat, NonNegativeInt, Section, load_config_file
+from rlhf_critic.config.base import NonNegativeFloat, NonNegativeInt, PathOrUri, Section, Source, load_config_file
 
 COMPONENT_NAME = r"[A-Za-z_]\w*"
 
@@ -118,7 +118,7 @@ class CallLimits(Section):
 class ScorerConfig(ScoringOptions, CallLimits, Components):
     """What a scorer serves."""
 
-    checkpoint: str = Field(description="A critic directory; path or URI, reachable from every replica.")
+    checkpoint: PathOrUri = Field(description="A critic directory; path or URI, reachable from every replica.")
     digest: str | None = Field(None, description="The SHA-256 its files must have; None takes any.")
 
 
@@ -131,7 +131,7 @@ class ServeJobConfig(ScoringOptions, CallLimits):
     python -m jobs.serve NEW --publish. The end of the pool: python -m jobs.serve --stop
     """
 
-    checkpoint: tyro.conf.Positional[str | None] = Field(
+    checkpoint: tyro.conf.Positional[PathOrUri | None] = Field(
         None, description="A critic directory: a checkpoint of a run, or an export; path or URI."
     )
     publish: bool = Field(
@@ -159,7 +159,7 @@ class ServeJobConfig(ScoringOptions, CallLimits):
     )
     upscale_delay_s: NonNegativeFloat = Field(10.0, description="Seconds of load before replicas are added.")
     downscale_delay_s: NonNegativeFloat = Field(300.0, description="Seconds of idleness before they are taken away.")
-    components: str | None = Field(
+    components: PathOrUri | None = Field(
         None, description="YAML file with the components that a reward is the weighted sum of; None: the critic alone."
     )
     host: str = Field("127.0.0.1", description="Where HTTP listens.")
@@ -209,14 +209,14 @@ class ScoreJobConfig(ScoringOptions):
     are passed through.
     """
 
-    checkpoint: tyro.conf.Positional[str] = Field(
+    checkpoint: tyro.conf.Positional[PathOrUri] = Field(
         description="A critic directory: a checkpoint of a run, or an export; path or URI."
     )
-    data: tyro.conf.Positional[str] = Field(
+    data: tyro.conf.Positional[Source] = Field(
         description="What to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory "
         "that datasets saved or a hub id."
     )
-    out: tyro.conf.Positional[str] = Field(
+    out: tyro.conf.Positional[PathOrUri] = Field(
         description="A directory for the scored parts; a new one, or that of the same job. Reachable from every worker."
     )
     fields: dict[str, str] = Field(
@@ -228,7 +228,7 @@ class ScoreJobConfig(ScoringOptions):
     format: Literal["auto", "jsonl", "parquet"] = Field(
         "auto", description="Of the parts; auto: parquet where the data is, else jsonl."
     )
-    components: str | None = Field(
+    components: PathOrUri | None = Field(
         None, description="YAML file with the components that a reward is the weighted sum of; None: the critic alone."
     )
     rows_per_part: PositiveInt = Field(512, description="Rows of a part: what an interruption may cost.")

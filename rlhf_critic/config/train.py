@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -12,7 +12,15 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf_critic.config.base import Decay, NonNegativeFloat, NonNegativeInt, Section
+from rlhf_critic.config.base import (
+    Decay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathOrUri,
+    RunName,
+    Section,
+    Sources,
+)
 from rlhf_critic.config.model import EncodingConfig, ModelConfig, OptimizerConfig
 from rlhf_critic.errors import ConfigError
 
@@ -20,7 +28,7 @@ from rlhf_critic.errors import ConfigError
 class DataConfig(Section):
     """Where preferences come from."""
 
-    train: tuple[str, ...] = Field(
+    train: Sources = Field(
         (),
         description="Preferences to fit: one or more files (.jsonl, .json, .parquet, .csv, each also .gz; paths or "
         "URIs), directories that datasets saved, or hub ids, the last two with an optional :SPLIT (required).",
@@ -29,7 +37,7 @@ class DataConfig(Section):
         None,
         description="For each source of data.train, how often an epoch shows its preferences; None shows each once.",
     )
-    validation: tuple[str, ...] = Field((), description="Preferences to validate on, likewise; none skips validation.")
+    validation: Sources = Field((), description="Preferences to validate on, likewise; none skips validation.")
     validation_fraction: Decay = Field(
         0.0,
         description="Instead of data.validation: hold out this fraction of the prompts, with all that is said of them.",
@@ -46,19 +54,7 @@ class DataConfig(Section):
     seed: NonNegativeInt = Field(
         0, description="Of what is drawn from the data: the prompts held out, the part of a source with a weight."
     )
-    cache_dir: str = Field(".cache", description="Local directory for encoded data. Safe to delete.")
-
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _one_is_a_list_of_one(cls, sources: Any) -> Any:
-        return (sources,) if isinstance(sources, str) else () if sources is None else sources
-
-    @field_validator("train", "validation")
-    @classmethod
-    def _each_once(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(sources)) < len(sources):
-            raise ValueError("names a source twice: to show it more often, give it a weight in data.train_weights")
-        return sources
+    cache_dir: PathOrUri = Field(".cache", description="Local directory for encoded data. Safe to delete.")
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -118,8 +114,10 @@ class TrainConfig(OptimizerConfig):
 class RunConfig(Section):
     """Where and on what the job runs."""
 
-    name: str = Field("critic", description="Name of the run; its directory is STORAGE_PATH/NAME.")
-    storage_path: str = Field("runs", description="Local path, shared path or URI (s3://, gs://) for checkpoints.")
+    name: RunName = Field("critic", description="Name of the run; its directory is STORAGE_PATH/NAME.")
+    storage_path: PathOrUri = Field(
+        "runs", description="Local path, shared path or URI (s3://, gs://) for checkpoints."
+    )
     num_workers: PositiveInt = Field(
         1,
         description="Ray Train workers, each holding one shard of the critic; a resumed run may have another number.",
@@ -148,13 +146,6 @@ class RunConfig(Section):
         1800.0, description="Seconds to wait for workers to be placed (an autoscaler may have to add nodes)."
     )
 
-    @field_validator("name")
-    @classmethod
-    def _one_path_component(cls, name: str) -> str:
-        if not name or name in {".", ".."} or any(character in name for character in "/\\"):
-            raise ValueError("must be a single directory name")
-        return name
-
     @model_validator(mode="after")
     def _fewest_and_most(self) -> RunConfig:
         if self.min_workers is not None and self.min_workers > self.num_workers:
@@ -170,9 +161,9 @@ class TrainJobConfig(Section):
 
     model: ModelConfig = ModelConfig()
     encoding: EncodingConfig = EncodingConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = TrainConfig()
-    run: RunConfig = RunConfig()
+    run: RunConfig = Field(default_factory=RunConfig)
     resume: bool = Field(False, description="Continue the run of this name from its last checkpoint.")
     seeds: tuple[NonNegativeInt, ...] = Field(
         (), description="Fit once with each of these seeds, in runs NAME-seed-N, and compare; none: train.seed alone."

@@ -19,17 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
+from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import EncodingError
-
-Message: TypeAlias = dict[str, Any]
-Prompt: TypeAlias = "str | Sequence[Message]"
 
 PAD_TOKEN = "<|pad|>"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"

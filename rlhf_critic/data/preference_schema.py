@@ -10,32 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictStr
 
-from rlhf_critic.data.encoding import Prompt
+from rlhf_critic.data.conversation import NonEmptyText, Prompt, Turn, Turns, to_prompt
+from rlhf_critic.data.rows import validate_row
 from rlhf_critic.errors import DataError
-
-NonEmptyText: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF_SPEAKER = {"Human": "user", "Assistant": "assistant"}
 
 
-class Turn(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    role: NonEmptyText
-    content: StrictStr
-
-    @model_validator(mode="before")
-    @classmethod
-    def _absent_is_none(cls, turn: Any) -> Any:
-        """Tables give every turn all the fields that any turn has."""
-        return {name: value for name, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
-
-
-Turns: TypeAlias = tuple[Turn, ...]
 Response: TypeAlias = NonEmptyText | Annotated[Turns, Field(min_length=1)]
 
 
@@ -66,10 +50,10 @@ class Preference(BaseModel):
     def _conversation(self, response: Response) -> tuple[Prompt, str]:
         if isinstance(response, str) and isinstance(self.prompt, str):
             return self.prompt, response
-        before = [Turn(role="user", content=self.prompt)] if isinstance(self.prompt, str) else list(self.prompt)
+        before = (Turn(role="user", content=self.prompt),) if isinstance(self.prompt, str) else self.prompt
         if isinstance(response, str):
-            return [turn.model_dump() for turn in before], response
-        return [turn.model_dump() for turn in (*before, *response[:-1])], response[-1].content
+            return to_prompt(before), response
+        return to_prompt((*before, *response[:-1])), response[-1].content
 
 
 class PreferenceRow(BaseModel):
@@ -84,11 +68,6 @@ class PreferenceRow(BaseModel):
     chosen_score: FiniteFloat | None = None
     rejected_score: FiniteFloat | None = None
     subset: StrictStr | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _absent_is_none(cls, row: Any) -> Any:
-        return {name: value for name, value in row.items() if value is not None}
 
 
 FIELDS = tuple(PreferenceRow.model_fields)
@@ -105,15 +84,7 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
     Raises:
         DataError: Names the place and the field that is missing or wrong.
     """
-    named = {name: row.get(fields.get(name, name)) for name in FIELDS}
-    try:
-        parsed = PreferenceRow.model_validate(named)
-    except ValidationError as error:
-        # Of the alternatives of a union, the one that got furthest is what the writer meant.
-        first = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
-        path = [str(part) for part in first["loc"] if "[" not in str(part) and str(part) not in {"constrained-str"}]
-        path[0] = fields.get(path[0], path[0])
-        raise DataError(f"{place}: field {'.'.join(path)!r}: {first['msg']}; mend this row") from error
+    parsed = validate_row(PreferenceRow, row, place, fields)
 
     def refuse(field: str, what: str) -> DataError:
         return DataError(f"{place}: field {fields.get(field, field)!r}: {what}")

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
-from rlhf_critic.data.encoding import Encoder, Prompt
-from rlhf_critic.data.preference_schema import Turns
+from rlhf_critic.data.conversation import Prompt, Turns, to_prompt
+from rlhf_critic.data.encoding import Encoder
+from rlhf_critic.data.rows import validate_row
 from rlhf_critic.data.sources import read_rows
 from rlhf_critic.errors import DataError, EncodingError
 
@@ -23,7 +24,9 @@ class PromptRow(BaseModel):
     """The field that is read; others are left alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-    prompt: StrictStr | Turns
+    prompt: StrictStr | Turns = Field(
+        description="a text, or a list of turns with 'role' and 'content' (see --prompts.fields)"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,8 @@ def load_prompts(
     truncated = 0
     for source in sources:
         for number, row in read_rows(source):
-            try:
-                parsed = PromptRow.model_validate({"prompt": row.get(name)}).prompt
-            except ValidationError as error:
-                raise DataError(
-                    f"{source}:{number}: field {name!r}: must be a text, or a list of turns with 'role' and 'content' "
-                    "(see --prompts.fields)"
-                ) from error
-            prompt = parsed if isinstance(parsed, str) else [turn.model_dump() for turn in parsed]
+            place = f"{source}:{number}"
+            prompt = to_prompt(validate_row(PromptRow, row, place, fields or {}).prompt)
             try:
                 opening = encoder.open(prompt)
                 opening.encode("utf-8")  # which half of a surrogate pair, as JSON may hold it, has not

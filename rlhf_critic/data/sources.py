@@ -79,11 +79,6 @@ def fingerprint_of(source: str) -> str:
     return digest.hexdigest()
 
 
-def is_local_source(source: str) -> bool:
-    """Whether a source, its split aside, is a file or directory of this machine."""
-    return "://" not in source and (Path(source).exists() or Path(_without_split(source)[0]).is_dir())
-
-
 def _read_file(source: str) -> Iterator[tuple[int, Row]]:
     read = _READERS.get(_suffix(source))
     if read is None:
@@ -120,7 +115,7 @@ def _parse_json(place: str, text: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8: {error}; save it as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON: {error}; mend or delete it") from error
+        raise DataError(f"{place}: not JSON: {error}; fix or remove this line") from error
 
 
 def _read_parquet(_: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
@@ -132,7 +127,7 @@ def _read_csv(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
     lines = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
     for row in lines:
         if None in row or None in row.values():
-            raise DataError(f"{source}:{lines.line_num}: has not as many fields as the first line names; mend it")
+            raise DataError(f"{source}:{lines.line_num}: has not as many fields as the header; fix or remove this line")
         # An empty cell is how this format says that there is nothing.
         yield lines.line_num, {name: cell for name, cell in row.items() if cell != ""}
 

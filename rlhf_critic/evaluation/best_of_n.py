@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from rlhf_critic.data.conversation import NonEmptyText, Turns, to_prompt
 from rlhf_critic.data.encoding import Encoder
-from rlhf_critic.data.preference_schema import NonEmptyText, Turns
+from rlhf_critic.data.rows import validate_row
 from rlhf_critic.data.sources import read_rows
 from rlhf_critic.errors import DataError, EncodingError, NonFiniteRewardError
 from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, bootstrap_mean, bootstrap_statistic
@@ -156,12 +157,7 @@ def load_best_of_n(source: str, encoder: Encoder) -> list[BestOfN]:
 
 
 def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN:
-    try:
-        row = BestOfNRow.model_validate({name: value for name, value in fields.items() if value is not None})
-    except ValidationError as error:
-        first = max(error.errors(), key=lambda found: len(found["loc"]))
-        field = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
-        raise DataError(f"{origin}: field {field!r}: {first['msg']}; mend this row") from error
+    row = validate_row(BestOfNRow, fields, origin, {})
     if row.best is not None and row.responses:
         if not 0 <= row.best < len(row.responses):
             raise DataError(
@@ -178,7 +174,7 @@ def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN
     paired = PAIRED_ID.fullmatch(str(row.id))
     if paired and paired[1] == "tied" and right == 1:
         raise DataError(f"{origin}: field 'id': {row.id!r} needs at least two right responses in 'chosen'")
-    prompt = row.prompt if isinstance(row.prompt, str) else [turn.model_dump() for turn in row.prompt]
+    prompt = to_prompt(row.prompt)
     encoded = []
     for field, text in named:
         try:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from rlhf_critic.data.encoding import Prompt
+from rlhf_critic.data.conversation import Prompt, present_fields
 from rlhf_critic.errors import ScorerRejected
-from rlhf_critic.integrations.turns import present_fields
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation
 

@@ -22,10 +22,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_critic.data.encoding import Prompt
+from rlhf_critic.data.conversation import Prompt, present_fields
 from rlhf_critic.errors import DataError
 from rlhf_critic.integrations.client_from_environment import client_from_environment
-from rlhf_critic.integrations.turns import present_fields
 
 
 def compute_score(

@@ -23,7 +23,7 @@ from rlhf_critic.errors import ScorerRejected, ScorerUnavailable, VersionMismatc
 from rlhf_critic.scoring.items import Item, Scores, conversations
 
 if TYPE_CHECKING:
-    from rlhf_critic.data.encoding import Prompt
+    from rlhf_critic.data.conversation import Prompt
 
 FIRST_WAIT_S = 0.05
 LONGEST_WAIT_S = 2.0

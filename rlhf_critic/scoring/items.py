@@ -21,7 +21,8 @@ from rlhf_critic.errors import EncodingError, ScorerRejected
 
 if TYPE_CHECKING:  # whoever only asks needs neither torch nor transformers
     from rlhf_critic.batching.prefix_tree import TokenIds
-    from rlhf_critic.data.encoding import Encoded, Encoder, Prompt
+    from rlhf_critic.data.conversation import Prompt
+    from rlhf_critic.data.encoding import Encoded, Encoder
 
 
 class Conversation(NamedTuple):

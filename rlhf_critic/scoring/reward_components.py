@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_critic.config.serve import Component, CriticComponent, LengthPenalty, PythonComponent, RegexComponent
-from rlhf_critic.data.encoding import Prompt
+from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected
 from rlhf_critic.scoring.items import Conversation, Item, Text
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from rlhf_critic.data.preference_schema import NonEmptyText, Turns
+from rlhf_critic.data.conversation import NonEmptyText, Turns, to_prompt
+from rlhf_critic.data.rows import validate_row
 from rlhf_critic.errors import DataError
 from rlhf_critic.scoring.items import Conversation, Item, Text
 
@@ -39,13 +40,7 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
     Raises:
         DataError: Names the place and the field that is missing, wrong, or says the same in another way.
     """
-    named = {name: row.get(fields.get(name, name)) for name in FIELDS}
-    try:
-        parsed = ScorableRow.model_validate(named)
-    except ValidationError as error:
-        first = max(error.errors(), key=lambda found: len(found["loc"]))
-        field = fields.get(str(first["loc"][0]), str(first["loc"][0]))
-        raise DataError(f"{place}: field {field!r}: {first['msg']}; mend this row") from error
+    parsed = validate_row(ScorableRow, row, place, fields)
     given = tuple(name for name in FIELDS if getattr(parsed, name) is not None)
     if given not in WAYS:
         ways = ", or ".join(" and ".join(way) for way in WAYS)
@@ -62,6 +57,6 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
                 f"{place}: field {fields.get('messages', 'messages')!r}: the last turn must be the assistant's"
             )
         return [Conversation([turn.model_dump() for turn in before], last.content)]
-    prompt = parsed.prompt if isinstance(parsed.prompt, str) else [turn.model_dump() for turn in parsed.prompt or ()]
+    prompt = to_prompt(parsed.prompt or ())
     responses = (parsed.response,) if parsed.response is not None else parsed.responses or ()
     return [Conversation(prompt, response) for response in responses]

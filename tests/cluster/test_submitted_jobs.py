@@ -63,7 +63,7 @@ def test_offline_scoring_gives_every_row_the_reward_of_the_engine(seen):
 def test_ppo_spreads_a_critic_over_nodes_and_asks_the_pool_that_runs(seen):
     job = seen["ppo"]
     assert job["code"] == 0, job["output"]
-    assert "rewards are given by first@4#" in job["output"]
+    assert "versions=first@4#" in job["output"]
     assert {"critic", "policy"} <= set(job["files"])
     assert job["nodes of groups"]["2"] == 2
 

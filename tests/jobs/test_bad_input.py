@@ -35,7 +35,7 @@ def run(main, arguments, monkeypatch, capsys):
 DATA = {
     "a missing file": ("nowhere.jsonl", None, "nowhere.jsonl: cannot be read", "check the path"),
     "an empty file": ("empty.jsonl", b"", "empty.jsonl: there is nothing in it", "give a source"),
-    "broken JSON": ("broken.jsonl", b'{"prompt": "a", ', "broken.jsonl:2: not JSON", "mend or delete"),
+    "broken JSON": ("broken.jsonl", b'{"prompt": "a", ', "broken.jsonl:2: not JSON", "fix or remove this line"),
     "a missing field": (
         "field.jsonl",
         b'{"prompt": "a", "chosen": "b"}',
@@ -46,26 +46,26 @@ DATA = {
         "type.jsonl",
         json.dumps({**GOOD, "chosen": 3}).encode(),
         "type.jsonl:2: field 'chosen",
-        "mend this row",
+        "fix or remove this row",
     ),
     "an empty response": (
         "void.jsonl",
         json.dumps({**GOOD, "rejected": ""}).encode(),
         "void.jsonl:2: field 'rejected",
-        "mend this row",
+        "fix or remove this row",
     ),
     "not UTF-8": ("latin.jsonl", b'{"prompt": "\xe9"}', "latin.jsonl:2: not UTF-8", "save it as UTF-8"),
     "a margin that is NaN": (
         "nan.jsonl",
         json.dumps({**GOOD, "margin": float("nan")}).encode(),
         "field 'margin'",
-        "mend",
+        "fix or remove this row",
     ),
     "an infinite margin": (
         "inf.jsonl",
         json.dumps({**GOOD, "margin": float("inf")}).encode(),
         "field 'margin'",
-        "mend",
+        "fix or remove this row",
     ),
     "roles that the template refuses": (
         "roles.jsonl",
@@ -263,7 +263,7 @@ FULL_DISK = """
 import resource, sys
 from jobs import export
 from jobs.cli import run_job
-from rlhf_critic.checkpoint import load_critic, save_critic
+from rlhf_critic.checkpoint.critic_directory import load_critic, save_critic
 
 checkpoint, second = sys.argv[1], sys.argv.pop()
 loaded = load_critic(checkpoint)

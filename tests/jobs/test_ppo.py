@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.ppo.checkpoint import checkpoints
 from actors.ppo.rollout_workers import RolloutWorkers
-from actors.ppo.trainer import PPOOutcome, PPOTrainer, Sample
+from actors.ppo.evaluation import Sample
+from actors.ppo.trainer import PPOOutcome, PPOTrainer
 from actors.serving import control
 from actors.serving.handle import connect
 from jobs import ppo
@@ -380,7 +381,7 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy ran away"),
+        ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy left"),
         ("nan", {"epochs": 1, "minibatches": 1}, "the policy's output is NaN or infinite, so nothing can be drawn"),
     ],
 )

@@ -17,7 +17,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from jobs.train import checkpoint_of, train, with_absolute_paths
+from jobs.train import checkpoint_of, train
 from rlhf_critic.checkpoint.critic_directory import load_critic, read_card
 from rlhf_critic.checkpoint.export import export_critic
 from rlhf_critic.config.train import TrainJobConfig
@@ -282,24 +282,6 @@ def test_wrong_data_ends_the_run_without_another_try(options, tmp_path):
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     with pytest.raises(DataError, match=rf"{bad}:1: field 'rejected'"):
         train(config_of(options, run={"name": "bad-data"}, data={"train": str(bad)}))
-
-
-def test_paths_are_made_absolute_and_words_and_sources_stay_what_they_are(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("plain", "template.jinja", "a.jsonl"):
-        Path(name).touch()
-
-    def absolute(template, *sources):
-        return with_absolute_paths(
-            TrainJobConfig.model_validate({"encoding": {"chat_template": template}, "data": {"train": sources}})
-        )
-
-    made = absolute("plain", "a.jsonl", "owner/name")
-    assert made.data.train == (str(tmp_path / "a.jsonl"), "owner/name")
-    assert made.encoding.chat_template == "plain"
-    assert absolute("template.jinja").encoding.chat_template == str(tmp_path / "template.jinja")
-    with pytest.raises(ConfigError, match=r"data\.train: names a source twice, in two ways"):
-        absolute("plain", "a.jsonl", "./a.jsonl")
 
 
 @pytest.mark.parametrize("fewest", [{}, {"min_workers": 64}])

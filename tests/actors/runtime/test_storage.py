@@ -1,13 +1,9 @@
 """The directory of a run: its history is a local directory to its writers, wherever the run is stored."""
 
-from pathlib import Path
-
-import pyarrow.fs as pafs
 import pytest
 
 from actors.runtime.storage import (
     HistoryDirectory,
-    absolute_storage_path,
     check_free_space,
     checkpoint_name,
     checkpoint_names,
@@ -63,11 +59,6 @@ def test_a_leftover_goes_and_its_neighbours_stay(tmp_path):
     for _ in range(2):
         remove_leftover(*run, "step-2")
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-1"]
-
-
-def test_paths_become_absolute_and_uris_stay():
-    assert absolute_storage_path("runs") == str(Path.cwd() / "runs")
-    assert absolute_storage_path("s3://bucket/runs") == "s3://bucket/runs"
 
 
 def test_checkpoints_are_listed_from_the_newest_on_and_one_made_again_comes_before_the_one_that_was_damaged(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.train import RunConfig, TrainJobConfig
 from rlhf_critic.errors import ConfigError
 
@@ -97,3 +98,43 @@ def test_fewer_workers_than_none_and_more_than_all_are_refused():
     for fewest in (0, 3):
         with pytest.raises(ValueError, match="min_workers"):
             RunConfig(num_workers=2, min_workers=fewest)
+
+
+def test_local_paths_become_absolute_and_words_uris_and_hub_ids_stay(tmp_path, monkeypatch):
+    """Actors may have another working directory than the driver."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "saved").mkdir()
+    for name in ("plain", "a.jsonl", "here"):
+        (tmp_path / name).touch()
+
+    def train(**sections):
+        return TrainJobConfig.model_validate(sections)
+
+    for given, stored in (
+        ("owner/name", "owner/name"),
+        ("here", f"{tmp_path}/here"),
+        ("./missing", f"{tmp_path}/missing"),
+        ("~/model", "/home/me/model"),
+        ("", ""),
+    ):
+        assert train(model={"path": given}).model.path == stored
+    sources = ["a.jsonl", "saved:test", "owner/name:test", "s3://bucket/a.jsonl"]
+    expected = (f"{tmp_path}/a.jsonl", f"{tmp_path}/saved:test", "owner/name:test", "s3://bucket/a.jsonl")
+    assert train(data={"train": sources}).data.train == expected
+    assert PPOJobConfig.model_validate({"prompts": {"train": "a.jsonl"}}).prompts.train == expected[:1]
+    assert train(encoding={"chat_template": "plain"}).encoding.chat_template == "plain"
+    assert train(encoding={"chat_template": "t.jinja"}).encoding.chat_template == f"{tmp_path}/t.jinja"
+    assert train(run={"storage_path": "s3://bucket/runs"}).run.storage_path == "s3://bucket/runs"
+    for config in (train(), parse_command_line(TrainJobConfig, []), parse_command_line(PPOJobConfig, [])):
+        assert config.run.storage_path == f"{tmp_path}/runs"
+
+
+@pytest.mark.parametrize("config", [{"data": {"train": ["a", "./a"]}}, {"data": {"validation": ["o/n", "o/n"]}}])
+def test_a_source_is_named_once(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError, match="names a source twice"):
+        TrainJobConfig.model_validate(config)
+    with pytest.raises(ValueError, match="names a source twice"):
+        PPOJobConfig.model_validate({"prompts": config["data"]})

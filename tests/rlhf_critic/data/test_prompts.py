@@ -99,7 +99,7 @@ BAD = {
     "a number": ('{"prompt": 3}', "field 'prompt': must be a text"),
     "a turn without a role": (
         '{"prompt": [{"content": "a"}]}',
-        "field 'prompt': must be a text, or a list of turns with 'role'",
+        "field 'prompt.0.role': Field required; fix or remove this row",
     ),
     "not JSON": ('{"prompt": ', "not JSON"),
     "a role that the template refuses": (
