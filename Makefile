@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart ppo-demo test soak audit lint format clean
+.PHONY: help install quickstart ppo-demo test test-all soak audit lint format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,8 +34,17 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## Everything: lint, types, the whole test suite.
-	$(BIN)/python -m pytest
+# Two processes: one with the tests that need Ray's session, one with the tests of ranks; pure tests fill the gaps.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+DURATIONS := benchmarks/test_durations.txt
+
+test: lint ## Lint, types, and every test that is not slow (12 minutes on 2 cores).
+	$(PYTEST) -m "not slow and not cluster" $(PYTEST_OPTIONS)
+
+test-all: $(VENV)/.installed ## `make test`, then the slow tests and those with clusters; writes the durations of all.
+	rm -f $(DURATIONS)
+	$(MAKE) test PYTEST_OPTIONS=--durations-file=$(DURATIONS)
+	$(PYTEST) -m "slow or cluster" --durations-file=$(DURATIONS)
 
 soak: $(VENV)/.installed ## Ten minutes of training, serving and publishing together, with a kill every 15 s.
 	$(BIN)/python -m tests.soak

@@ -8,17 +8,58 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_critic.errors import ConfigError, CriticError
 
 logger = logging.getLogger(__name__)
 
+SCRIPT = "rlhf-critic"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A job as a command of ``rlhf-critic``.
+
+    Attributes:
+        module: The module that runs it.
+        config: The class of its options, ``MODULE:CLASS``.
+        summary: One line for the list of commands.
+    """
+
+    module: str
+    config: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("jobs.train", "rlhf_critic.config.train:TrainJobConfig", "Train a critic on preferences."),
+    "evaluate": Command(
+        "jobs.evaluate", "rlhf_critic.config.tools:EvaluateJobConfig", "Measure how well a critic agrees with data."
+    ),
+    "inspect": Command(
+        "jobs.inspect_data", "rlhf_critic.config.tools:InspectJobConfig", "Count and show preferences before training."
+    ),
+    "export": Command(
+        "jobs.export", "rlhf_critic.config.tools:ExportJobConfig", "Export a critic, or convert another reward model."
+    ),
+    "serve": Command("jobs.serve", "rlhf_critic.config.serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
+    "score": Command("jobs.score", "rlhf_critic.config.serve:ScoreJobConfig", "Score the responses of a data set."),
+    "ppo": Command("jobs.ppo", "rlhf_critic.config.ppo:PPOJobConfig", "Train a policy with PPO."),
+    "plan": Command("jobs.plan", "jobs.plan:PlanJobConfig", "Estimate memory, nodes and time of a training run."),
+}
+
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
 # Where Ray unpacks the working directory of a submitted job.
 RAY_PACKAGE_FOLDER = "working_dir_files"
+
+
+def command(name: str) -> str:
+    """Returns how the user types a command: by ``rlhf-critic`` or ``python -m``, as this process was started."""
+    return f"{SCRIPT} {name}" if sys.argv[0].startswith(SCRIPT) else f"python -m {COMMANDS[name].module}"
 
 
 def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from actors.runtime.storage import local_directory
-from jobs.cli import run_job
+from jobs.cli import command, run_job
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import LoadedCritic, load_critic
 from rlhf_critic.config.base import parse_command_line
@@ -44,7 +44,7 @@ from rlhf_critic.scoring.local import score_sequences
 
 def main() -> None:
     """Evaluates, prints and writes the report."""
-    config = parse_command_line(EvaluateJobConfig, prog="python -m jobs.evaluate")
+    config = parse_command_line(EvaluateJobConfig, prog=command("evaluate"))
     if config.report is not None:
         validate_report_directory(config.report)
     evaluation, page = evaluate(config)

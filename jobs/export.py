@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from actors.runtime.storage import local_directory
-from jobs.cli import run_job
+from jobs.cli import command, run_job
 from rlhf_critic.checkpoint.convert import AUTO_FORMAT, convert_checkpoint
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, RESUME_FOLDER, CriticCard
 from rlhf_critic.checkpoint.export import export_critic
@@ -22,7 +22,7 @@ CONVERSION_OPTIONS = ("base", "max_length", "chat_template", "head_bias")
 
 def main() -> None:
     """Exports or converts, and says how to load the result."""
-    config = parse_command_line(ExportJobConfig, prog="python -m jobs.export")
+    config = parse_command_line(ExportJobConfig, prog=command("export"))
     with local_directory(config.checkpoint) as directory:
         card = make_critic_directory(directory, config)
     trust = ", trust_remote_code=True" if config.auto_map else ""

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from jobs.cli import run_job
+from jobs.cli import command, run_job
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.tools import InspectJobConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -22,7 +22,7 @@ PERCENTILES = (5, 25, 50, 75, 95, 100)
 
 def main() -> None:
     """Reads, counts and shows."""
-    config = parse_command_line(InspectJobConfig, prog="python -m jobs.inspect_data")
+    config = parse_command_line(InspectJobConfig, prog=command("inspect"))
     encoder = Encoder(load_tokenizer(config.model, config.encoding.chat_template), config.encoding.max_length)
     tables = [
         load_preferences(source, encoder, config.cache_dir, fields=config.fields, overlong=config.overlong)

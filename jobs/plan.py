@@ -5,11 +5,6 @@ Calculates; starts nothing, needs neither weights, a GPU nor Ray.
 
 from __future__ import annotations
 
-import os
-
-# Nothing is computed here. DeepSpeed would look for a GPU and say on the standard output that there is none.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import json
 import warnings
 from collections.abc import Iterator
@@ -22,7 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import run_job
+from jobs.cli import command, run_job
 from jobs.plan_catalog import GPUS, SHAPES, NodeGroup, model_config, node_groups
 from rlhf_critic.config.base import NonNegativeInt, Section, parse_command_line
 from rlhf_critic.config.model import ModelConfig, OptimizerConfig
@@ -236,7 +231,7 @@ def _more_and_more_sparing(setup: Setup) -> Iterator[Setup]:
 
 def main() -> None:
     """Calculates and prints."""
-    config = parse_command_line(PlanJobConfig, prog="python -m jobs.plan")
+    config = parse_command_line(PlanJobConfig, prog=command("plan"))
     warnings.simplefilter("ignore", FutureWarning)  # transformers renames what switches checkpointing on
     if config.table:
         print(markdown_table(config))

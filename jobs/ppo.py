@@ -27,7 +27,7 @@ from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
 from actors.serving.job_cleanup import ends_with_this_job
-from jobs.cli import run_job, validate_outside_package, validate_resume, validate_wandb
+from jobs.cli import command, run_job, validate_outside_package, validate_resume, validate_wandb
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line
@@ -45,7 +45,7 @@ EXAMPLES = 6
 
 def main() -> None:
     """Reads the options, runs the job and shows what came of it."""
-    config = parse_command_line(PPOJobConfig, prog="python -m jobs.ppo")
+    config = parse_command_line(PPOJobConfig, prog=command("ppo"))
     show(Console(), run(config))
 
 

@@ -27,7 +27,7 @@ from actors.runtime.session import init_ray
 from actors.runtime.storage import local_directory
 from actors.serving.offline import ChunkScorer, ScoringJob, added_fields, json_line, read_rewards, schema_of
 from actors.serving.scorer import version_name
-from jobs.cli import run_job, validate_outside_package
+from jobs.cli import command, run_job, validate_outside_package
 from rlhf_critic.checkpoint.critic_directory import check_critic, weights_digest
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
@@ -43,7 +43,7 @@ ROWS_A_SCHEMA = 1000
 
 def main() -> None:
     """Scores, and says what came out."""
-    config = parse_command_line(ScoreJobConfig, prog="python -m jobs.score")
+    config = parse_command_line(ScoreJobConfig, prog=command("score"))
     summary = score(config)
     table = Table(title=f"{config.out}: rewards of {summary['model_version']}", title_justify="left")
     for column in ("rows", "responses", "mean", "standard deviation", "lost their beginning"):

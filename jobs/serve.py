@@ -19,7 +19,7 @@ from rich.console import Console
 
 from actors.runtime.session import address_to_join, init_ray
 from actors.serving import control
-from jobs.cli import run_job
+from jobs.cli import command, run_job
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.errors import ConfigError
@@ -29,7 +29,7 @@ SHORTEST_TOKEN = 16
 
 def main() -> None:
     """Does what the options say, and says what runs where."""
-    config = parse_command_line(ServeJobConfig, prog="python -m jobs.serve")
+    config = parse_command_line(ServeJobConfig, prog=command("serve"))
     console = Console(stderr=True)
     started_ray = join_ray(may_start=not (config.stop or config.publish))
     if config.stop:

@@ -31,7 +31,7 @@ from actors.runtime.session import init_ray
 from actors.runtime.storage import remove_broken_list, resolve_run, run_exists
 from actors.training.result import SCORE, TrainOutcome
 from actors.training.torch_backend import PrivateTorchConfig
-from jobs.cli import DISK_FULL_ERRNOS, run_job, validate_outside_package, validate_resume, validate_wandb
+from jobs.cli import DISK_FULL_ERRNOS, command, run_job, validate_outside_package, validate_resume, validate_wandb
 from jobs.run_lock import lock_run
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.train import TrainJobConfig
@@ -45,7 +45,7 @@ GROW_EVERY_S = 60.0  # how often an elastic group looks whether it can grow
 
 def main() -> None:
     """Reads the options, runs the job and says where the critic is."""
-    config = parse_command_line(TrainJobConfig, prog="python -m jobs.train")
+    config = parse_command_line(TrainJobConfig, prog=command("train"))
     config.validate_complete()
     if config.dry_run:
         from jobs.dry_run import plan_table

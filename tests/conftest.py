@@ -1,4 +1,8 @@
-"""Fixtures that tests share: a small tokenizer and models made on the spot, one Ray, and groups of ranks on it."""
+"""Fixtures that tests share: a small tokenizer, tiny models, one Ray for a session, and groups of ranks on it.
+
+Two processes of pytest-xdist share the tests (``-n 2 --dist loadgroup``). All tests that need Ray's session run in one
+process, all tests of ranks in the other, and files of pure tests fill the gaps. Which is which follows from fixtures.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ os.environ.update(
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +32,40 @@ from ray import serve
 from actors.serving import control
 from jobs.serve import run_pool
 from rlhf_critic.config.serve import ServeJobConfig
+from tests import durations
 from tests.actors.scorers import save_tiny_critic
 from tests.helpers import RankGroup, save_tiny_model, save_tiny_tokenizer, write_preferences
 
-torch.set_num_threads(2)
+SCORERS = "scorers"  # the name of the one pool
+IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+torch.set_num_threads(1 if IN_PARALLEL else 2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the option that writes the duration of every test to a file."""
+    durations.add_option(parser)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Writes the durations where the option names a file."""
+    durations.write(terminalreporter, config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Says which tests must share a process, where several processes share the tests."""
+    if IN_PARALLEL:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Returns the name of the tests that run in one process, one after another, with this one."""
+    fixtures = getattr(item, "fixturenames", ())
+    for fixture in ("ranks", "ray_address"):  # `ranks` needs the other
+        if fixture in fixtures:
+            return fixture
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +95,11 @@ def preference_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """One Ray for the whole session, with the Jobs API; it offers more CPUs than there are, for placement only."""
-    context = ray.init("local", num_cpus=6, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        # The agent behind the Jobs API takes any free port. By default it has a fixed one, which another Ray may hold.
+        any_port = partial(ray._private.parameter.RayParams, dashboard_agent_listen_port=0)
+        patch.setattr(ray._private.parameter, "RayParams", any_port)
+        context = ray.init("local", num_cpus=6, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()
 
@@ -100,15 +139,24 @@ def serve_port(ray_address: str) -> Iterator[int]:
     serve.shutdown()
 
 
-@pytest.fixture(scope="module")
-def serving(serve_port: int) -> Iterator[Callable[..., str]]:
-    """Runs the pool with some options, or changes the one that runs; returns its URL. A module's tests share one."""
+@pytest.fixture(scope="session")
+def serving(serve_port: int) -> Callable[..., str]:
+    """Runs the pool with some options, or changes the one that runs; returns its URL.
+
+    The pool stays for the whole session, so each test that uses it asks for the options that it needs.
+    """
 
     def run(checkpoint: str, **options: Any) -> str:
-        config = ServeJobConfig(checkpoint=checkpoint, port=serve_port, start_timeout_s=200, **options)
-        url, _, _ = run_pool(config, lambda _: None)
+        # A fraction of a CPU, so that the pool leaves room for the actors of other tests.
+        options = {"cpus_per_shard": 0.3, "start_timeout_s": 200, **options}
+        url, _, _ = run_pool(ServeJobConfig(checkpoint=checkpoint, port=serve_port, **options), lambda _: None)
         return url
 
-    yield run
-    if control.is_running("scorers"):
-        control.stop("scorers")
+    return run
+
+
+@pytest.fixture
+def no_pool(serve_port: int) -> None:
+    """Ends the pool that earlier tests left, so that the next one begins with counters at zero."""
+    if control.is_running(SCORERS):
+        control.stop(SCORERS)

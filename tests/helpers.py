@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ray
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,6 +27,24 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
 )
 RANK_TIMEOUT_S = 600
+
+
+def slow_except(quick: Collection[Any], cases: Iterable[Any], of_fixture: bool = False) -> list[Any]:
+    """Returns cases for ``parametrize``, or for a fixture's ``params``; all but the quick ones are marked as slow."""
+    cases = list(cases)
+    unknown = [case for case in quick if case not in cases]
+    if unknown:
+        raise ValueError(f"no such cases: {unknown}")
+
+    def marked(case: Any) -> Any:
+        values = case if isinstance(case, tuple) and not of_fixture else (case,)
+        return pytest.param(*values, marks=pytest.mark.slow)
+
+    return [case if case in quick else marked(case) for case in cases]
+
+
+# ZeRO stages with numbers of ranks. `make test` has one rank, and two at the stages that shard gradients and weights.
+STAGES_ON_RANKS = slow_except([(0, 1), (2, 2), (3, 2)], itertools.product((0, 1, 2, 3), (1, 2)))
 
 
 def save_tiny_tokenizer(

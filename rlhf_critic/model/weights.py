@@ -15,8 +15,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import deepspeed
 import torch
+import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -195,12 +195,14 @@ def gathered(parameter: Tensor, modify: bool = False) -> AbstractContextManager[
     """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
+    import deepspeed
+
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modify else None)
 
 
 def is_writer(parameter: Tensor) -> bool:
     """Whether this rank should write into a parameter made whole by ``gathered(parameter, modify=True)``."""
-    return not hasattr(parameter, "ds_id") or deepspeed.comm.get_rank() == 0
+    return not hasattr(parameter, "ds_id") or dist.get_rank() == 0
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -22,6 +22,7 @@ from rlhf_critic.algorithms.preference_objective import needs_values, preference
 from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
 from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, save_critic
+from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder
@@ -30,7 +31,7 @@ from rlhf_critic.errors import DataError, NonFiniteLossError
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
-from rlhf_critic.training.engine import Batch, MicroBatchLoss, TrainingEngine, deepspeed_config
+from rlhf_critic.training.engine import Batch, MicroBatchLoss, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
 
 

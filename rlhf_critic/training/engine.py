@@ -18,11 +18,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
@@ -31,6 +29,7 @@ from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.prefix_tree import PrefixTreeBatch, TokenIds
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
+from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError
 from rlhf_critic.files import write_text_atomically
@@ -81,33 +80,6 @@ class StepResult:
     micro_batches: int
 
 
-def deepspeed_config(model: BodyConfig, options: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration for our options.
-
-    We decide ourselves when a step ends (`TrainingEngine.take_step`), so DeepSpeed is told that every micro-batch is a
-    batch.
-    """
-    zero: dict[str, Any] = {
-        "stage": options.zero_stage,
-        # DeepSpeed's default bucket is 500 million elements, which ZeRO-3 sets aside before it has anything to reduce.
-        "reduce_bucket_size": 20_000_000,
-    }
-    if options.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if options.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": options.max_grad_norm,
-        "zero_optimization": zero,
-        # Ours is torch's fused AdamW, on CPUs too; DeepSpeed's own would have to be compiled first.
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": model.dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-    }
-
-
 class TrainingEngine:
     """A model in training on the ranks of ``torch.distributed``.
 
@@ -135,6 +107,8 @@ class TrainingEngine:
         total_steps: int,
         probe: Callable[[Any, Batch], Tensor],
     ) -> None:
+        import deepspeed
+
         self.module = module
         self.options = options
         self.step = 0
@@ -173,6 +147,8 @@ class TrainingEngine:
         """The most tokens of a micro-batch: as configured, or found by a probe when it is first asked for."""
         if self.options.token_budget != "auto":
             return self.options.token_budget
+        from deepspeed.accelerator import get_accelerator
+
         # Ranks of a node share its memory, but each has a GPU to itself.
         sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         free_bytes = get_accelerator().available_memory() // sharing
@@ -293,6 +269,8 @@ class TrainingEngine:
 
     def _measure_micro_batch(self, tokens: int) -> Measurement:
         """Runs a micro-batch of weight zero, which changes nothing, and measures it; the slowest rank counts."""
+        from deepspeed.accelerator import get_accelerator
+
         config = self.module.model.config.get_text_config()
         length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", PROBE_LENGTH))
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // length, length))

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -59,6 +58,8 @@ class InferenceEngine:
         Raises:
             CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
         """
+        import deepspeed
+
         card = read_card(directory)
         dtype = load_config(str(directory)).dtype
         config = {

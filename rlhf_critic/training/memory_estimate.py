@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.training.engine import deepspeed_config
 
 FP32_BYTES = 4
 ADAM_BYTES = 8  # two moments in fp32

@@ -22,7 +22,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from rlhf_critic.errors import CriticError
@@ -64,6 +63,8 @@ class Offloaded:
     """
 
     def __init__(self, engine: Any, others: Iterable[Tensor], directory: str | Path | None) -> None:
+        from deepspeed.accelerator import get_accelerator
+
         get_accelerator().synchronize()  # DeepSpeed reduces gradients on streams of its own
         self._storages = list(_storages(engine, others))
         self._sizes = [storage.nbytes() for storage in self._storages]
@@ -135,6 +136,8 @@ def _storages(engine: Any, others: Iterable[Tensor]) -> Iterator[torch.UntypedSt
 
 def _release_freed_memory() -> None:
     """Gives the system what the allocators below torch keep for reuse when a storage is freed."""
+    from deepspeed.accelerator import get_accelerator
+
     get_accelerator().empty_cache()
     if sys.platform == "linux":
         # glibc keeps freed blocks of up to 32 MB (M_MMAP_THRESHOLD grows to that) in its heap, and with them most of a

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -25,11 +24,12 @@ from rlhf_critic.algorithms.ppo import clipped_policy_loss, estimate_kl
 from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
 from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
+from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.policy import Drawn, create_policy
 from rlhf_critic.model.weights import gathered, persistent_tensors, save_weights
-from rlhf_critic.training.engine import Batch, MicroBatchLoss, TrainingEngine, deepspeed_config
+from rlhf_critic.training.engine import Batch, MicroBatchLoss, TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class PolicyEngine:
         self._reference = reference
         self._reference_module: Any = reference.to(self.training.device)
         if optimizer.zero_stage == 3:  # its parameters are partitioned too, so that DeepSpeed must gather them
+            import deepspeed
+
             inference = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16")}
             self._reference_module, *_ = deepspeed.initialize(
                 model=reference, config={**inference, "zero_optimization": {"stage": 3}}

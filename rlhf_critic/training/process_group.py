@@ -14,7 +14,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
 
-import deepspeed
 import torch.distributed as dist
 from torch.distributed import TCPStore
 from torch.distributed.constants import default_pg_timeout
@@ -77,6 +76,8 @@ def init_distributed(backend: str, timeout: timedelta = default_pg_timeout) -> N
         backend: ``gloo`` or ``nccl``; rank and world size come from the environment.
         timeout: How long to wait for the other ranks, now and in every collective.
     """
+    import deepspeed
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
 

@@ -22,7 +22,7 @@ METRIC = re.compile(r"ray_rlhf_critic_\w+")
 
 
 @pytest.mark.timeout(300)
-def test_every_metric_of_a_pool_is_on_the_dashboard(serving, critics):
+def test_every_metric_of_a_pool_is_on_the_dashboard(no_pool, serving, critics):
     pool_url = serving(critics["first"], max_replicas=1)
     httpx.post(f"{pool_url}/score", content=b"[", timeout=60)
     with connect() as client:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from jobs import evaluate, export, inspect_data, train
-from jobs.cli import EXIT_REFUSED, run_job
+from jobs.cli import EXIT_REFUSED
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.errors import CheckpointError
 from tests.helpers import run_command
-from tests.rlhf_critic.checkpoint.test_critic_directory import save
+from tests.jobs.command_line import run
+from tests.rlhf_critic.checkpoint.saved_critics import save
 
 GOOD = {"prompt": "please", "chosen": "of course", "rejected": "no"}
-
-
-def run(main, arguments, monkeypatch, capsys):
-    """Runs a command as its ``python -m`` does; its exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    capsys.readouterr()
-    try:
-        run_job(main)
-    except SystemExit as ended:
-        return ended.code, *capsys.readouterr()
-    return 0, *capsys.readouterr()
 
 
 DATA = {

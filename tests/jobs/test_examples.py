@@ -43,7 +43,7 @@ def make_batch(encoder, seed: int) -> types.SimpleNamespace:
 
 def test_the_example_for_other_trainers_runs_as_it_is(serving, critics, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    serving(critics["first"], cpus_per_shard=0.5)
+    serving(critics["first"])
     loaded = load_critic(critics["first"])
     batches = [make_batch(loaded.encoder, seed) for seed in range(3)]
     seen = []

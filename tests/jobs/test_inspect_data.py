@@ -4,7 +4,7 @@ import json
 
 from jobs import inspect_data as inspect_job
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
-from tests.jobs.test_bad_input import run
+from tests.jobs.command_line import run
 
 WORDS = "please explain how this works of course I am glad no that is a question".split()
 

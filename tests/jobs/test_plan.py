@@ -12,7 +12,7 @@ from jobs import plan as plan_job
 from jobs.plan import Plan, PlanJobConfig, Planner, markdown_table
 from jobs.plan_catalog import GPUS, SHAPES, NodeGroup, model_config, node_groups
 from rlhf_critic.errors import ConfigError
-from tests.jobs.test_bad_input import run
+from tests.jobs.command_line import run
 
 TOP = Path(__file__).parents[2]
 README = TOP / "cluster" / "README.md"

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.ppo.checkpoint import checkpoints
-from actors.ppo.rollout_workers import RolloutWorkers
 from actors.ppo.evaluation import Sample
+from actors.ppo.rollout_workers import RolloutWorkers
 from actors.ppo.trainer import PPOOutcome, PPOTrainer
 from actors.serving import control
 from actors.serving.handle import connect
@@ -38,7 +38,7 @@ from rlhf_critic.errors import ConfigError, EncodingError, ScorerUnavailable
 from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import rewards_by_engine
 from tests.helpers import WORDS, save_tiny_model, wait_until
-from tests.jobs.test_bad_input import run as run_command_line
+from tests.jobs.command_line import run as run_command_line
 
 REPOSITORY = Path(__file__).parents[2]
 ITERATIONS, SHORT = 15, 6
@@ -66,7 +66,7 @@ def options(base_model, serving, critics, tmp_path_factory) -> dict:
         "components:\n  - {kind: critic, weight: 0.0}\n"
         "  - {kind: python, name: exclaims, function: 'tests.jobs.ppo_rules:exclaims'}\n"
     )
-    serving(critics["first"], components=str(components), cpus_per_shard=0.3)
+    serving(critics["first"], components=str(components))
     prompts = directory / "prompts.jsonl"
     rng = np.random.default_rng(0)
     rows = [" ".join(rng.choice(WORDS, rng.integers(2, 6))) for _ in range(48)]
@@ -231,6 +231,7 @@ def test_checkpoints_are_kept_as_asked_and_load_in_plain_transformers(undisturbe
     assert critic.critic.model.score.weight.abs().max() > 0, "it began with zeros"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_also_while_the_critic_leaves_its_devices(options, undisturbed):
     outcome = ppo.run(
         config_of(options, "offloaded", critic={"offload": True}, ppo=of_length(2), rollout={"workers": 1})
@@ -238,6 +239,7 @@ def test_the_same_seed_gives_the_same_numbers_also_while_the_critic_leaves_its_d
     assert_same_beginning(outcome.directory, undisturbed, 2)
 
 
+@pytest.mark.slow
 def test_while_values_warm_up_the_policy_stays_and_the_critic_learns_and_another_seed_gives_another_run(
     options, undisturbed, base_model
 ):
@@ -268,6 +270,7 @@ def test_while_values_warm_up_the_policy_stays_and_the_critic_learns_and_another
         assert record["tokens"] != other["tokens"] or record["reward_critic"] != other["reward_critic"]
 
 
+@pytest.mark.slow
 def test_a_critic_shard_that_is_killed_changes_nothing(options, undisturbed, capsys):
     """The job goes on by itself: from its start while there is no checkpoint, and then from the last one."""
     run = directory_of(options, "shard-killed")
@@ -361,6 +364,7 @@ class Observed(PPOTrainer):
         return rollouts, timings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allow_mixed_versions", [False, True])
 def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(options, critics, allow_mixed_versions):
     """Whole iterations long, unless versions may be mixed: then no reward is asked for again."""
@@ -382,7 +386,12 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
     ("name", "changes", "message"),
     [
         ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy left"),
-        ("nan", {"epochs": 1, "minibatches": 1}, "the policy's output is NaN or infinite, so nothing can be drawn"),
+        pytest.param(
+            "nan",
+            {"epochs": 1, "minibatches": 1},
+            "the policy's output is NaN or infinite, so nothing can be drawn",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_policy_that_runs_away_ends_the_job_with_advice_and_keeps_the_checkpoints(
@@ -450,6 +459,7 @@ def test_responses_that_look_like_markup_are_shown_as_they_are(tmp_path):
     assert "a rise of" not in shown
 
 
+@pytest.mark.slow
 def test_scorers_that_stop_answering_end_the_job_after_the_deadline(options):
     """The last test of this module: it ends the pool."""
     config = config_of(options, "no-scorers", ppo=of_length(500), reward={"deadline_s": 4}, run={"checkpoint_every": 2})

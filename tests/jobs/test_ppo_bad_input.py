@@ -12,7 +12,7 @@ from jobs.cli import EXIT_REFUSED
 from rlhf_critic.config.base import changed_options
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.errors import ConfigError
-from tests.jobs.test_bad_input import run
+from tests.jobs.command_line import run
 
 ROW = json.dumps({"prompt": "please explain"})
 

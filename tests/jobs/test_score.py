@@ -19,7 +19,7 @@ from jobs.cli import EXIT_REFUSED
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import wait_until
-from tests.jobs.test_bad_input import run
+from tests.jobs.command_line import run
 
 pytestmark = pytest.mark.timeout(300)
 TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.errors import ConfigError
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import run_command
-from tests.jobs.test_bad_input import run
+from tests.jobs.command_line import run
 
 APP = ("--app", "typed")
 COMPONENTS = """

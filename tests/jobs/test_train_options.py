@@ -13,7 +13,7 @@ from rlhf_critic.checkpoint.critic_directory import load_critic, read_card
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError
 from tests.helpers import write_preferences
-from tests.jobs.test_bad_input import run
+from tests.jobs.command_line import run
 
 
 def test_checkpoints_do_not_go_into_the_copy_of_a_working_directory(tmp_path, monkeypatch):

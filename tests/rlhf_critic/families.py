@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -19,9 +22,14 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
+from rlhf_critic.data.encoding import load_tokenizer
+from rlhf_critic.model.backbone import PADDED_FAMILIES
 from rlhf_critic.model.factory import silence_dropout
+from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
+from tests.helpers import save_tiny_tokenizer
 
 VOCABULARY = 64
 WINDOW = 6  # short enough for the tests' sequences to exceed
@@ -72,3 +80,34 @@ def random_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrain
 def kernels_of(config: PreTrainedConfig) -> list[str]:
     """The attention kernels transformers has for a family."""
     return ["eager"] if config.model_type in {"gemma2", "bloom"} else ["sdpa", "eager"]
+
+
+BOS = 0  # of the small tokenizer
+EOS = 1
+NAMES = sorted({*PREFIX_TREE_FAMILIES, *PADDED_FAMILIES})
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name == "falcon":  # fused projections, one key head, no output layer of its own
+        return FalconConfig(**shape)
+    if name == "stablelm":  # rotates a part of each head
+        return StableLmConfig(**shape, intermediate_size=48, num_key_value_heads=2)
+    return family_configs()[name]
+
+
+def save_base_model(name: str, directory: Path) -> str:
+    """A causal language model and its tokenizer on disk, dropout and all; OPT's tokenizer puts a BOS in front."""
+    save_tiny_tokenizer(directory, adds_bos=name == "opt", chat_template=None)
+    tokenizer = load_tokenizer(str(directory))
+    config = config_of(name)
+    config.vocab_size = len(tokenizer) - 1  # without the pad token that loading added
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, EOS, None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Matrices large enough for rewards to differ; norms and biases so that no two are alike.
+            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.05))
+    model.save_pretrained(directory)
+    return str(directory)

@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parents[2]
 NAMES = ("RAY_AUTH_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN")
 TIMEOUT_S = 480  # a hang guard: on a busy machine a pool takes minutes to start
 WATCH_EVERY_S = 1.0  # a look at all processes costs the job more than a tenth of that
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass

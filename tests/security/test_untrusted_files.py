@@ -21,7 +21,7 @@ from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.errors import CheckpointError, CriticError
 from rlhf_critic.model.factory import create_critic_model
-from tests.jobs.test_bad_input import run
+from tests.jobs.command_line import run
 
 REPOSITORY = Path(__file__).parents[2]
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoModelForCausalLM")

@@ -4,6 +4,7 @@ Groups take seconds to start, so that most tests look at one that is still there
 has come down to 0, and further updates change nothing. Knows nothing of policies.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -26,16 +27,19 @@ from actors.ppo import critic_group
 from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticShard
 from jobs.evaluate import evaluate
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, check_critic, load_critic, read_card
+from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import EncodingConfig, ModelConfig
 from rlhf_critic.config.tools import EvaluateJobConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.errors import CheckpointError, CriticError, NonFiniteLossError, PlacementError, RankLost
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.training.engine import ENGINE_STATE_NAME, deepspeed_config
+from rlhf_critic.training.engine import ENGINE_STATE_NAME
 from tests.actors.groups import CPUS, Rollouts, leaves_nothing, make_rollouts, processes, require_gone
-from tests.helpers import save_tiny_model
+from tests.helpers import save_tiny_model, slow_except
 
 STEPS = 10
+WORLDS = list(itertools.product((1, 2), (0, 1, 2, 3)))  # numbers of shards with ZeRO stages
+PAIR = (2, 3)  # the one of the group that most tests look at
 CLIP = 0.5
 TOLERANCE = 1e-5
 MAX_LENGTH = 64
@@ -167,18 +171,21 @@ def live(group: CriticGroup, shards: int, stage: int, saved: Path) -> Life:
     )
 
 
-@pytest.fixture(scope="module", params=[(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
-def life(request, ray_address, critics, tmp_path_factory):
-    shards, stage = request.param
-    with make(critics["first"], shards, stage) as group:
-        yield live(group, shards, stage, tmp_path_factory.mktemp("lives") / "saved")
-
-
 @pytest.fixture(scope="module")
 def pair(ray_address, critics, tmp_path_factory):
     """Two shards at ZeRO-3, where ranks wait for each other in every layer."""
-    with make(critics["first"], 2, 3) as group:
-        yield live(group, 2, 3, tmp_path_factory.mktemp("pair") / "saved")
+    with make(critics["first"], *PAIR) as group:
+        yield live(group, *PAIR, tmp_path_factory.mktemp("pair") / "saved")
+
+
+@pytest.fixture(scope="module", params=slow_except([(1, 0), PAIR], WORLDS, of_fixture=True), ids=str)
+def life(request, ray_address, critics, tmp_path_factory):
+    if request.param == PAIR:
+        yield request.getfixturevalue("pair")
+        return
+    shards, stage = request.param
+    with make(critics["first"], shards, stage) as group:
+        yield live(group, shards, stage, tmp_path_factory.mktemp("lives") / "saved")
 
 
 def test_values_are_those_of_each_sequence_by_itself_in_one_process(life, critics):
@@ -454,7 +461,9 @@ def kill_in_an_update(group: CriticGroup, rank: psutil.Process, rollouts: Rollou
     return killed_at[0]
 
 
-@pytest.mark.parametrize(("model", "shards", "stage"), [("tied_model", 2, 3), ("tiny_model", 1, 0)])
+@pytest.mark.parametrize(
+    ("model", "shards", "stage"), slow_except([("tied_model", 2, 3)], [("tied_model", 2, 3), ("tiny_model", 1, 0)])
+)
 def test_a_base_model_starts_with_values_of_zero_and_becomes_a_critic(
     ray_address, request, tmp_path, model, shards, stage
 ):

@@ -40,7 +40,7 @@ def slow_scorers(serving, critics, tmp_path_factory):
         "components:\n  - {kind: critic}\n"
         "  - {kind: python, name: exclaims, function: 'tests.jobs.ppo_rules:exclaims_slowly', weight: 2.0}\n"
     )
-    serving(critics["first"], min_replicas=2, max_replicas=2, components=str(components), cpus_per_shard=0.3)
+    serving(critics["first"], min_replicas=2, max_replicas=2, components=str(components))
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from rlhf_critic.model.backbone import PADDED_FAMILIES
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from rlhf_critic.scoring.local import score_sequences
 from tests.helpers import make_preferences, run_command
-from tests.rlhf_critic.checkpoint.test_critic_directory import save
-from tests.rlhf_critic.model.test_families import save_base_model
+from tests.rlhf_critic.checkpoint.saved_critics import save
+from tests.rlhf_critic.families import save_base_model
 
 NAMES = sorted(auto_map.AUTO_MAP_FAMILIES)
 WAYS = [

@@ -10,31 +10,14 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_critic.checkpoint.critic_directory import (
     CARD_NAME,
-    CriticCard,
-    EncoderCard,
     check_critic,
     load_critic,
     save_critic,
 )
 from rlhf_critic.checkpoint.export import export_critic
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest
-from rlhf_critic.model.factory import create_critic_model
-
-MAX_LENGTH = 40
-
-
-def save(source: str, directory: Path, dtype: torch.dtype | None = None) -> Path:
-    """A critic with a new head, saved as a training job saves it."""
-    encoder = Encoder(load_tokenizer(source), MAX_LENGTH)
-    torch.manual_seed(3)
-    critic = create_critic_model(source, encoder.tokenizer, None, disable_dropout=True, dtype=dtype)
-    card = CriticCard(
-        version="test@1", encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=MAX_LENGTH), reward_mean=0.5
-    )
-    save_critic(directory, critic, encoder, card)
-    return directory
+from tests.rlhf_critic.checkpoint.saved_critics import save
 
 
 @pytest.mark.parametrize("fixture", ["tiny_model", "tied_model"])

@@ -21,12 +21,12 @@ from transformers import (
     Phi3Config,
 )
 
+from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.factory import create_critic_model, create_hf_model, init_head, silence_dropout
-from rlhf_critic.training.critic_engine import deepspeed_config
 from tests.helpers import save_tiny_model
 
 

@@ -12,10 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    FalconConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    StableLmConfig,
 )
 
 from rlhf_critic.algorithms.preference_losses import bradley_terry_loss
@@ -31,12 +28,11 @@ from rlhf_critic.model.factory import create_critic_model, silence_dropout, vali
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.training.critic_engine import CriticEngine
-from tests.helpers import save_tiny_tokenizer, write_preferences
-from tests.rlhf_critic.families import family_configs
+from tests.helpers import write_preferences
+from tests.rlhf_critic.families import BOS, NAMES, save_base_model
 
 STEPS, ROWS = 3, 6
 MAX_LENGTH = 64
-BOS, EOS = 0, 1  # of the small tokenizer
 STAGES = (0, 3)
 OPTIONS = TrainConfig(
     learning_rate=1e-3,
@@ -45,34 +41,7 @@ OPTIONS = TrainConfig(
     adam_epsilon=1e-4,  # a gradient that is zero but for rounding must not become a step of full length
     token_budget=200,
 )
-NAMES = sorted({*PREFIX_TREE_FAMILIES, *PADDED_FAMILIES})
 UNTESTED_NAMES = ["falcon", "stablelm"]
-
-
-def config_of(name: str) -> PreTrainedConfig:
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if name == "falcon":  # fused projections, one key head, no output layer of its own
-        return FalconConfig(**shape)
-    if name == "stablelm":  # rotates a part of each head
-        return StableLmConfig(**shape, intermediate_size=48, num_key_value_heads=2)
-    return family_configs()[name]
-
-
-def save_base_model(name: str, directory: Path) -> str:
-    """A causal language model and its tokenizer on disk, dropout and all; OPT's tokenizer puts a BOS in front."""
-    save_tiny_tokenizer(directory, adds_bos=name == "opt", chat_template=None)
-    tokenizer = load_tokenizer(str(directory))
-    config = config_of(name)
-    config.vocab_size = len(tokenizer) - 1  # without the pad token that loading added
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = BOS, EOS, None
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Matrices large enough for rewards to differ; norms and biases so that no two are alike.
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.05))
-    model.save_pretrained(directory)
-    return str(directory)
 
 
 def load_data(source: str, data: str, cache: str) -> tuple[Encoder, EncodedPreferences]:

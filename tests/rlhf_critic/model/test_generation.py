@@ -17,9 +17,8 @@ from rlhf_critic.model.generation import Response, TransformersGenerator, create
 from rlhf_critic.model.policy import create_policy
 from rlhf_critic.model.weights import persistent_tensors
 from tests.helpers import save_tiny_model
-from tests.rlhf_critic.families import family_configs
-from tests.rlhf_critic.model.test_families import save_base_model
-from tests.rlhf_critic.model.test_policy import judge
+from tests.rlhf_critic.families import family_configs, save_base_model
+from tests.rlhf_critic.model.policies import judge
 
 PROMPTS = [[5], [7, 9, 200, 31, 8, 44, 45, 46], [12, 13, 14], [7, 9, 200]]
 MANY = [[5, 6, 7 + row % 50] for row in range(150)]

@@ -3,59 +3,21 @@
 The functions below the fixtures travel to real ranks (Ray actors) and run there.
 """
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
 
 from rlhf_critic.algorithms.preference_losses import bradley_terry_loss
-from rlhf_critic.batching.sampler import global_batch
-from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, CriticCard, EncoderCard, load_critic
+from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, load_critic
 from rlhf_critic.config.model import ModelConfig
-from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
-from rlhf_critic.data.preference_dataset import EncodedPreferences
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError
-from rlhf_critic.model.weights import gathered, persistent_tensors
+from rlhf_critic.model.weights import gathered
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.training.critic_engine import CriticEngine
-from tests.helpers import save_tiny_model
-
-STEPS = 20
-OPTIONS = TrainConfig(
-    global_batch_size=12, learning_rate=3e-3, warmup_fraction=0.2, weight_decay=0.01, token_budget=150, epochs=10.0
-)
-
-
-def make(
-    source: str, data: str, cache: str, stage: int, dtype: str = "float32", prefix_tree: bool = True, **changes: object
-) -> tuple[CriticEngine, EncodedPreferences, Encoder]:
-    """What every rank of a job builds."""
-    encoder = Encoder(load_tokenizer(source), max_length=64)
-    options = OPTIONS.model_copy(update={"zero_stage": stage, **changes})
-    model = ModelConfig(path=source, dtype=dtype, prefix_tree=prefix_tree)
-    return CriticEngine.from_pretrained(encoder, model, options, STEPS), load_preferences(data, encoder, cache), encoder
-
-
-def rows_of(preferences: EncodedPreferences, step: int) -> np.ndarray:
-    return global_batch(preferences.prompts_N, OPTIONS.global_batch_size, OPTIONS.epochs, OPTIONS.seed, step)
-
-
-def train(engine: CriticEngine, preferences: EncodedPreferences, until: int) -> list[dict]:
-    """Steps, and returns the metrics of each."""
-    return [
-        asdict(engine.train_step(preferences, rows_of(preferences, engine.step))) for _ in range(engine.step, until)
-    ]
-
-
-def whole_weights(engine: CriticEngine) -> dict[str, torch.Tensor]:
-    weights = {}
-    for name, tensor in persistent_tensors(engine.critic.model).items():
-        with gathered(tensor):
-            weights[name] = tensor.detach().float().clone()
-    return weights
+from tests.helpers import STAGES_ON_RANKS, save_tiny_model, slow_except
+from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, make, rows_of, train, whole_weights
 
 
 def optimizer_state(engine: CriticEngine) -> list[torch.Tensor]:
@@ -118,8 +80,7 @@ def reference(tiny_model, preference_file, cache) -> tuple[list[float], list[flo
     return losses, norms
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "world_size"), STAGES_ON_RANKS)
 def test_losses_are_those_of_a_plain_loop(ranks, tiny_model, preference_file, cache, reference, world_size, stage):
     of_ranks = ranks(world_size).run(train_and_score, tiny_model, preference_file, cache, stage)
     metrics, rewards, values = of_ranks[0]
@@ -135,7 +96,7 @@ def test_losses_are_those_of_a_plain_loop(ranks, tiny_model, preference_file, ca
         np.testing.assert_array_equal(other_rewards, rewards)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", slow_except([2], [1, 2]))
 def test_padded_batches_give_the_same_losses_for_more_tokens(
     ranks, tiny_model, preference_file, cache, reference, world_size
 ):
@@ -150,7 +111,7 @@ def test_padded_batches_give_the_same_losses_for_more_tokens(
     assert sum(step["computed_tokens"] for step in packed[0]) < sum(step["tokens"] for step in packed[0])
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([3], [0, 2, 3]))
 @pytest.mark.parametrize(
     "changes", [{"token_budget": "auto"}, {"gradient_checkpointing": True}], ids=["auto budget", "checkpointing"]
 )
@@ -161,7 +122,7 @@ def test_budget_and_checkpointing_change_no_loss(ranks, tiny_model, preference_f
         assert [step["micro_batches"] for step in metrics] == [step["micro_batches"] for step in of_ranks[0][0]]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([2], [0, 2, 3]))
 def test_bf16_trains_with_the_head_in_fp32(ranks, tiny_model, preference_file, cache, reference, stage):
     (metrics, rewards, _), _ = ranks(2).run(train_and_score, tiny_model, preference_file, cache, stage, "bfloat16")
     np.testing.assert_allclose([step["loss"] for step in metrics[:5]], reference[0][:5], rtol=0.1)
@@ -186,12 +147,6 @@ def test_rewards_are_computed_without_dropout_from_the_first_call(ranks, tmp_pat
     np.testing.assert_array_equal(first, second)
 
 
-def card_of(encoder: Encoder) -> CriticCard:
-    return CriticCard(
-        version="test@1", encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length)
-    )
-
-
 def straight(source: str, data: str, cache: str, stage: int) -> tuple[list[dict], dict, list]:
     engine, preferences, _ = make(source, data, cache, stage)
     return train(engine, preferences, STEPS), whole_weights(engine), optimizer_state(engine)
@@ -210,7 +165,7 @@ def resume(source: str, data: str, cache: str, stage: int, directory: str) -> tu
     return train(engine, preferences, STEPS), whole_weights(engine), optimizer_state(engine)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([3], [0, 2, 3]))
 def test_stopping_and_resuming_changes_nothing(ranks, tiny_model, preference_file, cache, tmp_path, stage):
     arguments = (tiny_model, preference_file, cache, stage)
     undisturbed = ranks(2).run(straight, *arguments)
@@ -288,7 +243,7 @@ def poison_and_step(source: str, data: str, cache: str, stage: int) -> tuple[int
     return failed.value.step, failed.value.rows, preferences.origin(int(row)), unchanged
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([2], [0, 2, 3]))
 def test_a_loss_that_is_not_a_number_stops_all_ranks_before_the_step(ranks, tiny_model, preference_file, cache, stage):
     for step, rows, culprit, unchanged in ranks(2).run(poison_and_step, tiny_model, preference_file, cache, stage):
         assert step == 1

@@ -11,7 +11,7 @@ from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.factory import check_critic_model, create_critic_model
 from rlhf_critic.training.critic_engine import CriticEngine
-from tests.rlhf_critic.training.test_critic_engine import OPTIONS, STEPS, make, train, whole_weights
+from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, make, train, whole_weights
 
 FROZEN = ("model.embed_tokens.weight", "model.layers.0.")
 

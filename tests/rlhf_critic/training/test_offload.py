@@ -5,6 +5,7 @@ The functions travel to real ranks (Ray actors) and run there.
 
 import ctypes
 import gc
+import itertools
 import os
 import resource
 from dataclasses import asdict
@@ -27,9 +28,10 @@ from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.errors import CriticError
 from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.offload import MIN_BYTES, offload
-from tests.helpers import save_tiny_model
+from tests.helpers import save_tiny_model, slow_except
 
 STEPS = 5
+RANKS_AND_STAGES = slow_except([(1, 0), (2, 3)], [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
 SEQUENCES = [[5, 6, 7, 8], [5, 6, 9], [10, 11, 12, 13, 14, 15]]
 
 
@@ -94,7 +96,7 @@ def measure(source: str, data: str, cache: str, stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), RANKS_AND_STAGES)
 def test_the_memory_of_parameters_and_optimizer_goes_and_comes(
     ranks, large_model, preference_file, cache, stage, world_size
 ):
@@ -123,8 +125,11 @@ def run_steps(source: str, data: str, cache: str, stage: int, dtype: str, betwee
     return metrics, engine.values(SEQUENCES)
 
 
-@pytest.mark.parametrize(("world_size", "dtype"), [(2, "float32"), (2, "bfloat16")])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [2])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    slow_except([(2, "float32"), (3, "bfloat16")], itertools.product((0, 1, 2, 3), ("float32", "bfloat16"))),
+)
 def test_steps_are_the_same_with_and_without_a_phase_away_between_them(
     ranks, tiny_model, preference_file, cache, stage, world_size, dtype
 ):
@@ -152,7 +157,7 @@ def score_around(source: str, data: str, cache: str, stage: int) -> tuple[list, 
     return scored, [torch.equal(*pair) for pair in zip(*bits, strict=True)], str(refused.value)
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), RANKS_AND_STAGES)
 def test_scoring_is_refused_while_away_and_the_same_to_the_bit_after(
     ranks, tiny_model, preference_file, cache, stage, world_size
 ):

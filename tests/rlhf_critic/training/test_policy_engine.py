@@ -23,12 +23,13 @@ from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.factory import padded_vocabulary_size
 from rlhf_critic.model.policy import create_policy
 from rlhf_critic.training.policy_engine import PolicyEngine
-from tests.rlhf_critic.model.test_families import NAMES, save_base_model
-from tests.rlhf_critic.model.test_policy import from_the_definition, plain_policy
-from tests.rlhf_critic.training.test_value_update import Rollouts, make_rollouts
+from tests.helpers import STAGES_ON_RANKS, slow_except
+from tests.rlhf_critic.families import NAMES, save_base_model
+from tests.rlhf_critic.model.policies import from_the_definition, plain_policy
+from tests.rlhf_critic.training.rollouts import Rollouts, make_rollouts
 
 UPDATES = 5
-STAGES = [0, 1, 2, 3]
+STAGES = slow_except([3], [0, 1, 2, 3])
 CLIP = 0.2
 TEMPERATURE = 0.8
 COEFFICIENTS = [0.0, 0.05]  # of the entropy
@@ -140,8 +141,7 @@ def agree(metrics: list[dict], expected: dict[str, list[float]]) -> None:
 # --- updates ---
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "world_size"), STAGES_ON_RANKS)
 def test_updates_are_those_of_a_plain_loop(ranks, tiny_model, reference, world_size, stage):
     of_ranks = ranks(world_size).run(train, tiny_model, stage)
     plain = plain_policy(tiny_model)
@@ -176,10 +176,10 @@ def test_the_plain_loop_clips_some_actions_and_moves(reference):
 @pytest.mark.parametrize(
     ("stage", "prefix_tree", "changes"),
     [
-        (0, False, {}),
+        pytest.param(0, False, {}, marks=pytest.mark.slow),
         (3, False, {}),
         (2, True, {"token_budget": 10_000}),
-        (0, True, {"token_budget": "auto"}),
+        pytest.param(0, True, {"token_budget": "auto"}, marks=pytest.mark.slow),
         (3, True, {"token_budget": "auto"}),
         (2, True, {"gradient_checkpointing": True}),
     ],
@@ -222,7 +222,7 @@ def entropies(source: str, stage: int, coefficient: float) -> list[float]:
     return [update(engine, rollouts, coefficient)["entropy"] for _ in range(2 * UPDATES)]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([2], [0, 2, 3]))
 def test_a_reward_for_entropy_raises_it_and_nothing_else_does(ranks, tiny_model, stage):
     for raised in ranks(2).run(entropies, tiny_model, stage, 1.0):
         assert raised[-1] > raised[0] + 0.05
@@ -389,6 +389,7 @@ def test_a_loaded_policy_goes_on_as_if_it_had_never_stopped(ranks, tiny_model, t
         np.testing.assert_array_equal(log_probs, expected_log_probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_policy_goes_on_with_another_number_of_shards(ranks, tiny_model, tmp_path, stage):
     expected_metrics, expected_weights, expected_log_probs = ranks(2).run(go_straight, tiny_model, stage)[0]

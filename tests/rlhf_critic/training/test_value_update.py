@@ -6,7 +6,7 @@ The functions that take a `source` travel to real ranks (Ray actors) and run the
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -19,43 +19,14 @@ from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.model.factory import create_critic_model
 from rlhf_critic.model.weights import gathered, persistent_tensors
 from rlhf_critic.training.critic_engine import CriticEngine
+from tests.helpers import STAGES_ON_RANKS, slow_except
+from tests.rlhf_critic.training.rollouts import Rollouts, make_rollouts
 
 UPDATES = 10
 ALONE = 6  # the update that has one rollout only
-STAGES = [0, 1, 2, 3]
+STAGES = slow_except([3], [0, 1, 2, 3])
 OPTIONS = TrainConfig(learning_rate=3e-3, warmup_fraction=0.2, weight_decay=0.01, token_budget=40)
 CLIPS = [0.2, None]
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """What an update takes: token ids, and two numbers for each action."""
-
-    sequences: list[list[int]]
-    prompt_lengths: list[int]
-    targets: list[np.ndarray]
-    old: list[np.ndarray]
-
-    def part(self, *rows: int) -> Rollouts:
-        return Rollouts(*([column[row] for row in rows] for column in vars(self).values()))
-
-
-def make_rollouts(seed: int) -> Rollouts:
-    """Three prompts, one of a single token, with four rollouts each; one-token and empty responses among them."""
-    rng = np.random.default_rng(seed)
-    sequences, prompt_lengths = [], []
-    for prompt_length in (1, 9, 14):
-        prompt = rng.integers(3, 300, prompt_length).tolist()
-        for response_length in (0, 1, *rng.integers(2, 12, 2)):
-            sequences.append(prompt + rng.integers(3, 300, response_length).tolist())
-            prompt_lengths.append(prompt_length)
-    counts = [len(ids) - length for ids, length in zip(sequences, prompt_lengths, strict=True)]
-    return Rollouts(
-        sequences,
-        prompt_lengths,
-        [rng.normal(0.5, 1.0, count).astype(np.float32) for count in counts],
-        [rng.normal(0.0, 0.5, count).astype(np.float32) for count in counts],
-    )
 
 
 def rollouts_of(update: int) -> Rollouts:
@@ -145,8 +116,7 @@ def reference(tiny_model) -> list[list[tuple[float, float, float]]]:
     return of_clips
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "world_size"), STAGES_ON_RANKS)
 def test_updates_are_those_of_a_plain_loop(ranks, tiny_model, reference, world_size, stage):
     of_ranks = ranks(world_size).run(train, tiny_model, stage)
     for of_clip, expected in zip(of_ranks[0], reference, strict=True):
@@ -167,7 +137,7 @@ def test_the_clip_is_felt_by_some_actions_and_by_none_without_it(reference):
     assert set(free) == {0.0}
 
 
-@pytest.mark.parametrize("prefix_tree", [True, False])
+@pytest.mark.parametrize("prefix_tree", slow_except([True], [True, False]))
 @pytest.mark.parametrize("changes", [{"token_budget": 10_000}, {"gradient_checkpointing": True}], ids=str)
 def test_neither_batches_nor_checkpointing_change_a_loss(ranks, tiny_model, reference, prefix_tree, changes):
     for of_rank in ranks(2).run(train_with, tiny_model, prefix_tree, changes):
@@ -246,7 +216,7 @@ def weights_around_an_update(source: str, stage: int, prefix_tree: bool) -> list
 
 
 @pytest.mark.parametrize("prefix_tree", [True, False])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", slow_except([2], [0, 2, 3]))
 def test_every_gradient_is_that_of_autograd_over_single_rollouts(ranks, tiny_model, stage, prefix_tree):
     model, rollouts = plain_critic(tiny_model), make_rollouts(0)
     actions = sum(len(row) for row in rollouts.targets)

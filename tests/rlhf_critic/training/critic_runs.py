@@ -1,0 +1,56 @@
+"""A short run of a critic engine on preferences, as every rank of a job makes it."""
+
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from rlhf_critic.batching.sampler import global_batch
+from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard
+from rlhf_critic.config.model import ModelConfig
+from rlhf_critic.config.train import TrainConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.preference_dataset import EncodedPreferences
+from rlhf_critic.data.preferences import load_preferences
+from rlhf_critic.model.weights import gathered, persistent_tensors
+from rlhf_critic.training.critic_engine import CriticEngine
+
+STEPS = 20
+OPTIONS = TrainConfig(
+    global_batch_size=12, learning_rate=3e-3, warmup_fraction=0.2, weight_decay=0.01, token_budget=150, epochs=10.0
+)
+
+
+def make(
+    source: str, data: str, cache: str, stage: int, dtype: str = "float32", prefix_tree: bool = True, **changes: object
+) -> tuple[CriticEngine, EncodedPreferences, Encoder]:
+    """What every rank of a job builds."""
+    encoder = Encoder(load_tokenizer(source), max_length=64)
+    options = OPTIONS.model_copy(update={"zero_stage": stage, **changes})
+    model = ModelConfig(path=source, dtype=dtype, prefix_tree=prefix_tree)
+    return CriticEngine.from_pretrained(encoder, model, options, STEPS), load_preferences(data, encoder, cache), encoder
+
+
+def rows_of(preferences: EncodedPreferences, step: int) -> np.ndarray:
+    return global_batch(preferences.prompts_N, OPTIONS.global_batch_size, OPTIONS.epochs, OPTIONS.seed, step)
+
+
+def train(engine: CriticEngine, preferences: EncodedPreferences, until: int) -> list[dict]:
+    """Steps, and returns the metrics of each."""
+    return [
+        asdict(engine.train_step(preferences, rows_of(preferences, engine.step))) for _ in range(engine.step, until)
+    ]
+
+
+def whole_weights(engine: CriticEngine) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, tensor in persistent_tensors(engine.critic.model).items():
+        with gathered(tensor):
+            weights[name] = tensor.detach().float().clone()
+    return weights
+
+
+def card_of(encoder: Encoder) -> CriticCard:
+    return CriticCard(
+        version="test@1", encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length)
+    )
