@@ -70,7 +70,7 @@ def test_ppo_spreads_a_critic_over_nodes_and_asks_the_pool_that_runs(seen):
 
 @pytest.mark.parametrize(
     ("job", "workers"),
-    [("train", ["RayTrainWorker"]), ("ppo", ["CriticShard", "RolloutWorker", "ServeReplica:scorers:Scorer"])],
+    [("train", ["RayTrainWorker"]), ("ppo", ["CriticRank", "RolloutWorker", "ServeReplica:scorers:Scorer"])],
 )
 def test_a_job_that_is_stopped_leaves_nothing(seen, job, workers):
     """Though it is killed at once; what it had in Ray Serve outlives it for some seconds."""

@@ -148,7 +148,7 @@ def actors_of(name: str) -> list[psutil.Process]:
 
 def assert_nothing_is_left_running() -> None:
     wait_until(
-        lambda: not any(actors_of(name) for name in ("RolloutWorker", "CriticShard", "PolicyShard")),
+        lambda: not any(actors_of(name) for name in ("RolloutWorker", "CriticRank", "PolicyRank")),
         "actors to end",
         60,
     )
@@ -285,11 +285,11 @@ def test_a_critic_shard_that_is_killed_changes_nothing(options, undisturbed, cap
     job.start()
     for number, iterations in enumerate((1, 4), 1):
         wait_until(lambda at_least=iterations: len(history_of(run)) >= at_least, f"iteration {iterations}", 240)
-        actors_of("CriticShard")[-1].send_signal(signal.SIGKILL)
+        actors_of("CriticRank")[-1].send_signal(signal.SIGKILL)
         wait_until(lambda times=number: said().count("going on from the last checkpoint") == times, "the job to notice")
     job.join(400)
     assert finished, "the job did not survive a killed shard"
-    assert len(re.findall(r"critic rank \d (?:was lost while it was|failed) to ", said())) == 2
+    assert len(re.findall(r"critic rank \d (?:was lost during a call|failed) to ", said())) == 2
     assert "going on from the last checkpoint (2 of 3)" in said()
     assert_same_beginning(run, undisturbed, SHORT)
     for name, tensor in weights_of(checkpoints(run)[-1] / "policy").items():
@@ -428,7 +428,7 @@ def test_a_critic_of_another_tokenizer_is_refused_before_anything_starts(options
     ):
         ppo.run(config)
     assert not directory_of(options, "tokenizers").exists()
-    assert not actors_of("PolicyShard")
+    assert not actors_of("PolicyRank")
 
 
 def test_a_pool_in_the_way_is_refused_and_goes_on(options, critics):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from actors.ppo import critic_group
-from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticShard
+from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticRank
 from jobs.evaluate import evaluate
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, check_critic, load_critic, read_card
 from rlhf_critic.config.deepspeed import deepspeed_config
@@ -455,7 +455,7 @@ def kill_in_an_update(group: CriticGroup, rank: psutil.Process, rollouts: Rollou
 
     threading.Timer(2.0, kill).start()
     deadline = time.monotonic() + 60
-    with pytest.raises(RankLost, match=r"critic rank [01] (was lost while it was|failed) to update the critic"):
+    with pytest.raises(RankLost, match=r"critic rank [01] (was lost during a call|failed) to update the critic"):
         while time.monotonic() < deadline:
             group.update(*rollouts.arguments)
     return killed_at[0]
@@ -506,7 +506,7 @@ def test_offloading_gives_the_system_its_memory_back(ray_address, tmp_path):
         assert len(group.values([[3, 4]])[0]) == 2
 
 
-class SecondCannotBuild(CriticShard):
+class SecondCannotBuild(CriticRank):
     def build(self, options: CriticOptions) -> None:
         if self.rank == 1:
             raise CheckpointError("weights.safetensors: not on this node")
@@ -527,8 +527,8 @@ def test_a_group_that_cannot_start_leaves_nothing_behind(ray_address, critics, t
             CriticGroup(options_of(tiny_model, 0), 2, cpus_per_shard=400, start_timeout_s=3)
         with pytest.raises(CheckpointError, match="not a checkpoint of a critic group"):
             CriticGroup.restore(with_manifest(critics["first"], tmp_path / "other"))
-        monkeypatch.setattr(critic_group, "CriticShard", SecondCannotBuild)
-        with pytest.raises(RankLost, match=r"some critic ranks refused to build the critic.*not on this node"):
+        monkeypatch.setattr(CriticGroup, "rank_class", SecondCannotBuild)
+        with pytest.raises(RankLost, match=r"some critic ranks rejected a call to build the critic.*not on this node"):
             make(tiny_model, 2, 0)
 
 

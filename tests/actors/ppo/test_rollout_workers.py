@@ -215,7 +215,7 @@ def test_a_policy_that_cannot_be_built_is_an_error_at_once(options, client, task
 
 
 def test_workers_that_are_lost_too_often_are_given_up(workers, tasks, weights, monkeypatch):
-    monkeypatch.setattr(rollout_workers, "MOST_LOSSES", 0)  # of each
+    monkeypatch.setattr(rollout_workers, "MAX_LOSSES", 0)  # of each
     with pytest.raises(RolloutsUnavailable, match="1 rollout workers were lost during one iteration"):
         workers.run(tasks, weights, 120, lambda _: os.kill(pids_of("RolloutWorker")[0], signal.SIGKILL))
 

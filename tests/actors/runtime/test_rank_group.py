@@ -116,16 +116,16 @@ def test_the_handle_does_not_leave_its_process(pair, serialize):
 
 
 def test_ranks_of_which_only_one_refuses_end(doomed):
-    with pytest.raises(RankLost, match="some talking ranks refused to load, others did not: no such file"):
+    with pytest.raises(RankLost, match="some talking ranks rejected a call to load, others did not: no such file"):
         doomed.call_all("load", "raise_on", (0,), CheckpointError("no such file"))
-    with pytest.raises(RankLost, match=r"has ended \(some talking ranks refused.*restore another"):
+    with pytest.raises(RankLost, match=r"has ended \(some talking ranks rejected.*restore another"):
         doomed.call_all("agree", "agree_on", 1)
 
 
 def test_a_rank_that_waits_for_one_that_refused_is_not_waited_for_without_end(doomed, monkeypatch):
     monkeypatch.setattr(rank_group, "AGREEMENT_TIMEOUT_S", 2.0)
     begin = time.monotonic()
-    with pytest.raises(RankLost, match="some talking ranks refused to load"):
+    with pytest.raises(RankLost, match="some talking ranks rejected a call to load"):
         doomed.call_all("load", "raise_on", (1,), ValueError("mine is damaged"), True)
     assert time.monotonic() - begin < 30
 
@@ -154,7 +154,7 @@ def test_a_rank_that_is_killed_in_a_collective_ends_all_at_once(doomed, killed):
     ranks = processes(doomed)
     threading.Timer(2.0, lambda: os.kill(ranks[killed].pid, signal.SIGKILL)).start()
     begin = time.monotonic()
-    with pytest.raises(RankLost, match=r"talking rank [01] (was lost while it was|failed) to meet once more"):
+    with pytest.raises(RankLost, match=r"talking rank [01] (was lost during a call|failed) to meet once more"):
         doomed.call_all("meet once more", "wait_for_peers_without_end", killed)
     assert 1.5 < time.monotonic() - begin < 30
     begin = time.monotonic()
@@ -184,8 +184,8 @@ def test_without_room_nothing_is_left_behind(ray_address):
 @pytest.mark.parametrize(
     ("actor_class", "message"),
     [
-        (SecondCannotStart, "rank 1 was lost while it was to meet.*no such device"),
-        (SecondCannotMeet, "rank 1 failed to meet: OSError: no route to host"),
+        (SecondCannotStart, "rank 1 was lost during a call to join.*no such device"),
+        (SecondCannotMeet, "rank 1 failed to join: OSError: no route to host"),
     ],
 )
 def test_a_group_of_which_one_rank_cannot_start_leaves_nothing_behind(ray_address, actor_class, message):
