@@ -1,4 +1,4 @@
-"""``python -m jobs.evaluate CHECKPOINT DATA``: how well a critic agrees with preferences, or picks the best of n."""
+"""``python -m jobs.evaluate CHECKPOINT DATA``: accuracy of a critic on preferences or best-of-n rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlhf_critic.evaluation.best_of_n import (
 )
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.evaluation.report import (
-    MOST_WRONG,
+    MAX_WRONG_EXAMPLES,
     Bar,
     Page,
     Plot,
@@ -62,10 +62,10 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation, Page]:
-    """Scores all responses, and compares the rewards as the data asks: its first row says what it is.
+    """Scores all responses and compares their rewards. The first row tells preferences from best-of-n rows.
 
     Returns:
-        The evaluation, and what to show of it.
+        The evaluation, and the content of its report.
 
     Raises:
         CriticError: The checkpoint or the data cannot be read.
@@ -73,11 +73,11 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
     with local_directory(config.checkpoint) as directory:
         loaded = load_critic(directory)
     _, first_row = next(read_rows(config.data))
-    judge = _judge_best_of_n if is_best_of_n(first_row) else _judge_preferences
-    return judge(loaded, config)
+    evaluate_rows = _evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences
+    return evaluate_rows(loaded, config)
 
 
-def _judge_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[Evaluation, Page]:
+def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[Evaluation, Page]:
     preferences = load_preferences(config.data, loaded.encoder, config.cache_dir)
     sequences = preferences.responses()
     rewards_R = score_sequences(loaded.critic, sequences, config.token_budget).astype(np.float64)
@@ -86,7 +86,7 @@ def _judge_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple
     evaluation = evaluate_rewards(rewards_P2[:, 0], rewards_P2[:, 1], pairs.lengths_P2, subsets_P=pairs.subsets_P)
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     wrong = [
-        _missed(
+        _decode_example(
             loaded,
             preferences.origin(int(pairs.rows_P[pair])),
             f"margin {margin_P[pair]:.3f}",
@@ -109,7 +109,7 @@ def _judge_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple
     return evaluation, page
 
 
-def _judge_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[BestOfNEvaluation, Page]:
+def _evaluate_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[BestOfNEvaluation, Page]:
     rows = load_best_of_n(config.data, loaded.encoder)
     sequences = [np.asarray(ids, dtype=np.int32) for row in rows for ids in row.sequences]
     rewards = score_sequences(loaded.critic, sequences, config.token_budget).astype(np.float64)
@@ -121,14 +121,13 @@ def _judge_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[B
         row, (right, wrong) = rows[index], by_row[index]
         best_right, best_wrong = int(right.argmax()), int(wrong.argmax())
         texts = {
-            f"best right response, reward {right[best_right]:.3f}": row.sequences[best_right],
+            f"best correct response, reward {right[best_right]:.3f}": row.sequences[best_right],
             f"best wrong response, reward {wrong[best_wrong]:.3f}": row.sequences[row.right + best_wrong],
         }
-        wrong_examples.append(_missed(loaded, row.origin, f"lead of the best right {lead_N[index]:.3f}", texts))
+        wrong_examples.append(_decode_example(loaded, row.origin, f"lead {lead_N[index]:.3f}", texts))
     page = Page(
         critic=loaded.card.version,
-        source=f"{config.data}: {len(rows)} best-of-n rows, {sum(row.truncated for row in rows)} with a response whose "
-        "text lost its beginning",
+        source=f"{config.data}: {len(rows)} best-of-n rows, {sum(row.truncated for row in rows)} with truncated texts",
         figures=best_of_n_figures(evaluation),
         baseline_name="chance",
         bars=[Bar(one.name, one.rows, one.accuracy, one.chance) for one in evaluation.subsets],
@@ -147,18 +146,18 @@ def _preference_plots(
     return [
         Plot(
             "Reliability",
-            "How often the preferred side was chosen, by how sure the critic was. Below the line it is too sure; the "
-            "larger a dot, the more preferences.",
+            "Share in which the preferred side was chosen, by the critic's confidence. Below the line the critic is "
+            "overconfident. The size of a dot shows the number of preferences.",
             reliability_svg(calibration.raw, calibration.scaled),
         ),
         Plot(
             "Margins",
-            "Chosen minus rejected reward. What is left of zero is wrong.",
+            "Chosen minus rejected reward. Negative margins are errors.",
             histogram_svg(rewards_P2[:, 0] - rewards_P2[:, 1], "margin"),
         ),
         Plot(
             "Reward against length",
-            "If the median climbs with length, so may a policy that is fitted to this critic.",
+            "If the median rises with length, a policy trained with this critic may learn to write longer texts.",
             length_svg(rewards_P2, lengths_P2),
         ),
     ]
@@ -167,23 +166,23 @@ def _preference_plots(
 def _best_of_n_plots(lead_N: NDArray[np.float64]) -> list[Plot]:
     from rlhf_critic.evaluation.plots import histogram_svg
 
-    caption = "The highest reward of a right response less the highest of a wrong one. What is left of zero is wrong."
+    caption = "Highest reward of a correct response minus highest reward of a wrong one. Negative leads are errors."
     return [Plot("Leads", caption, histogram_svg(lead_N, "lead"))]
 
 
 def _lowest(lead_N: NDArray[np.float64]) -> list[int]:
-    """The rows of the most negative leads, the lowest first."""
-    return [int(row) for row in lead_N.argsort(kind="stable")[:MOST_WRONG] if lead_N[row] < 0]
+    """Returns the rows with the most negative leads, the lowest first."""
+    return [int(row) for row in lead_N.argsort(kind="stable")[:MAX_WRONG_EXAMPLES] if lead_N[row] < 0]
 
 
-def _missed(loaded: LoadedCritic, origin: str, note: str, sequences: Mapping[str, TokenIds]) -> WrongExample:
+def _decode_example(loaded: LoadedCritic, origin: str, note: str, sequences: Mapping[str, TokenIds]) -> WrongExample:
     tokenizer = loaded.encoder.tokenizer
     texts = {label: str(tokenizer.decode(list(ids), skip_special_tokens=False)) for label, ids in sequences.items()}
     return wrong_example(origin, note, texts, tokenizer.all_special_tokens)
 
 
 def tables(page: Page) -> list[Table]:
-    """The numbers, and what to hold them against."""
+    """Returns tables of the figures and, if rows have tags, of accuracy by subset."""
     figures = Table(title=escape(f"{page.critic} on {page.source}"), title_justify="left")
     for column in ("measure", "value [95% interval]", "meaning"):
         figures.add_column(escape(column))

@@ -1,4 +1,4 @@
-"""``python -m jobs.inspect_data DATA --model MODEL``: what is in preferences, and how the critic will see them."""
+"""``python -m jobs.inspect_data DATA --model MODEL``: statistics and examples of preferences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PERCENTILES = (5, 25, 50, 75, 95, 100)
 
 
 def main() -> None:
-    """Reads, counts and shows."""
+    """Reads each source and prints its statistics and examples."""
     config = parse_command_line(InspectJobConfig, prog=command("inspect"))
     encoder = Encoder(load_tokenizer(config.model, config.encoding.chat_template), config.encoding.max_length)
     tables = [
@@ -36,38 +36,38 @@ def main() -> None:
 
 
 def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], max_length: int) -> Table:
-    """What was counted in one source.
+    """Returns a table with the statistics of one source.
 
     Args:
-        preferences: Of one source.
-        before: Of the sources given before it, with which it may share prompts.
-        max_length: The limit that texts were held to.
+        preferences: Preferences of one source.
+        before: Preferences of the earlier sources; shared prompts are counted.
+        max_length: Maximum sequence length in tokens.
     """
     ((source, report),) = preferences.reports.items()
     pairs = preferences.comparisons()
     longer = wins((pairs.lengths_P2[:, 0] - pairs.lengths_P2[:, 1]).astype(np.float64))
     shown = Table(title=Text(source), title_justify="left")
-    shown.add_column("what")
-    shown.add_column("found", overflow="fold")
+    shown.add_column("measure")
+    shown.add_column("value", overflow="fold")
     rows: list[tuple[str, object]] = [
         ("rows read", report.rows),
         *((f"  {shape}", count) for shape, count in sorted(report.shapes.items())),
-        ("preferences to learn from", report.preferences),
-        ("  comparisons they make", len(pairs.rows_P)),
-        ("  different prompts", len(np.unique(preferences.prompts_N))),
+        ("preferences to train on", report.preferences),
+        ("  comparisons in them", len(pairs.rows_P)),
+        ("  distinct prompts", len(np.unique(preferences.prompts_N))),
         ("  with a margin", int((~np.isnan(preferences.margins_N)).sum())),
-        (f"lost their beginning (over {max_length} tokens)", report.truncated),
+        (f"truncated (over {max_length} tokens)", report.truncated),
         (f"skipped (over {max_length} tokens)", report.skipped_overlong),
         ("skipped (identical responses)", report.identical),
         ("duplicates", report.duplicates),
-        ("contradictions (the same, the other way round)", report.contradictions),
+        ("contradictions (same responses, opposite order)", report.contradictions),
         ("the longer response is preferred", f"{longer.mean():.3f} of comparisons (a tie counts half)"),
         ("tokens of all responses with their prompts", report.tokens),
     ]
     for side, column in (("preferred", 0), ("other", 1)):
         lengths = np.percentile(pairs.lengths_P2[:, column], PERCENTILES).round().astype(int)
-        found = ", ".join(f"{length} ({of}%)" for length, of in zip(lengths, PERCENTILES, strict=True))
-        rows.append((f"tokens of the {side} response with its prompt, percentiles", found))
+        percentiles = ", ".join(f"{length} ({of}%)" for length, of in zip(lengths, PERCENTILES, strict=True))
+        rows.append((f"tokens of the {side} response with its prompt, percentiles", percentiles))
     subsets, sizes = np.unique(preferences.subsets_N, return_counts=True)
     rows += [
         (f"subset {subset or '(none)'}", int(size))
@@ -75,16 +75,16 @@ def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], m
         if len(subsets) > 1
     ]
     rows += [
-        (f"prompts that {', '.join(other.reports)} has too", f"of {count_leaked(other, preferences)} preferences")
+        (f"preferences with a prompt of {', '.join(other.reports)}", count_leaked(other, preferences))
         for other in before
     ]
-    for what, value in rows:
-        shown.add_row(Text(what), Text(str(value)))
+    for measure, value in rows:
+        shown.add_row(Text(measure), Text(str(value)))
     return shown
 
 
 def example(preferences: EncodedPreferences, row: int, tokenizer: PreTrainedTokenizerBase) -> Panel:
-    """One preference as the critic sees it: the very ids, decoded, special tokens in reverse video."""
+    """Returns a preference as the critic reads it: its decoded token ids, with special tokens in reverse video."""
     special = set(tokenizer.all_special_ids)
     shown = Text()
     for place, response in enumerate(preferences[row].responses, start=1):

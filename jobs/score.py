@@ -1,6 +1,6 @@
 """``python -m jobs.score CHECKPOINT DATA OUT``: rewards for a data set, with Ray Data over a pool of scorers.
 
-Runs alone (it starts a local Ray) or as a Ray job.
+Runs alone (starting a local Ray) or as a Ray job.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ ROWS_A_SCHEMA = 1000
 
 
 def main() -> None:
-    """Scores, and says what came out."""
+    """Scores the data and prints a summary."""
     config = parse_command_line(ScoreJobConfig, prog=command("score"))
     summary = score(config)
     table = Table(title=f"{config.out}: rewards of {summary['model_version']}", title_justify="left")
-    for column in ("rows", "responses", "mean", "standard deviation", "lost their beginning"):
+    for column in ("rows", "responses", "mean", "standard deviation", "truncated"):
         table.add_column(column)
     table.add_row(
         str(summary["rows"]),
@@ -59,17 +59,17 @@ def main() -> None:
 
 
 def score(config: ScoreJobConfig) -> dict[str, Any]:
-    """Scores what is not scored yet.
+    """Scores the parts that are not scored yet.
 
     Returns:
-        The summary that is in OUT too.
+        The summary that is also written to OUT.
 
     Raises:
-        CriticError: The critic, the data or the options are wrong, or OUT is that of another job.
+        CriticError: The critic, the data or the options are invalid, or OUT belongs to another job.
     """
     started = time.perf_counter()
     if "://" in config.out:
-        raise ConfigError(f"OUT {config.out!r} must be a path: workers write their parts there; mount the store")
+        raise ConfigError(f"OUT {config.out!r} must be a path, because workers write files there; mount the store")
     validate_outside_package("OUT", config.out)
     with local_directory(config.checkpoint) as directory:
         card = check_critic(directory)
@@ -83,9 +83,9 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)
     rows, schema = _read_through(data, config, scorer, wants_schema=is_parquet)
-    if is_parquet and data_is_parquet:  # whose types are narrower than those of the rows that were read
+    if is_parquet and data_is_parquet:  # its types are narrower than those of the decoded rows
         schema = _schema_of_file(data, config)
-    work = ScoringJob(
+    job = ScoringJob(
         data=data,
         fields=config.fields,
         out=config.out,
@@ -95,123 +95,127 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         best_of_n=config.best_of_n,
     )
     _claim(
-        Path(work.out),
+        Path(job.out),
         {
             "data": fingerprint,
             "model_version": version,
             "fields": config.fields,
             "best_of_n": config.best_of_n,
-            "format": work.format,
+            "format": job.format,
             "rows_per_part": config.rows_per_part,
         },
     )
     parts = -(-rows // config.rows_per_part)
-    missing = [number for number in range(parts) if not work.path(number).exists()]
+    missing = [number for number in range(parts) if not job.path(number).exists()]
     if missing:
-        (Path(work.out) / SUMMARY_NAME).unlink(missing_ok=True)
-        _score_parts(missing, rows, work, scorer, config)
+        (Path(job.out) / SUMMARY_NAME).unlink(missing_ok=True)
+        _score_parts(missing, rows, job, scorer, config)
     if fingerprint_of(data) != fingerprint:
         raise DataError(
-            f"{data}: changed while it was scored, so rows may be wrong: delete {work.out} and score it again"
+            f"{data}: changed during scoring, so rewards may belong to other rows: delete {job.out} and score again"
         )
-    summary = _summarise(work, parts, version, time.perf_counter() - started)
-    write_text_atomically(Path(work.out) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+    summary = _summarise(job, parts, version, time.perf_counter() - started)
+    write_text_atomically(Path(job.out) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def _read_through(
     data: str, config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bool
 ) -> tuple[int, pa.Schema | None]:
-    """Reads all rows once, so that a bad one is told before anything is scored.
+    """Reads all rows once, so that a bad row is reported before scoring begins.
 
     Returns:
-        How many there are, and the schema that all of them fit, less the responses that are not written.
+        The number of rows, and their common schema without responses that are not written.
     """
     ours = added_fields([component.name for component in scorer.components])
-    judged = config.fields.get("responses", "responses")
+    list_field = config.fields.get("responses", "responses")
     schema: pa.Schema = pa.schema([])
     chunk: list[dict[str, Any]] = []
     shapes: set[bool] = set()
     count = 0
 
-    def learn() -> pa.Schema:
+    def merge_chunk() -> pa.Schema:
         try:
             return pa.unify_schemas([schema, schema_of(chunk)], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
-                f"{data}: up to row {count}, a field has values of several types, which parquet cannot hold: {error}; "
+                f"{data}: a field has values of several types up to row {count}, which Parquet cannot hold: {error}; "
                 "use --format jsonl"
             ) from error
         except UnicodeEncodeError as error:
-            raise DataError(f"{data}: up to row {count}, a field holds half of a surrogate pair: {error}") from error
+            raise DataError(
+                f"{data}: a field holds half of a surrogate pair up to row {count}: {error}; fix or remove that row"
+            ) from error
 
     for line, row in tqdm(read_rows(data), desc="reading", unit="row", disable=None):
         place = f"{data}:{line}"
         parse_scorable(place, row, config.fields)
-        if config.best_of_n and row.get(judged) is None:
-            raise DataError(f"{place}: --best-of-n needs rows with responses; leave it out, or name them: --fields")
+        if config.best_of_n and row.get(list_field) is None:
+            raise DataError(f"{place}: --best-of-n needs rows with responses; omit it, or name the field by --fields")
         for name in ours:
             if name in row:
-                raise DataError(f"{place}: field {name!r} is there already, and would be overwritten; rename it")
+                raise DataError(f"{place}: field {name!r} exists already and would be overwritten; rename it")
         count += 1
-        shapes.add(row.get(judged) is not None)
+        shapes.add(row.get(list_field) is not None)
         if wants_schema and len(shapes) > 1:
             raise DataError(
-                f"{place}: has one response and rows before have several, or the other way round, and a column of "
-                "parquet holds a number or a list: use --format jsonl"
+                f"{place}: some rows have one response and others a list, and a Parquet column holds either numbers or "
+                "lists; use --format jsonl"
             )
         if not wants_schema:
             try:
                 json_line(row)
             except UnicodeEncodeError as error:
-                raise DataError(f"{place}: holds half of a surrogate pair, which is no text: {error}") from error
+                raise DataError(
+                    f"{place}: holds half of a surrogate pair, which is not text: {error}; fix or remove this row"
+                ) from error
             except ValueError as error:
                 raise DataError(f"{place}: cannot be written as JSON: {error}; use --format parquet") from error
         else:
-            chunk.append({name: value for name, value in row.items() if not (config.best_of_n and name == judged)})
+            chunk.append({name: value for name, value in row.items() if not (config.best_of_n and name == list_field)})
         if len(chunk) == ROWS_A_SCHEMA:
-            schema, chunk = learn(), []
-    return count, learn() if wants_schema else None
+            schema, chunk = merge_chunk(), []
+    return count, merge_chunk() if wants_schema else None
 
 
 def _schema_of_file(data: str, config: ScoreJobConfig) -> pa.Schema:
     with fsspec.open(data, "rb", compression="infer") as file:
         schema = parquet.read_schema(file)
-    judged = schema.get_field_index(config.fields.get("responses", "responses"))
-    return schema.remove(judged) if config.best_of_n and judged >= 0 else schema
+    list_field = schema.get_field_index(config.fields.get("responses", "responses"))
+    return schema.remove(list_field) if config.best_of_n and list_field >= 0 else schema
 
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
-    """Makes OUT this job's, or sees that it is.
+    """Claims OUT for this job, or checks that it belongs to this job.
 
     Raises:
-        ConfigError: It is another job's, or something else.
+        ConfigError: OUT belongs to another job, or holds other files.
     """
     path = out / JOB_NAME
     out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         if any(out.iterdir()):
-            raise ConfigError(f"{out}: is not empty, and holds no {JOB_NAME}: give a new directory")
+            raise ConfigError(f"{out}: is not empty and holds no {JOB_NAME}: give a new directory")
         write_text_atomically(path, json.dumps(job, indent=2) + "\n")
         return
     there = json.loads(path.read_text(encoding="utf-8"))
     for name, value in job.items():
         if there.get(name) != value:
             raise ConfigError(
-                f"{out}: was begun with another {name} ({there.get(name)!r}, now {value!r}): give a new directory, or "
-                "the same critic, data and options to go on"
+                f"{out}: was started with another {name} ({there.get(name)!r}, now {value!r}): give a new directory, "
+                "or resume with the same critic, data and options"
             )
-    for half_written in out.glob(".part-*"):
-        half_written.unlink()
+    for incomplete in out.glob(".part-*"):
+        incomplete.unlink()
 
 
-def _score_parts(missing: list[int], rows: int, work: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
+def _score_parts(missing: list[int], rows: int, job: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
     if not ray.is_initialized():
         init_ray(logging_level="WARNING")
-    to_do = sum(min(work.rows_per_part, rows - number * work.rows_per_part) for number in missing)
+    to_do = sum(min(job.rows_per_part, rows - number * job.rows_per_part) for number in missing)
     with tqdm(total=rows, initial=rows - to_do, desc="scoring", unit="row", disable=None) as bar:
         try:
-            for done in _run_chunks(missing, work, scorer, config):
+            for done in _run_chunks(missing, job, scorer, config):
                 if done["error"] is not None:
                     raise done["error"]
                 bar.update(done["rows"])
@@ -219,22 +223,22 @@ def _score_parts(missing: list[int], rows: int, work: ScoringJob, scorer: Scorer
             raise PlacementError(
                 f"{config.num_workers} scorers with {config.cpus_per_worker:g} CPU{' and a GPU' * config.use_gpu} each "
                 f"could not be placed within {config.start_timeout_s:g} s: the cluster has "
-                f"{ray.cluster_resources().get('CPU', 0):g} CPU and {ray.cluster_resources().get('GPU', 0):g} GPU. Ask "
-                "for fewer (--num-workers), let the autoscaler add nodes, or wait longer (--start-timeout-s)"
+                f"{ray.cluster_resources().get('CPU', 0):g} CPU and {ray.cluster_resources().get('GPU', 0):g} GPU. Use "
+                "fewer (--num-workers), let the autoscaler add nodes, or wait longer (--start-timeout-s)"
             ) from error
 
 
 def _run_chunks(
-    missing: list[int], work: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig
+    missing: list[int], job: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig
 ) -> Iterator[dict[str, Any]]:
-    """Hands the parts to an actor pool; yields what becomes of each, as it comes.
+    """Distributes the parts over an actor pool and yields the result of each as it arrives.
 
     Raises:
         GetTimeoutError: The pool could not be placed in time.
     """
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1  # a part may take long
+    context.execution_no_progress_timeout_s = -1  # a part may take a long time
     context.wait_for_min_actors_s = ceil(config.start_timeout_s)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     environment = {} if config.use_gpu else {"DS_ACCELERATOR": "cpu"}
@@ -244,7 +248,7 @@ def _run_chunks(
             ChunkScorer,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(missing))),
-            fn_constructor_args=(work, scorer, config.use_gpu),
+            fn_constructor_args=(job, scorer, config.use_gpu),
             num_cpus=config.cpus_per_worker,
             num_gpus=int(config.use_gpu),
             runtime_env={"env_vars": environment},
@@ -253,10 +257,10 @@ def _run_chunks(
             yield batch.to_dict("records")[0]
 
 
-def _summarise(work: ScoringJob, parts: int, version: str, seconds: float) -> dict[str, Any]:
+def _summarise(job: ScoringJob, parts: int, version: str, seconds: float) -> dict[str, Any]:
     rows, rewards, truncated = 0, [], 0
     for number in range(parts):
-        of_part = read_rewards(work.path(number))
+        of_part = read_rewards(job.path(number))
         rows += of_part[0]
         rewards += of_part[1]
         truncated += of_part[2]

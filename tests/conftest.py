@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def group_of(item: pytest.Item) -> str:
     """Returns the name of the tests that run in one process, one after another, with this one."""
     fixtures = getattr(item, "fixturenames", ())
-    for fixture in ("ranks", "ray_address"):  # `ranks` needs the other
+    for fixture in ("serve_port", "ranks", "ray_address"):  # the first two need the last
         if fixture in fixtures:
             return fixture
     return item.nodeid.partition("::")[0]

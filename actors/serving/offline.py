@@ -1,7 +1,7 @@
-"""What one worker of an offline scoring job does: reads a part of the data, scores it, writes it whole or not at all.
+"""Worker of an offline scoring job: reads parts of the data, scores them and writes each part atomically.
 
-A part is a range of rows. Each worker reads the source from its beginning once and skips what is not its own, so any
-source that can be read can be scored. Knows nothing of Ray Data, which hands the parts out (`jobs.score`).
+A part is a range of rows. Each worker reads the source from its start once and skips the rows of other workers, so any
+readable source can be scored. Knows nothing about Ray Data, which distributes the parts (`jobs.score`).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ PART_PATTERN = "part-{number:06d}.{format}"
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What is to be done; the same for every part.
+    """Description of a scoring job, the same for every part.
 
     Attributes:
-        data: The source.
-        fields: Our field names to theirs.
-        out: The directory of the parts.
-        format: Of the parts.
-        schema: Of the data's fields that the parts have too, where the format has one.
-        rows_per_part: Rows of a part.
-        best_of_n: Whether only the best of a row's responses is written.
+        data: Path, URI or hub id of the source.
+        fields: Names of fields in the data, by our names.
+        out: Directory of the parts.
+        format: File format of the parts.
+        schema: Schema of the data's fields that parts contain, for Parquet.
+        rows_per_part: Number of rows in a part.
+        best_of_n: Whether to write only the best of a row's responses.
     """
 
     data: str
@@ -50,45 +50,45 @@ class ScoringJob:
     best_of_n: bool
 
     def path(self, number: int) -> Path:
-        """Where a part is, once it is whole."""
+        """Returns the path of a part. The file exists once it is complete."""
         return Path(self.out) / PART_PATTERN.format(number=number, format=self.format)
 
 
 class ChunkScorer:
-    """One worker.
+    """Worker that scores parts of a job.
 
     Args:
-        work: What is to be done.
-        config: What its scorer serves.
-        use_gpu: Whether it has a GPU.
+        job: The scoring job.
+        config: Options of its scorer.
+        use_gpu: Whether to score on a GPU.
     """
 
-    def __init__(self, work: ScoringJob, config: ScorerConfig, use_gpu: bool) -> None:
-        self._work = work
+    def __init__(self, job: ScoringJob, config: ScorerConfig, use_gpu: bool) -> None:
+        self._job = job
         self._scorer = Scorer(config, use_gpu=use_gpu)
         self._rows: Iterator[tuple[int, Row]] = iter(())
         self._position: int | None = None
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Does the parts whose numbers are in ``part``; answers with their numbers, row counts and errors."""
+        """Scores the parts whose numbers are in ``part``. Returns their numbers, row counts and errors."""
         done: dict[str, list[Any]] = {"part": [], "rows": [], "error": []}
         for number in batch["part"].tolist():
             rows, error = 0, None
             try:
                 rows = self._score(int(number))
-            except CriticError as refused:  # as a value: Ray Data would log a traceback and wrap it twice
-                error = refused
+            except CriticError as raised:  # returned, because Ray Data would log a traceback and wrap the error twice
+                error = raised
             done["part"].append(number)
             done["rows"].append(rows)
             done["error"].append(error)
         return done
 
     def _score(self, number: int) -> int:
-        rows = self._take(number * self._work.rows_per_part, self._work.rows_per_part)
+        rows = self._take(number * self._job.rows_per_part, self._job.rows_per_part)
         items: list[Item] = []
         counts: list[int] = []
         for line, row in rows:
-            of_row = parse_scorable(f"{self._work.data}:{line}", row, self._work.fields)
+            of_row = parse_scorable(f"{self._job.data}:{line}", row, self._job.fields)
             items += of_row
             counts.append(len(of_row))
         ends = np.cumsum(counts)
@@ -98,17 +98,17 @@ class ChunkScorer:
             if error.item is None:
                 raise
             line, _ = rows[int(np.searchsorted(ends, error.item, side="right"))]
-            raise DataError(f"{self._work.data}:{line}: {error}") from error
+            raise DataError(f"{self._job.data}:{line}: {error}") from error
         scored = [
             self._scored_row(row, scores, int(end - count), int(end))
             for (_, row), count, end in zip(rows, counts, ends, strict=True)
         ]
-        write_part(self._work.path(number), scored, self._work.schema)
+        write_part(self._job.path(number), scored, self._job.schema)
         return len(rows)
 
     def _take(self, start: int, count: int) -> list[tuple[int, Row]]:
         if self._position is None or start < self._position:
-            self._rows, self._position = read_rows(self._work.data), 0
+            self._rows, self._position = read_rows(self._job.data), 0
         taken = []
         for numbered in self._rows:
             self._position += 1
@@ -119,40 +119,40 @@ class ChunkScorer:
         return taken
 
     def _scored_row(self, row: Row, scores: Scores, start: int, end: int) -> Row:
-        """A row with what was found: a number where it has one response, a list where it has ``responses``."""
-        named = self._work.fields.get("responses", "responses")
+        """Returns a row with its scores: a number for one response, a list for a list of ``responses``."""
+        list_field = self._job.fields.get("responses", "responses")
         scored = dict(row)
         index: int | slice = start
-        if row.get(named) is not None:
+        if row.get(list_field) is not None:
             index = slice(start, end)
-            if self._work.best_of_n:
+            if self._job.best_of_n:
                 best = int(scores.rewards_S[index].argmax())
-                scored[self._work.fields.get("response", "response")] = scored.pop(named)[best]
+                scored[self._job.fields.get("response", "response")] = scored.pop(list_field)[best]
                 index = start + best
-        found = {"truncated": scores.truncated_S, "reward": scores.rewards_S}
-        found |= {f"reward_{name}": value_S for name, value_S in scores.components.items()}
-        for name, value_S in found.items():
+        added = {"truncated": scores.truncated_S, "reward": scores.rewards_S}
+        added |= {f"reward_{name}": value_S for name, value_S in scores.components.items()}
+        for name, value_S in added.items():
             scored[name] = value_S[index].tolist()
         scored["model_version"] = scores.model_version
         return scored
 
 
 def added_fields(components: list[str]) -> tuple[str, ...]:
-    """The fields that a scored row has beside its own."""
+    """Returns the names of the fields that scoring adds to a row."""
     return ("reward", "truncated", "model_version", *(f"reward_{name}" for name in components))
 
 
 def schema_of(rows: list[Row]) -> pa.Schema:
-    """The fields that any of the rows has; pyarrow itself would look at the first row only."""
+    """Returns a schema with the fields of all rows; pyarrow alone would read only the first row."""
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
 
 
 def write_part(path: Path, rows: list[Row], schema: pa.Schema | None) -> None:
-    """Writes rows so that the file is there whole or not at all."""
+    """Writes rows to a file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     if path.suffix == ".parquet":
-        # Every part gets every field, with the type it has in all of the data, or readers could not join the parts.
+        # Every part has every field with its type in the whole data, because readers join the parts.
         known = schema or pa.schema([])
         added = [field for field in schema_of(rows) if field.name not in known.names]
         parquet.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*known, *added])), temporary)
@@ -162,11 +162,11 @@ def write_part(path: Path, rows: list[Row], schema: pa.Schema | None) -> None:
 
 
 def json_line(row: Row) -> str:
-    """A row as JSON.
+    """Converts a row to one line of JSON.
 
     Raises:
-        ValueError: It holds what JSON cannot, such as a date, bytes or NaN.
-        UnicodeEncodeError: It holds half of a surrogate pair, which no file of UTF-8 can.
+        ValueError: The row holds a value that JSON cannot hold, such as a date, bytes or NaN.
+        UnicodeEncodeError: The row holds half of a surrogate pair, which UTF-8 cannot encode.
     """
     try:
         line = json.dumps(row, ensure_ascii=False, allow_nan=False)
@@ -177,7 +177,7 @@ def json_line(row: Row) -> str:
 
 
 def read_rewards(path: Path) -> tuple[int, list[float], int]:
-    """Of a finished part: its rows, their rewards, and how many responses lost their beginning."""
+    """Reads a finished part. Returns the number of rows, the rewards and the number of truncated responses."""
     if path.suffix == ".parquet":
         rows = parquet.read_table(path, columns=["reward", "truncated"]).to_pylist()
     else:

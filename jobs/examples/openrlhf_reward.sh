@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# What to add to an OpenRLHF command so that its rewards come from a running pool: OpenRLHF 0.10 and later (before, the
-# option is --remote_rm_url); not run with OpenRLHF itself. In a cluster that runs already, workers do not see this
-# shell's variables: submit the command with ray job submit --runtime-env-json '{"env_vars": {"RLHF_CRITIC_URL": "..."}}'.
+# Runs OpenRLHF (0.10 or later) with rewards from a running pool of scorers. All arguments go to OpenRLHF.
+# Before 0.10, the option is --remote_rm_url.
+
+# 1. Address of the pool. In a Ray cluster that already runs, workers do not see this variable. Submit the command with
+#    ray job submit --runtime-env-json '{"env_vars": {"RLHF_CRITIC_URL": "..."}}' instead.
 export RLHF_CRITIC_URL="${RLHF_CRITIC_URL:-http://127.0.0.1:8000}"
+
+# 2. Path of the reward file in the installed package.
 file=$(python -c 'import rlhf_critic.integrations.openrlhf as module; print(module.__file__)')
+
+# 3. Train.
 python -m openrlhf.cli.train_ppo_ray --reward.remote_url "$file" "$@"

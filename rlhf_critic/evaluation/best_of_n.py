@@ -1,8 +1,8 @@
-"""Best-of-n data: does the highest reward go to a right response? Rows, their encoding and the score.
+"""Best-of-n evaluation: reading, encoding and scoring rows with correct and incorrect responses.
 
-A row is ``prompt`` with the lists ``chosen`` (right responses) and ``rejected`` (wrong ones), as in RewardBench 2
-(Malik et al., 2025), or ``prompt``, ``responses`` and ``best``, the index (from 0) of the right one; optionally ``id``
-and ``subset``. Knows nothing of models.
+A row has ``prompt`` and the lists ``chosen`` (correct responses) and ``rejected`` (incorrect ones), as in RewardBench 2
+(Malik et al., 2025). Or it has ``prompt``, ``responses`` and ``best``, the index (from 0) of the correct response.
+``id`` and ``subset`` are optional. Knows nothing about models.
 
 Shape legend: N rows, Q pairs of a reference and a tied prompt.
 """
@@ -26,11 +26,11 @@ from rlhf_critic.errors import DataError, EncodingError, NonFiniteRewardError
 from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, bootstrap_mean, bootstrap_statistic
 from rlhf_critic.evaluation.preferences import rows_of_subsets
 
-PAIRED_ID = re.compile(r"(ref|tied):(.+)")  # RewardBench 2's ids of its Ties subset
+PAIRED_ID = re.compile(r"(ref|tied):(.+)")  # ids of RewardBench 2's Ties subset
 
 
 class BestOfNRow(BaseModel):
-    """The fields that are read; others are left alone."""
+    """Fields of a row that are read. Other fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     prompt: StrictStr | Turns
@@ -44,15 +44,15 @@ class BestOfNRow(BaseModel):
 
 @dataclass(frozen=True)
 class BestOfN:
-    """A prompt, its right responses and its wrong ones.
+    """A prompt with its correct and incorrect responses.
 
     Attributes:
-        origin: Where it comes from, as ``file:line``.
-        sequences: Token ids of the responses with the prompt, the right ones first.
-        right: How many are right; at least one, and at least one is not.
-        truncated: Whether one of them lost its beginning to the length limit.
-        subset: A tag to report by; empty where there is none.
-        id: RewardBench 2's, which pairs rows of its Ties subset; empty where there is none.
+        origin: Location of the row, as ``file:line``.
+        sequences: Token ids of each response with the prompt, the correct ones first.
+        right: Number of correct responses. At least one is correct and at least one is not.
+        truncated: Whether a sequence was truncated from the left to the length limit.
+        subset: Tag to report by, or empty.
+        id: Id that pairs rows of RewardBench 2's Ties subset, or empty.
     """
 
     origin: str
@@ -77,21 +77,21 @@ class SubsetBestOfN:
 class TiesScore:
     """RewardBench 2's score of its Ties subset, and its parts.
 
-    Each prompt that has several equally right responses (``tied``) goes with a similar one that has one
-    (``ref``). The gap of a prompt is the reward of its worst right response less that of its best wrong one, its spread
-    the reward of its best right response less that of its worst right one. As in ``process_single_model`` of
-    ``rewardbench/utils.py`` (github.com/allenai/reward-bench)::
+    A prompt with several equally correct responses (``tied``) is paired with a similar prompt that has one (``ref``).
+    The gap of a prompt is the lowest reward of its correct responses minus the highest of its incorrect ones. The
+    spread is the highest minus the lowest reward of its correct responses. The formula is that of
+    ``process_single_model`` in ``rewardbench/utils.py`` (github.com/allenai/reward-bench)::
 
         score = 0.3 tied_accuracy + 0.3 ref_accuracy + 0.2 preferred + 0.2 preferred_hard + 0.01 margin
 
     Attributes:
-        pairs: How many prompts have both rows.
-        score: The sum above; about 0 to 1 (the last term may take it just outside).
+        pairs: Number of prompts with both rows.
+        score: The sum above, about 0 to 1. The last term may take it slightly outside.
         tied_accuracy: Share of tied rows with a positive gap.
-        ref_accuracy: The same of reference rows.
+        ref_accuracy: Share of reference rows with a positive gap.
         preferred: Share of pairs whose tied gap is larger than the tied spread.
-        preferred_hard: Share of pairs of which both gaps are.
-        margin: Mean of ``tanh(smaller gap / spread - 1)``; 0 where both are 0.
+        preferred_hard: Share of pairs whose tied and reference gaps are both larger than the tied spread.
+        margin: Mean of ``tanh(smaller gap / spread - 1)``; 0 if both are 0.
     """
 
     pairs: int
@@ -105,20 +105,19 @@ class TiesScore:
 
 @dataclass(frozen=True)
 class BestOfNEvaluation:
-    """How often the highest reward goes to a right response.
+    """Figures of a best-of-n evaluation.
 
     Attributes:
-        rows: How many were judged.
-        accuracy: Share of rows whose highest reward belongs to a right response; responses that tie for it share the
-            credit.
-        chance: What rewards drawn at random would reach: the mean share of right responses.
-        responses: Mean number of responses of a row.
-        all_right_above_wrong: Of the rows with several right responses, the share in which each has a higher reward
-            than every wrong one; None without such rows.
-        ties: RewardBench 2's score of its Ties subset; None where no ids pair rows.
-        subsets: Figures of each subset, the largest first; none where no row has a tag.
+        rows: Number of rows.
+        accuracy: Share of rows whose highest reward belongs to a correct response. Tied responses share the credit.
+        chance: Accuracy of random rewards: the mean share of correct responses.
+        responses: Mean number of responses per row.
+        all_right_above_wrong: Share of the rows with several correct responses in which all of these have higher
+            rewards than every incorrect one; None without such rows.
+        ties: RewardBench 2's score of its Ties subset; None if no ids pair rows.
+        subsets: Figures of each subset, the largest first; empty if no row has a tag.
         reward_mean: Mean of all rewards.
-        reward_std: Their standard deviation.
+        reward_std: Standard deviation of all rewards.
     """
 
     rows: int
@@ -132,12 +131,12 @@ class BestOfNEvaluation:
     reward_std: float
 
     def to_dict(self) -> dict[str, object]:
-        """As nested plain values, for JSON."""
+        """Converts to nested plain values, for JSON."""
         return asdict(self)
 
 
 def is_best_of_n(row: Mapping[str, Any]) -> bool:
-    """Whether a row is meant as best-of-n, and not as a preference (whose lists hold turns, not texts)."""
+    """Returns whether a row has the best-of-n format. In preferences, lists hold turns instead of texts."""
     chosen = row.get("chosen")
     texts = isinstance(chosen, list | tuple) and all(isinstance(response, str) for response in chosen)
     return texts or (chosen is None and row.get("responses") is not None)
@@ -147,11 +146,11 @@ def load_best_of_n(source: str, encoder: Encoder) -> list[BestOfN]:
     """Reads and encodes best-of-n rows.
 
     Args:
-        source: See `rlhf_critic.data.sources`.
-        encoder: Decides the ids.
+        source: Path, URI or hub id; see `rlhf_critic.data.sources`.
+        encoder: Encoder of the critic.
 
     Raises:
-        DataError: See `rlhf_critic.data.sources.read_rows`; or a row lacks a field or cannot be encoded.
+        DataError: See `rlhf_critic.data.sources.read_rows`. Or a row lacks a field or cannot be encoded.
     """
     return [_encode(f"{source}:{number}", row, encoder) for number, row in read_rows(source)]
 
@@ -161,8 +160,8 @@ def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN
     if row.best is not None and row.responses:
         if not 0 <= row.best < len(row.responses):
             raise DataError(
-                f"{origin}: field 'best': {row.best} is not the index of one of {len(row.responses)} responses, which "
-                "count from 0; mend this row"
+                f"{origin}: field 'best': {row.best} is not an index of the {len(row.responses)} responses, counted "
+                "from 0; fix or remove this row"
             )
         order = [row.best, *(index for index in range(len(row.responses)) if index != row.best)]
         right, named = 1, [(f"responses.{index}", row.responses[index]) for index in order]
@@ -170,10 +169,15 @@ def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN
         right = len(row.chosen)
         named = [(f"{side}.{i}", text) for side in ("chosen", "rejected") for i, text in enumerate(getattr(row, side))]
     else:
-        raise DataError(f"{origin}: needs the lists 'chosen' and 'rejected', or the list 'responses' and 'best'")
+        raise DataError(
+            f"{origin}: needs the lists 'chosen' and 'rejected', or the list 'responses' and 'best'; fix or remove "
+            "this row"
+        )
     paired = PAIRED_ID.fullmatch(str(row.id))
     if paired and paired[1] == "tied" and right == 1:
-        raise DataError(f"{origin}: field 'id': {row.id!r} needs at least two right responses in 'chosen'")
+        raise DataError(
+            f"{origin}: field 'id': {row.id!r} needs at least two responses in 'chosen'; fix or remove this row"
+        )
     prompt = to_prompt(row.prompt)
     encoded = []
     for field, text in named:
@@ -195,9 +199,9 @@ def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray, seed: int =
     """Compares rewards within each row.
 
     Args:
-        rows: At least one.
-        rewards: Of all sequences of all rows, in their order.
-        seed: Of the bootstrap.
+        rows: Rows; at least one.
+        rewards: Rewards of all sequences of all rows, in order.
+        seed: Seed of the bootstrap.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.
@@ -205,7 +209,7 @@ def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray, seed: int =
     by_row = split_rewards(rows, rewards)
     for row, (right, wrong) in zip(rows, by_row, strict=True):
         if not np.isfinite([*right, *wrong]).all():
-            raise NonFiniteRewardError(f"{row.origin}: a reward is not finite; this critic cannot be used")
+            raise NonFiniteRewardError(f"{row.origin}: a reward is NaN or infinite; use another critic")
     credit_N = np.array([_credit(right, wrong) for right, wrong in by_row])
     chance_N = np.array([len(right) / (len(right) + len(wrong)) for right, wrong in by_row])
     several = [float(right.min() > wrong.max()) for right, wrong in by_row if len(right) > 1]
@@ -227,7 +231,7 @@ def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray, seed: int =
 
 
 def split_rewards(rows: Sequence[BestOfN], rewards: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
-    """The rewards of the right and of the wrong responses of each row."""
+    """Splits rewards by row into those of the correct and of the incorrect responses."""
     ends = np.cumsum([len(row.sequences) for row in rows])
     return [
         (of_row[: row.right], of_row[row.right :])
@@ -257,7 +261,7 @@ def _ties_score(
     pairs = gaps["ref"].keys() & gaps["tied"].keys()
     if not pairs:
         return None
-    # A prompt that lacks one of its rows is NaN there, and counts in the accuracy of the other only.
+    # A missing row of a prompt is NaN here; the prompt counts in the accuracy of its other row only.
     ref_Q = np.array([gaps["ref"].get(prompt, np.nan) for prompt in prompts])
     tied_Q = np.array([gaps["tied"].get(prompt, np.nan) for prompt in prompts])
     spread_Q = np.array([spreads.get(prompt, np.nan) for prompt in prompts])

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals. Knows only numbers.
+"""Bootstrap confidence intervals of means and other statistics. Knows only numbers.
 
 Shape legend: P samples, B bootstrap resamples.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 BOOTSTRAP_RESAMPLES = 2000
-BOOTSTRAP_CHUNK = 100  # resamples drawn at a time, so that memory stays at 100 x P numbers
+BOOTSTRAP_CHUNK = 100  # resamples at a time, so memory is bounded by 100 x P numbers
 CONFIDENCE = 0.95
 
 
@@ -30,12 +30,12 @@ class BootstrapEstimate:
 
 
 def wins(difference_P: FloatArray) -> FloatArray:
-    """1 where positive, 0 where negative, 0.5 at a tie."""
+    """Returns 1 for positive, 0 for negative and 0.5 for zero differences."""
     return (np.sign(difference_P) + 1.0) / 2.0
 
 
 def bootstrap_mean(sample_P: FloatArray, seed: int = 0) -> BootstrapEstimate:
-    """The mean of a sample and its percentile-bootstrap interval."""
+    """Computes the mean of a sample and its percentile-bootstrap interval."""
     rng = np.random.default_rng(seed)
     means_B = np.concatenate(
         [
@@ -47,12 +47,12 @@ def bootstrap_mean(sample_P: FloatArray, seed: int = 0) -> BootstrapEstimate:
 
 
 def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int, seed: int = 0) -> BootstrapEstimate:
-    """A statistic of a sample and its percentile-bootstrap interval, where it is more than a mean.
+    """Computes any statistic of a sample and its percentile-bootstrap interval.
 
     Args:
-        statistic: Of the rows that it is given; each resample asks it once.
-        size: Rows of the sample.
-        seed: Of the resamples.
+        statistic: Function of row indices; called once per resample.
+        size: Number of rows in the sample.
+        seed: Seed of the resampling.
     """
     rng = np.random.default_rng(seed)
     values_B = np.array([statistic(rng.integers(0, size, size)) for _ in range(BOOTSTRAP_RESAMPLES)])

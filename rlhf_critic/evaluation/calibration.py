@@ -1,9 +1,9 @@
-"""Whether ``sigmoid(margin)`` is the probability that it claims to be. Knows only numbers.
+"""Calibration of ``sigmoid(margin)`` as the probability that the chosen side wins. Knows only numbers.
 
-A preference read the other way round is a loss at ``1 - p`` where it was a win at ``p``, so both readings say the same.
-Each preference is therefore counted once, by its confidence ``max(p, 1 - p)`` in the side that the critic prefers, and
-is right where that side was chosen. That is the expected calibration error of Guo et al., "On Calibration of Modern
-Neural Networks" (2017), for two classes; over ``p`` in mirrored bins, both readings together, the sum is the same.
+A win at ``p`` and a loss at ``1 - p`` are the same preference with its sides swapped. Each preference is therefore
+counted once, by its confidence ``max(p, 1 - p)`` in the side that the critic prefers. It is correct if that side was
+chosen. This is the expected calibration error of Guo et al., "On Calibration of Modern Neural Networks" (2017), for
+two classes. Counting both readings in mirrored bins over ``p`` gives the same sum.
 
 Shape legend: P preferences, K bins.
 """
@@ -17,20 +17,20 @@ import numpy as np
 from rlhf_critic.evaluation.bootstrap import FloatArray, wins
 
 BINS = 10  # of equal width over confidences from 0.5 to 1
-CHANCE_DRAWS = 1000
+CHANCE_SAMPLES = 1000
 BISECTIONS = 60
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The preferences whose confidence is in ``[low, high)``; the last bin includes 1.
+    """Preferences whose confidence is in ``[low, high)``. The last bin includes 1.
 
     Attributes:
-        low: Its lower edge.
-        high: Its upper edge.
-        preferences: How many there are; at least one.
+        low: Lower edge.
+        high: Upper edge.
+        preferences: Number of preferences; at least one.
         confidence: Mean confidence in the preferred side.
-        accuracy: Share in which that side was chosen, a tie half.
+        accuracy: Share in which that side was chosen; a tie counts half.
     """
 
     low: float
@@ -42,14 +42,14 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How far confidences are from accuracies.
+    """Distance between confidences and accuracies.
 
     Attributes:
         error: Expected calibration error: the mean over preferences of their bin's ``|accuracy - confidence|``.
-        error_by_chance: What a perfectly calibrated critic with these confidences would show on average, because a bin
-            of few preferences is off by luck alone.
+        error_by_chance: Mean error of a perfectly calibrated critic with these confidences. It is above zero, because
+            small bins deviate by chance.
         log_loss: Mean Bradley-Terry negative log-likelihood, in nats.
-        bins: Those that are not empty.
+        bins: Bins that are not empty.
     """
 
     error: float
@@ -60,14 +60,14 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Reliability as it is, and with the margins divided by a temperature.
+    """Reliability before and after temperature scaling of the margins.
 
     Attributes:
-        raw: Of ``sigmoid(margin)``.
-        temperature: The most likely one, fitted to these very preferences (Guo et al., 2017); above 1 the critic is too
-            sure of itself. None where there is none: every margin has the right sign (the smaller the better), or the
-            mean margin is not positive (the larger the better).
-        scaled: Of ``sigmoid(margin / temperature)``; None without a temperature.
+        raw: Reliability of ``sigmoid(margin)``.
+        temperature: Maximum-likelihood temperature of these preferences (Guo et al., 2017); above 1 the critic is
+            overconfident. None if no finite positive one exists: every margin is positive (the optimum is 0), or the
+            mean margin is not positive (the optimum is infinite).
+        scaled: Reliability of ``sigmoid(margin / temperature)``; None without a temperature.
     """
 
     raw: Reliability
@@ -76,11 +76,11 @@ class Calibration:
 
 
 def calibrate(margin_P: FloatArray, seed: int = 0) -> Calibration:
-    """Measures calibration, fits a temperature and measures again.
+    """Measures calibration before and after temperature scaling.
 
     Args:
-        margin_P: Chosen minus rejected reward; at least one.
-        seed: Of the draws behind ``error_by_chance``.
+        margin_P: Chosen minus rejected rewards; at least one.
+        seed: Seed of the sampling behind ``error_by_chance``.
     """
     temperature = fit_temperature(margin_P)
     return Calibration(
@@ -91,7 +91,7 @@ def calibrate(margin_P: FloatArray, seed: int = 0) -> Calibration:
 
 
 def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
-    """The expected calibration error of ``sigmoid(margin)``, and what it is made of."""
+    """Computes the expected calibration error of ``sigmoid(margin)`` and its bins."""
     confidence_P = 1.0 / (1.0 + np.exp(-np.abs(margin_P)))
     bin_P = np.minimum(((confidence_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
     right_P = wins(margin_P)
@@ -102,7 +102,7 @@ def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
     rng = np.random.default_rng(seed)
     errors_by_chance = [
         np.abs(np.bincount(bin_P, rng.random(len(bin_P)) < confidence_P, BINS) - confidence_K).sum() / len(bin_P)
-        for _ in range(CHANCE_DRAWS)
+        for _ in range(CHANCE_SAMPLES)
     ]
     return Reliability(
         error=float(np.abs(right_K - confidence_K).sum() / len(bin_P)),
@@ -122,18 +122,18 @@ def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
 
 
 def fit_temperature(margin_P: FloatArray) -> float | None:
-    """The temperature at which the preferences are most likely under ``sigmoid(margin / temperature)``.
+    """Computes the maximum-likelihood temperature of the preferences under ``sigmoid(margin / temperature)``.
 
-    The log-loss is convex in the inverse temperature, so its slope there has one root, which is bisected.
+    The log-loss is convex in the inverse temperature, so its slope has one root. Bisection finds it.
 
     Returns:
-        None where no finite positive temperature is the most likely.
+        The temperature, or None if no finite positive temperature is optimal.
     """
     if margin_P.mean() <= 0 or margin_P.min() >= 0:
         return None
 
     def slope(inverse: float) -> float:
-        # sigmoid(-x) by tanh, which does not overflow
+        # tanh gives sigmoid(-x) without overflow
         return float(-(margin_P * (1.0 - np.tanh(inverse * margin_P / 2)) / 2).mean())
 
     low, high = 0.0, 1.0 / float(np.abs(margin_P).max())

@@ -1,7 +1,7 @@
-"""Plots of an evaluation as inline SVG that takes its colours from the page, and of a PPO run as a PNG file.
+"""Plots of an evaluation as inline SVG with the colours of the page, and of a PPO run as a PNG file.
 
-The colours given to matplotlib are placeholders: in SVG they become CSS variables, so that one drawing is right on a
-light page and on a dark one; in a file they become those of `PRINTED`. Knows only numbers.
+The colours given to matplotlib are placeholders. In SVG they become CSS variables, so one drawing suits light and dark
+pages. In PNG they become the colours of `PRINTED`. Knows only numbers.
 
 Shape legend: P preferences, S responses.
 """
@@ -27,8 +27,8 @@ from rlhf_critic.evaluation.calibration import Reliability
 INK, MUTED, GRID, FIRST, SECOND, PAPER = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FIRST: "first", SECOND: "second", PAPER: "paper"}
 STYLE = {
-    "svg.hashsalt": "rlhf_critic",  # the same ids in every run
-    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the font of the page
+    "svg.hashsalt": "rlhf_critic",  # makes ids the same in every run
+    "svg.fonttype": "none",  # keeps text selectable, searchable and in the font of the page
     "font.family": "sans-serif",
     "font.size": 11,
     "text.color": INK,
@@ -47,22 +47,22 @@ STYLE = {
     "legend.fontsize": 10,
 }
 SIZE_INCHES = (5.6, 3.7)
-MOST_POINTS = 1500  # of a scatter plot: beyond these, points hide each other and the page grows
+MAX_POINTS = 1500  # of a scatter plot; more points would hide each other and enlarge the page
 HISTOGRAM_BINS = 40
-TRENDS = 12  # stretches of length with as many responses each
+TREND_BINS = 12  # ranges of length with equal numbers of responses
 
 
 @mpl.rc_context(STYLE)
 def reliability_svg(raw: Reliability, scaled: Reliability | None) -> str:
-    """How often the preferred side was chosen, by confidence; the diagonal is perfect calibration."""
-    figure, axes = _figure("confidence in the preferred side", "how often it was chosen")
-    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfectly calibrated")
-    for colour, label, one in ((FIRST, "as it is", raw), (SECOND, "with the fitted temperature", scaled)):
+    """Draws how often the preferred side was chosen, by confidence. The diagonal is perfect calibration."""
+    figure, axes = _figure("confidence in the preferred side", "share in which it was chosen")
+    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration")
+    for colour, label, one in ((FIRST, "raw", raw), (SECOND, "temperature-scaled", scaled)):
         if one is not None:
-            most = max(a_bin.preferences for a_bin in one.bins)
+            largest = max(a_bin.preferences for a_bin in one.bins)
             confidences, accuracies = ([getattr(b, name) for b in one.bins] for name in ("confidence", "accuracy"))
             axes.plot(confidences, accuracies, color=colour, linewidth=1.6, label=label)
-            sizes = [12 + 100 * a_bin.preferences / most for a_bin in one.bins]
+            sizes = [12 + 100 * a_bin.preferences / largest for a_bin in one.bins]
             axes.scatter(confidences, accuracies, sizes, color=colour, alpha=0.75, linewidths=0, zorder=3)
     axes.set_xlim(0.49, 1.01)
     axes.set_ylim(-0.03, 1.03)
@@ -72,13 +72,13 @@ def reliability_svg(raw: Reliability, scaled: Reliability | None) -> str:
 
 @mpl.rc_context(STYLE)
 def histogram_svg(values_P: FloatArray, label: str) -> str:
-    """A histogram of differences; those below zero are wrong."""
+    """Draws a histogram of differences. Negative differences are errors of the critic."""
     figure, axes = _figure(label, "count")
     width = max(np.ptp(np.append(values_P, 0.0)) / HISTOGRAM_BINS, np.finfo(np.float64).tiny)
-    # Zero is an edge, so that no bar is both right and wrong.
+    # Zero is an edge, so no bar mixes correct and wrong.
     first, last = np.floor(values_P.min() / width), np.floor(values_P.max() / width) + 1
     edges = (np.arange(first, last + 1) * width).tolist()
-    axes.hist(values_P[values_P >= 0], edges, color=FIRST, label="right")
+    axes.hist(values_P[values_P >= 0], edges, color=FIRST, label="correct")
     axes.hist(values_P[values_P < 0], edges, color=SECOND, label="wrong")
     axes.axvline(0, color=INK, linewidth=1)
     axes.legend(loc="best")
@@ -87,16 +87,16 @@ def histogram_svg(values_P: FloatArray, label: str) -> str:
 
 @mpl.rc_context(STYLE)
 def length_svg(rewards_P2: FloatArray, lengths_P2: NDArray[np.int64]) -> str:
-    """Reward against length: responses, and the median along lengths of both sides together."""
-    figure, axes = _figure("tokens, prompt included (log scale)", "reward")
-    shown = np.random.default_rng(0).permutation(len(rewards_P2))[: MOST_POINTS // 2]
+    """Draws the reward of responses against their length, and the median reward by length over both sides."""
+    figure, axes = _figure("tokens of prompt and response (log scale)", "reward")
+    shown = np.random.default_rng(0).permutation(len(rewards_P2))[: MAX_POINTS // 2]
     for side, colour, label in ((1, SECOND, "rejected"), (0, FIRST, "chosen")):
         axes.scatter(
             lengths_P2[shown, side], rewards_P2[shown, side], 9, color=colour, alpha=0.45, linewidths=0, label=label
         )
     order = lengths_P2.ravel().argsort(kind="stable")
-    stretches = [part for part in np.array_split(order, TRENDS) if len(part)]
-    trend = [(np.median(lengths_P2.ravel()[part]), np.median(rewards_P2.ravel()[part])) for part in stretches]
+    ranges = [part for part in np.array_split(order, TREND_BINS) if len(part)]
+    trend = [(np.median(lengths_P2.ravel()[part]), np.median(rewards_P2.ravel()[part])) for part in ranges]
     axes.plot(*zip(*trend, strict=True), color=INK, linewidth=1.8, label="median")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(mpl.ticker.LogLocator(10, subs=(1, 2, 5)))
@@ -117,7 +117,7 @@ def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _inline(figure: Figure) -> str:
-    """The ``<svg>`` element alone, without a size of its own and with the colours of the page."""
+    """Returns only the ``<svg>`` element, without a fixed size and with the colours of the page."""
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = drawn.getvalue()
@@ -135,11 +135,11 @@ PRINTED = {INK: "#1b1b1f", MUTED: "#5c5c66", GRID: "#d9d9e0", FIRST: "#1f6fb2", 
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws how a PPO run went, by iteration: reward (also on held-out prompts), KL, value loss, explained variance.
+    """Draws reward, KL, value loss and explained variance of a PPO run by iteration, also on held-out prompts.
 
     Args:
-        records: Of the run's ``metrics.jsonl``.
-        path: A PNG file.
+        records: Records of the run's ``metrics.jsonl``.
+        path: PNG file to write.
     """
     style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
     with mpl.rc_context(style):
@@ -148,8 +148,8 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             for kind, colour, marker in (("train", PRINTED[FIRST], None), ("validation", PRINTED[SECOND], "o")):
                 points = [(one["step"], one[name]) for one in records if one["kind"] == kind and name in one]
                 if points:
-                    what = "held-out prompts" if kind == "validation" else "rollouts"
-                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.8, label=what)
+                    prompts = "held-out prompts" if kind == "validation" else "rollouts"
+                    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.8, label=prompts)
             axes.set_xlabel("iteration")
             axes.set_ylabel(label)
             axes.tick_params(length=0)

@@ -1,4 +1,4 @@
-"""How well rewards agree with preferences, with confidence intervals. Knows only numbers: rewards and lengths.
+"""Agreement of rewards with preferences, with confidence intervals. Knows only numbers: rewards and lengths.
 
 Shape legend: P preferences.
 """
@@ -22,10 +22,10 @@ class SubsetAccuracy:
     """Agreement on the preferences of one subset.
 
     Attributes:
-        name: Its tag; empty for preferences without one.
-        preferences: How many were judged.
-        accuracy: See `Evaluation`.
-        length_baseline: See `Evaluation`.
+        name: Tag of the subset; empty for preferences without one.
+        preferences: Number of preferences.
+        accuracy: Accuracy as in `Evaluation`.
+        length_baseline: Length baseline as in `Evaluation`.
     """
 
     name: str
@@ -39,18 +39,18 @@ class Evaluation:
     """Agreement of rewards with preferences.
 
     Attributes:
-        preferences: How many were judged.
+        preferences: Number of preferences.
         accuracy: Share in which the chosen side has the higher reward; a tie counts half.
         margin: Mean of chosen minus rejected reward.
-        log_loss: Mean Bradley-Terry negative log-likelihood, in nats; ln 2 is a coin.
-        length_controlled_accuracy: Accuracy if both sides were equally long; see `rlhf_critic.evaluation.length_control`, also for
-            when it is None.
+        log_loss: Mean Bradley-Terry negative log-likelihood, in nats; guessing gives ln 2.
+        length_controlled_accuracy: Accuracy if both sides were equally long, or None; see
+            `rlhf_critic.evaluation.length_control`.
         length_baseline: Accuracy of "the longer side wins" (in tokens); a tie counts half.
-        accuracy_where_shorter_wins: Accuracy over the preferences whose chosen side is the shorter; None without any.
+        accuracy_where_shorter_wins: Accuracy over preferences whose chosen side is shorter; None if there are none.
         reward_mean: Mean of all rewards.
-        reward_std: Their standard deviation.
-        calibration: Whether ``sigmoid(margin)`` is a probability; see `rlhf_critic.evaluation.calibration`.
-        subsets: Figures of each subset, the largest first; none where no preference has a tag.
+        reward_std: Standard deviation of all rewards.
+        calibration: Calibration of ``sigmoid(margin)``; see `rlhf_critic.evaluation.calibration`.
+        subsets: Figures of each subset, the largest first; empty if no preference has a tag.
     """
 
     preferences: int
@@ -66,7 +66,7 @@ class Evaluation:
     subsets: tuple[SubsetAccuracy, ...]
 
     def to_dict(self) -> dict[str, object]:
-        """As nested plain values, for JSON."""
+        """Converts to nested plain values, for JSON."""
         return asdict(self)
 
 
@@ -80,11 +80,11 @@ def evaluate_rewards(
     """Compares the rewards of chosen and rejected sides.
 
     Args:
-        chosen_rewards: ``[P]``.
-        rejected_rewards: ``[P]``.
+        chosen_rewards: Rewards of the chosen sides ``[P]``.
+        rejected_rewards: Rewards of the rejected sides ``[P]``.
         lengths_P2: Tokens of the chosen and the rejected side.
-        seed: Of the bootstrap.
-        subsets_P: The tag of each preference, empty where it has none; None where none has one.
+        seed: Seed of the bootstrap.
+        subsets_P: Tag of each preference, or empty; None if no preference has a tag.
 
     Raises:
         ValueError: Shapes differ, or there is no preference.
@@ -96,8 +96,8 @@ def evaluate_rewards(
     bad_rows = np.flatnonzero(~np.isfinite(rewards_P2).all(axis=1))
     if len(bad_rows):
         raise NonFiniteRewardError(
-            f"{len(bad_rows)} of {len(rewards_P2)} preferences have a reward that is not finite, the first is number "
-            f"{bad_rows[0] + 1}; this critic cannot be used"
+            f"{len(bad_rows)} of {len(rewards_P2)} preferences have a reward that is NaN or infinite; the first is "
+            f"number {bad_rows[0] + 1}; use another critic"
         )
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     longer_P = (lengths_P2[:, 0] - lengths_P2[:, 1]).astype(np.float64)
@@ -126,7 +126,7 @@ def evaluate_rewards(
 
 
 def rows_of_subsets(subsets_P: NDArray[np.str_]) -> list[tuple[str, NDArray[np.int64]]]:
-    """The rows of each subset, the largest subset first; nothing where no row has a tag."""
+    """Returns the rows of each subset, the largest first, or an empty list if no row has a tag."""
     names = np.unique(subsets_P)
     if not any(names):
         return []

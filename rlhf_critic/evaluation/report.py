@@ -1,7 +1,7 @@
-"""The report of an evaluation: its figures in words, ``metrics.json`` and one self-contained HTML page.
+"""Report of an evaluation: figures with explanations, ``metrics.json`` and one self-contained HTML page.
 
-The page brings its own style and plots, asks nothing of any server and runs no script. Jinja escapes every text, and
-the plots, which are not escaped, hold no text from data. Knows nothing of models.
+The page contains its style and plots, loads nothing from a server and runs no script. Jinja escapes every text. The
+plots are not escaped and hold no text from data. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from rlhf_critic.files import write_text_atomically
 
 REPORT_JSON = "metrics.json"
 PAGE_NAME = "report.html"
-MOST_WRONG = 8  # preferences shown as text
-MOST_CHARACTERS = 4000  # of one text
+MAX_WRONG_EXAMPLES = 8
+MAX_CHARACTERS = 4000  # of one text
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure as people read it.
+    """A measure in human-readable form.
 
     Attributes:
-        name: What is measured.
-        value: The number with its interval, or why there is none.
-        meaning: What it is, and what to hold it against.
+        name: Name of the measure.
+        value: Number with its interval, or the reason why there is none.
+        meaning: Definition, and a value to compare with.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Bar:
-    """The accuracy of a subset, beside what would be reached without reading."""
+    """Accuracy of a subset, and a baseline that ignores the texts."""
 
     name: str
     count: int
@@ -55,7 +55,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Plot:
-    """An inline SVG with what it shows; the SVG must hold no text from data."""
+    """An inline SVG with title and caption. The SVG must hold no text from data."""
 
     title: str
     caption: str
@@ -64,11 +64,11 @@ class Plot:
 
 @dataclass(frozen=True)
 class HighlightedText:
-    """A text in pieces, with special tokens told apart from text that looks like them.
+    """A text in pieces that distinguish special tokens from text that looks like them.
 
     Attributes:
-        label: Whose it is.
-        pieces: Texts, each with whether it is a special token.
+        label: Heading of the text.
+        pieces: Pairs of a text and whether it is a special token.
     """
 
     label: str
@@ -77,13 +77,13 @@ class HighlightedText:
 
 @dataclass(frozen=True)
 class WrongExample:
-    """A judgement that the critic missed.
+    """A row that the critic scored wrongly.
 
     Attributes:
-        origin: Where it comes from, as ``file:line``.
-        note: By how much it was missed.
-        shared: What the texts begin with.
-        texts: How each goes on.
+        origin: Location of the row, as ``file:line``.
+        note: Size of the error.
+        shared: Shared prefix of the texts.
+        texts: Rest of each text after the prefix.
     """
 
     origin: str
@@ -94,16 +94,16 @@ class WrongExample:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on the page.
+    """Content of the page.
 
     Attributes:
-        critic: Which critic was evaluated.
-        source: What was read.
-        figures: The first is shown large.
-        baseline_name: What the baseline of the bars is.
-        bars: Accuracy by subset; none hides the section.
-        plots: In their order.
-        wrong: The worst first.
+        critic: Version of the evaluated critic.
+        source: Description of the data.
+        figures: Figures in order; the first three are shown large.
+        baseline_name: Name of the bars' baseline.
+        bars: Accuracy by subset; if empty, the section is omitted.
+        plots: Plots in order.
+        wrong: Wrong examples, the worst first.
     """
 
     critic: str
@@ -116,66 +116,66 @@ class Page:
 
 
 def preference_figures(evaluation: Evaluation) -> list[Figure]:
-    """The figures of an evaluation on preferences."""
+    """Returns the figures of an evaluation on preferences."""
     shorter = evaluation.accuracy_where_shorter_wins
     controlled = evaluation.length_controlled_accuracy
     return [
-        Figure("accuracy", str(evaluation.accuracy), "chosen side scored higher; a tie counts half, a coin has 0.5"),
-        Figure("longer text wins", str(evaluation.length_baseline), "what counting tokens alone would reach"),
+        Figure("accuracy", str(evaluation.accuracy), "chosen side has the higher reward; ties count half, chance 0.5"),
+        Figure("longer text wins", str(evaluation.length_baseline), "accuracy of preferring the longer text"),
         Figure(
             "accuracy, length-controlled",
-            str(controlled or "cannot be told from the rest"),
-            "if both sides were equally long; counting tokens has 0.5",
+            str(controlled or "cannot be estimated"),
+            "if both sides were equally long; preferring the longer text gives 0.5",
         ),
-        Figure("accuracy, shorter wins", str(shorter or "no such preference"), "where length is no help"),
-        Figure("log-loss", str(evaluation.log_loss), "nats; a coin has 0.693"),
+        Figure("accuracy, shorter wins", str(shorter or "no such preference"), "pairs whose chosen side is shorter"),
+        Figure("log-loss", str(evaluation.log_loss), "nats; chance gives 0.693"),
         Figure("margin", str(evaluation.margin), "mean of chosen minus rejected reward"),
         *calibration_figures(evaluation.calibration),
         Figure("rewards", f"{evaluation.reward_mean:.3f} ± {evaluation.reward_std:.3f}", "mean and standard deviation"),
-        Figure("preferences", str(evaluation.preferences), "judged"),
+        Figure("preferences", str(evaluation.preferences), "number of evaluated pairs"),
     ]
 
 
 def calibration_figures(calibration: Calibration) -> list[Figure]:
-    """Calibration as it is and with the temperature."""
+    """Returns the calibration figures, raw and temperature-scaled."""
     raw, scaled = calibration.raw, calibration.scaled
     figures = [
         Figure(
             "calibration error",
             f"{raw.error:.3f}",
-            f"of sigmoid(margin); perfectly calibrated, luck alone shows {raw.error_by_chance:.3f}",
+            f"of sigmoid(margin); a perfectly calibrated critic has {raw.error_by_chance:.3f} by chance",
         )
     ]
     if calibration.temperature is None or scaled is None:
-        return [*figures, Figure("temperature", "none", "no temperature makes these preferences the most likely")]
-    sure = "too sure of itself" if calibration.temperature > 1 else "not sure enough"
+        return [*figures, Figure("temperature", "none", "no finite positive temperature is optimal for this data")]
+    confidence = "overconfident" if calibration.temperature > 1 else "underconfident"
     return [
         *figures,
         Figure(
             "temperature",
             f"{calibration.temperature:.3f}",
-            f"fitted here; 1 fits already, this critic is {sure}. Log-loss with it: {scaled.log_loss:.3f}",
+            f"best for this data; ideal 1, this critic is {confidence}. Scaled log-loss: {scaled.log_loss:.3f}",
         ),
         Figure(
-            "calibration error, with it",
+            "calibration error, scaled",
             f"{scaled.error:.3f}",
-            f"of sigmoid(margin / temperature); luck alone shows {scaled.error_by_chance:.3f}",
+            f"of sigmoid(margin / temperature); {scaled.error_by_chance:.3f} by chance",
         ),
     ]
 
 
 def best_of_n_figures(evaluation: BestOfNEvaluation) -> list[Figure]:
-    """The figures of an evaluation on best-of-n rows."""
+    """Returns the figures of a best-of-n evaluation."""
     figures = [
-        Figure("accuracy", str(evaluation.accuracy), "highest reward to a right response; ties share the credit"),
-        Figure("chance", f"{evaluation.chance:.3f}", "what rewards drawn at random would reach"),
+        Figure("accuracy", str(evaluation.accuracy), "highest reward to a correct response; ties share the credit"),
+        Figure("chance", f"{evaluation.chance:.3f}", "accuracy of random rewards"),
     ]
     if evaluation.all_right_above_wrong is not None:
         figures.append(
             Figure(
-                "all right above all wrong",
+                "all correct above all wrong",
                 str(evaluation.all_right_above_wrong),
-                "of rows with several right responses",
+                "share of the rows with several correct responses",
             )
         )
     if evaluation.ties is not None:
@@ -184,45 +184,45 @@ def best_of_n_figures(evaluation: BestOfNEvaluation) -> list[Figure]:
             Figure(
                 "RewardBench 2 ties score",
                 str(ties.score),
-                f"{ties.pairs} pairs; accuracy tied {ties.tied_accuracy:.3f}, reference {ties.ref_accuracy:.3f}; gap "
-                f"above spread {ties.preferred:.3f}, in both {ties.preferred_hard:.3f}",
+                f"{ties.pairs} pairs; accuracy: tied {ties.tied_accuracy:.3f}, reference {ties.ref_accuracy:.3f}; gap "
+                f"above spread: tied {ties.preferred:.3f}, both {ties.preferred_hard:.3f}",
             )
         )
     return [
         *figures,
         Figure("rewards", f"{evaluation.reward_mean:.3f} ± {evaluation.reward_std:.3f}", "mean and standard deviation"),
-        Figure("rows", str(evaluation.rows), f"judged, of {evaluation.responses:.1f} responses on average"),
+        Figure("rows", str(evaluation.rows), f"with {evaluation.responses:.1f} responses on average"),
     ]
 
 
 def wrong_example(origin: str, note: str, texts: Mapping[str, str], special_tokens: Sequence[str]) -> WrongExample:
-    """Takes decoded texts apart into what they share at their beginning and how each goes on.
+    """Splits decoded texts into their shared prefix and the rest of each.
 
     Args:
-        origin: Where it comes from.
-        note: By how much it was missed.
-        texts: Whose text it is, and the text, special tokens included.
-        special_tokens: The tokenizer's.
+        origin: Location of the row, as ``file:line``.
+        note: Size of the error.
+        texts: Texts by heading, with special tokens.
+        special_tokens: Special tokens of the tokenizer.
     """
     length = next(
         (n for n, characters in enumerate(zip(*texts.values(), strict=False)) if len(set(characters)) > 1),
         min(map(len, texts.values())),
     )
     shared = next(iter(texts.values()))[:length]
-    # Back to a space, so that no word is cut in two.
+    # Ends the prefix at white space, so no word is split.
     shared = shared[: max(shared.rfind(space) for space in " \n") + 1]
     return WrongExample(
         origin=origin,
         note=note,
-        shared=_in_pieces("both begin", shared, special_tokens),
+        shared=_in_pieces("shared prefix", shared, special_tokens),
         texts=tuple(_in_pieces(label, text[len(shared) :], special_tokens) for label, text in texts.items()),
     )
 
 
 def _in_pieces(label: str, text: str, special_tokens: Sequence[str]) -> HighlightedText:
-    if len(text) > MOST_CHARACTERS:
-        half = MOST_CHARACTERS // 2
-        text = f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+    if len(text) > MAX_CHARACTERS:
+        half = MAX_CHARACTERS // 2
+        text = f"{text[:half]}\n[... {len(text) - 2 * half} characters omitted ...]\n{text[-half:]}"
     if not special_tokens:
         return HighlightedText(label, ((text, False),))
     longest_first = sorted(special_tokens, key=len, reverse=True)
@@ -231,10 +231,10 @@ def _in_pieces(label: str, text: str, special_tokens: Sequence[str]) -> Highligh
 
 
 def validate_report_directory(directory: str) -> None:
-    """Checks that a report can go to a directory, before work is spent on it.
+    """Checks that a report can be written to a directory and creates it.
 
     Raises:
-        ConfigError: There are files in it, it is no directory, or it cannot be made.
+        ConfigError: The directory is not empty, is not a directory, or cannot be created.
     """
     path = Path(directory)
     try:
@@ -246,10 +246,10 @@ def validate_report_directory(directory: str) -> None:
 
 
 def write_report(directory: str, metrics: Mapping[str, Any], page: Page) -> None:
-    """Writes ``metrics.json`` and ``report.html``, each whole or not at all.
+    """Writes ``metrics.json`` and ``report.html``, each atomically.
 
     Raises:
-        ConfigError: See `validate_report_directory`; or the disk is full.
+        ConfigError: See `validate_report_directory`. Or the disk is full.
     """
     validate_report_directory(directory)
     try:
@@ -260,7 +260,7 @@ def write_report(directory: str, metrics: Mapping[str, Any], page: Page) -> None
 
 
 def render(page: Page) -> str:
-    """The HTML."""
+    """Renders the page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -268,9 +268,9 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # A lone surrogate, which JSON may hold, has no UTF-8.
+    # Replaces lone surrogates, which JSON may hold and UTF-8 cannot encode.
     return environment.get_template("report.html.j2").render(page=page).encode("utf-8", "replace").decode("utf-8")
 
 
 def _cannot_write(directory: str, error: OSError) -> ConfigError:
-    return ConfigError(f"report: {directory} cannot be written ({error}); free some space, or give another directory")
+    return ConfigError(f"report: {directory} cannot be written ({error}); free space or give another directory")

@@ -1,4 +1,4 @@
-"""The pool of scorers that a trainer's reward file asks, where only the environment can say which that is."""
+"""Client for reward files of other trainers, which can only configure it by environment variables."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rlhf_critic.scoring.http_client import connect_http
 URL = "RLHF_CRITIC_URL"
 TOKEN_FILE = "RLHF_CRITIC_TOKEN_FILE"
 
-_connecting = threading.Lock()  # trainers ask from many threads at once
+_connecting = threading.Lock()  # trainers call from many threads at once
 
 
 def client_from_environment() -> ScorerClient:
-    """One client a process, of the pool at ``RLHF_CRITIC_URL``.
+    """Returns this process's client of the pool at ``RLHF_CRITIC_URL``.
 
-    Where the pool wants a token, ``RLHF_CRITIC_TOKEN_FILE`` names the file that holds it: a variable with the token
-    itself would be seen by whoever sees the process.
+    If the pool requires a token, ``RLHF_CRITIC_TOKEN_FILE`` names the file that holds it. A variable with the token
+    itself would be visible to other processes.
 
     Raises:
         ConfigError: The address is not set, or the file cannot be read.
@@ -35,7 +35,7 @@ def client_from_environment() -> ScorerClient:
 
 @lru_cache
 def _client(url: str, token_file: str | None, process: int) -> ScorerClient:
-    """The process is named because a fork takes the client along, and not its thread."""
+    """Connects once per process. ``process`` is a cache key, because a fork copies the client without its thread."""
     try:
         token = Path(token_file).expanduser().read_text(encoding="utf-8").strip() if token_file else None
     except OSError as error:

@@ -1,14 +1,14 @@
-"""OpenRLHF: this file is a custom reward (``--reward.remote_url .../rlhf_critic/integrations/openrlhf.py``).
+"""Custom reward for OpenRLHF (``--reward.remote_url .../rlhf_critic/integrations/openrlhf.py``).
 
-The option is ``--remote_rm_url`` until OpenRLHF 0.9. With ``http://HOST:8000/get_reward`` it needs no file, but cannot
-show a token; this file shows one, retries until a deadline and raises typed errors.
-`rlhf_critic.integrations.client_from_environment` says how the pool is found.
+Until OpenRLHF 0.9 the option is ``--remote_rm_url``. The value ``http://HOST:8000/get_reward`` needs no file, but
+cannot send a token. This file sends one, retries until a deadline and raises typed errors. The address of the pool
+comes from `rlhf_critic.integrations.client_from_environment`.
 
-OpenRLHF catches what a reward raises and goes on without one, so a run ends a little later and with another error
+OpenRLHF catches exceptions of a reward and continues without it, so the run fails a little later with another error
 ("reward_model_group is required when rewards are not precomputed", or one about None). The reason is in the log of the
 vLLM engine: "Failed to fetch reward from remote RM".
 
-Written against the sources of OpenRLHF 0.11.2, which gives one query a call. Not run with OpenRLHF itself.
+Written against the sources of OpenRLHF 0.11.2, which sends one query per call.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rlhf_critic.scoring.items import Text
 
 
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Any = None, **_: Any) -> dict[str, Any]:
-    """The rewards of a batch.
+    """Returns the rewards of a batch.
 
-    A query is scored as the text it is, in the policy's chat template, with the critic's own ending: policy and critic
-    must share a template.
+    A query is scored unchanged, in the policy's chat template, except that it gets the critic's own ending. Policy and
+    critic must share a template.
 
     Args:
-        queries: Prompts and responses together, special tokens included.
-        prompts: Their beginnings.
+        queries: Prompts and responses together, with special tokens.
+        prompts: Prompt at the start of each query.
         labels: Not used.
 
     Returns:

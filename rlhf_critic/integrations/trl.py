@@ -1,6 +1,6 @@
-"""TRL: rewards for ``GRPOTrainer`` (and RLOO) from a pool of scorers.
+"""Rewards for TRL's ``GRPOTrainer`` (and RLOO) from a pool of scorers.
 
-    from actors.scorer_handle import connect
+    from actors import connect
     trainer = GRPOTrainer(model=..., reward_funcs=reward_function(connect()), ...)
 
 Written against TRL 1.16, whose trainers call reward functions with ``prompts`` and ``completions`` as lists.
@@ -20,10 +20,10 @@ Completion: TypeAlias = "str | Sequence[dict[str, Any]]"
 
 
 class CriticReward:
-    """A reward function that asks scorers; `reward_function` makes one.
+    """A reward function that calls scorers; `reward_function` creates one.
 
-    An object and not a closure: TRL's asynchronous trainers pickle reward functions. It does not return a coroutine,
-    because some of TRL's trainers do not await one.
+    It is an object instead of a closure, because TRL's asynchronous trainers pickle reward functions. It does not
+    return a coroutine, because some of TRL's trainers do not await one.
     """
 
     def __init__(self, client: ScorerClient, name: str) -> None:
@@ -31,18 +31,18 @@ class CriticReward:
         self.__name__ = name
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **_: Any) -> list[float]:
-        """The reward of each completion.
+        """Returns the reward of each completion.
 
         Args:
-            prompts: Texts, which the critic's template renders as a user's turn, or turns. Not what the policy's
-                template has rendered: the critic's would be put around it.
-            completions: Texts; or, for prompts of turns, turns that end with the assistant's. Its content is judged,
-                without reasoning that TRL has parsed off it; turns before it (of tools) belong to the prompt.
+            prompts: Turns, or texts that the critic's template renders as a user's turn. They must not be rendered
+                with the policy's template already, because the critic's template is applied too.
+            completions: Texts, or, for prompts of turns, turns that end with the assistant's. The content of the last
+                turn is scored, without reasoning that TRL has parsed out. Earlier turns (of tools) extend the prompt.
 
         Raises:
             ScorerRejected: A completion is not text, or cannot be scored.
-            CriticError: See `rlhf_critic.scoring.client.ScorerClient.score`. It stops the training: TRL would take a
-                missing reward for one that does not apply, and train without it.
+            CriticError: See `rlhf_critic.scoring.client.ScorerClient.score`. It stops the training, because TRL would
+                treat a missing reward as not applicable and train without it.
         """
         pairs = zip(prompts, completions, strict=True)
         items = [_conversation(index, prompt, completion) for index, (prompt, completion) in enumerate(pairs)]
@@ -51,11 +51,11 @@ class CriticReward:
 
 
 def reward_function(client: ScorerClient, name: str = "critic") -> CriticReward:
-    """A reward function for ``reward_funcs``.
+    """Returns a reward function for ``reward_funcs``.
 
     Args:
-        client: Of the pool.
-        name: What TRL logs the rewards under.
+        client: Client of the pool.
+        name: Name of the rewards in TRL's logs.
     """
     return CriticReward(client, name)
 
@@ -64,19 +64,19 @@ def _conversation(index: int, prompt: Prompt, completion: Completion) -> Convers
     if isinstance(completion, str):
         return Conversation(prompt if isinstance(prompt, str) else present_fields(prompt), completion)
     if isinstance(prompt, str):
-        raise _not_text(index, "consists of turns, and its prompt does not")
+        raise _not_text(index, "consists of turns, but its prompt is a text")
     *before, last = present_fields([*prompt, *completion])
     if not completion or last.get("role") != "assistant":
         raise _not_text(index, "does not end with an assistant's turn")
     if last.get("tool_calls") or not isinstance(last.get("content"), str):
-        raise _not_text(index, "ends with a turn that is no text (a tool call, an image)")
+        raise _not_text(index, "ends with a turn that is not text (a tool call or an image)")
     return Conversation(before, last["content"])
 
 
 def _not_text(index: int, why: str) -> ScorerRejected:
     return ScorerRejected(
         "not_text",
-        f"completion {index} {why}: this critic judges the text of an assistant's turn. Train without such "
-        "completions, or wrap the reward function and return None for them, which TRL takes for 'does not apply'",
+        f"completion {index} {why}: this critic scores the text of an assistant's turn. Train without such "
+        "completions, or wrap the reward function and return None for them, which TRL treats as 'not applicable'",
         item=index,
     )

@@ -1,20 +1,19 @@
-"""verl: this file is a custom reward function.
+"""Custom reward function for verl.
 
     reward.custom_reward_function.path=.../rlhf_critic/integrations/verl.py
     reward.custom_reward_function.name=compute_score
 
-These are the options since verl 0.7.1; until 0.7.0 they begin with ``custom_reward_function.``, which 0.9.1 takes
-without a word and does not use. `compute_scores` is for the batch reward manager, which verl had until 0.7.0.
+These options exist since verl 0.7.1. Until 0.7.0 they begin with ``custom_reward_function.``; 0.9.1 silently ignores
+those names. `compute_scores` serves the batch reward manager, which verl had until 0.7.0.
 
-verl hands over the response and not what it answers, so the rows of the data need the prompt in ``extra_info``:
-``extra_info["prompt"]``, a text or a list of turns. `rlhf_critic.integrations.client_from_environment` says how the pool is found.
+verl passes the response without its prompt, so rows of the data need the prompt in ``extra_info["prompt"]``, as a text
+or a list of turns. The address of the pool comes from `rlhf_critic.integrations.client_from_environment`.
 
-A failure raises, and what becomes of it is up to verl. The reward managers naive (the default), dapo, gdpo and remote
-pass it on; limited, and the prime of older versions, turn it into a reward of 0, so do not use those. The trainer of
-0.9.1 then logs it, leaves that prompt's rollouts out and counts them: watch training/rollout_failure/evicted_samples.
+Failures raise, and verl handles the exception. The reward managers naive (the default), dapo, gdpo and remote pass it
+on. Do not use limited, or prime of older versions: they turn it into a reward of 0. The trainer of 0.9.1 logs it, drops
+the rollouts of that prompt and counts them in training/rollout_failure/evicted_samples: watch that metric.
 
-Written against the sources of verl 0.9.1, where the response is all that was generated, decoded without special tokens.
-Not run with verl itself.
+Written against the sources of verl 0.9.1, where the response is the whole generation, decoded without special tokens.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from rlhf_critic.integrations.client_from_environment import client_from_environ
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, **_: Any
 ) -> float:
-    """The reward of one response.
+    """Returns the reward of one response.
 
     Args:
-        data_source: Named in errors.
-        solution_str: The response.
+        data_source: Name of the data, for errors.
+        solution_str: Text of the response.
         ground_truth: Not used.
-        extra_info: Holds the prompt.
+        extra_info: Fields of the row, with ``prompt``.
 
     Raises:
-        DataError: There is no prompt, or it is neither a text nor turns.
+        DataError: The prompt is missing, or is neither a text nor turns.
         CriticError: See `rlhf_critic.scoring.client.ScorerClient.score`.
     """
     return compute_scores([data_source], [solution_str], [ground_truth], [extra_info])[0]
@@ -52,7 +51,7 @@ def compute_scores(
     extra_infos: Sequence[Mapping[str, Any] | None],
     **_: Any,
 ) -> list[float]:
-    """`compute_score` for a batch, in one call; rollouts of a prompt share its computation."""
+    """Returns the rewards of a batch by one call, in which rollouts of a prompt share its computation."""
     prompts = [_prompt_of(*row) for row in zip(data_sources, extra_infos, strict=True)]
     rewards: list[float] = client_from_environment().score(prompts, list(solution_strs)).tolist()
     return rewards
@@ -62,13 +61,13 @@ def _prompt_of(data_source: str, extra_info: Mapping[str, Any] | None) -> Prompt
     prompt = (extra_info or {}).get("prompt")
     if prompt is None:
         raise DataError(
-            f"{data_source}: field 'extra_info.prompt' is missing, and a reward needs it: put each row's prompt "
-            "there when you make the data"
+            f"{data_source}: field 'extra_info.prompt' is missing, and a reward needs it: store each row's prompt "
+            "there when you create the data"
         )
     try:
         return prompt if isinstance(prompt, str) else present_fields(prompt)
     except (AttributeError, TypeError) as error:
         raise DataError(
             f"{data_source}: field 'extra_info.prompt' must be a text, or a list of turns with 'role' and 'content', "
-            f"and is a {type(prompt).__name__}: {error}"
+            f"not {type(prompt).__name__}: {error}"
         ) from error

@@ -1,8 +1,8 @@
-"""What asks scorers for rewards: splits large calls, retries what may be retried, and never makes up a number.
+"""Client of scorers: splits large calls, retries calls that may be retried and never substitutes a default reward.
 
 `ScorerClient` works over a `Transport`: a Ray Serve handle (`actors.serving.handle.connect`) or HTTP
-(`rlhf_critic.scoring.http_client.connect_http`). Scoring is pure, so a call that was lost is simply made again; an answer
-reaches its caller once. Knows nothing of how a transport reaches the scorers.
+(`rlhf_critic.scoring.http_client.connect_http`). Scoring is pure, so a lost call is made again. Its caller receives
+one answer. Knows nothing about how a transport reaches the scorers.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
     from rlhf_critic.data.conversation import Prompt
 
 FIRST_WAIT_S = 0.05
-LONGEST_WAIT_S = 2.0
-GRACE_S = 30.0  # beyond a deadline, before a client that does not answer is taken for broken
+MAX_WAIT_S = 2.0
+GRACE_S = 30.0  # time after a deadline before the client counts as broken
 
 
 class Transport(Protocol):
-    """A way to one call of a scorer. Pickles, and connects again where it is unpickled."""
+    """Connection to scorers that makes one attempt per call. It can be pickled and reconnects after unpickling."""
 
     async def ask(self, items: list[Item], values: bool, version: str | None, timeout_s: float) -> Scores:
-        """Asks once.
+        """Makes one attempt.
 
         Raises:
-            ScorerUnavailable: Nobody answered in time, or was there; asking again may help.
-            ScorerRejected: The items cannot be scored; asking again does not help.
-            VersionMismatch: Another version than ``version`` is served.
-            CriticError: The scorer failed; asking again does not help.
+            ScorerUnavailable: No scorer exists or answered in time. A retry may help.
+            ScorerRejected: The items cannot be scored. A retry does not help.
+            VersionMismatch: The served version is not ``version``.
+            CriticError: The scorer failed. A retry does not help.
         """
 
     async def close(self) -> None:
-        """Lets go of connections."""
+        """Closes connections."""
 
 
 class ScorerClient:
-    """Asks scorers for rewards, from any thread and any event loop; can be sent to other processes.
+    """Requests rewards from scorers, from any thread and any event loop. It can be sent to other processes.
 
     Args:
-        transport: The way to the scorers.
-        max_items_per_call: Larger calls are split into parts of this size, which several replicas may answer.
-        max_in_flight: Most parts that wait for their answers at once.
-        deadline_s: Seconds from a call to its answer, retries included, unless the call says otherwise.
+        transport: Connection to the scorers.
+        max_items_per_call: Maximum items in a part. Larger calls are split into parts for several replicas.
+        max_in_flight: Maximum number of parts that wait for an answer at the same time.
+        deadline_s: Default time limit of a call in seconds, including retries.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ScorerClient:
         self._deadline_s = deadline_s
         self._starting = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.current_thread()  # until the client has one of its own
+        self._thread = threading.current_thread()  # replaced when the client starts its own thread
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._transport, self._options)
@@ -81,17 +81,17 @@ class ScorerClient:
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, deadline_s: float | None = None
     ) -> NDArray[np.float32]:
-        """The reward of each response to its prompt, fp32 ``[S]``.
+        """Returns the reward of each response to its prompt, fp32 ``[S]``.
 
         Args:
-            prompts: Texts, or turns with ``role`` and ``content``; one for each response.
-            responses: Texts.
-            deadline_s: Instead of the client's.
+            prompts: One prompt per response: a text, or turns with ``role`` and ``content``.
+            responses: Response texts.
+            deadline_s: Time limit of this call in seconds. None takes the client's.
 
         Raises:
-            ScorerRejected: Something cannot be scored; the message names it by its index.
+            ScorerRejected: An item cannot be scored; the message names its index.
             ScorerUnavailable: No answer came before the deadline.
-            VersionMismatch: A new version was being published, and no single one answered all before the deadline.
+            VersionMismatch: A new version was being published, and no single version answered all items in time.
             CriticError: A scorer failed.
         """
         return self.score_items(conversations(prompts, responses), deadline_s=deadline_s).rewards_S
@@ -104,16 +104,16 @@ class ScorerClient:
         version: str | None = None,
         deadline_s: float | None = None,
     ) -> Scores:
-        """Scores conversations, finished texts or token ids, all by one version of the critic.
+        """Scores conversations, finished texts or token ids. One version of the critic answers the whole call.
 
         Args:
-            items: See `rlhf_critic.scoring.items`.
-            values: Whether to give the value at every token too.
-            version: The version that must answer; None takes the one that is served.
-            deadline_s: Instead of the client's.
+            items: Items to score; see `rlhf_critic.scoring.items`.
+            values: Whether to return the value at every token too.
+            version: The version that must answer. None accepts the served version.
+            deadline_s: Time limit of this call in seconds. None takes the client's.
 
         Raises:
-            CriticError: As `score`; `VersionMismatch` also where ``version`` is not served.
+            CriticError: See `score`. `VersionMismatch` is also raised if ``version`` is not served.
         """
         patience = (self._deadline_s if deadline_s is None else deadline_s) + GRACE_S
         future = self.submit(items, values=values, version=version, deadline_s=deadline_s)
@@ -121,7 +121,7 @@ class ScorerClient:
             return future.result(patience)
         except FutureTimeoutError as error:
             future.cancel()
-            raise ScorerUnavailable(f"this client did not keep its deadline: waited {patience:g} s") from error
+            raise ScorerUnavailable(f"this client missed its deadline: no answer after {patience:g} s") from error
 
     def submit(
         self,
@@ -131,19 +131,19 @@ class ScorerClient:
         version: str | None = None,
         deadline_s: float | None = None,
     ) -> Future[Scores]:
-        """`score_items` without waiting, so that scoring overlaps with what the caller does next.
+        """Starts `score_items` without waiting, so that scoring overlaps with the caller's next work.
 
         Returns:
-            A future of the scores, or of the errors of `score_items`. Cancelling it takes the call back.
+            A future with the scores or an error of `score_items`. Cancelling the future cancels the call.
         """
         work = self._score(list(items), values, version, self._deadline_s if deadline_s is None else deadline_s)
-        with self._starting:  # so that `close` cancels it, or it comes to the next loop
+        with self._starting:  # `close` either cancels this call or leaves it to the next loop
             return asyncio.run_coroutine_threadsafe(work, self._running_loop())
 
     async def score_async(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, deadline_s: float | None = None
     ) -> NDArray[np.float32]:
-        """`score` for an event loop."""
+        """Runs `score` in an event loop."""
         return (await self.score_items_async(conversations(prompts, responses), deadline_s=deadline_s)).rewards_S
 
     async def score_items_async(
@@ -154,11 +154,11 @@ class ScorerClient:
         version: str | None = None,
         deadline_s: float | None = None,
     ) -> Scores:
-        """`score_items` for an event loop."""
+        """Runs `score_items` in an event loop."""
         return await asyncio.wrap_future(self.submit(items, values=values, version=version, deadline_s=deadline_s))
 
     def close(self) -> None:
-        """Lets go of connections and the client's thread; calls that wait are cancelled."""
+        """Cancels pending calls, closes connections and ends the client's thread."""
         with self._starting:
             loop, self._loop = self._loop, None
             thread = self._thread
@@ -192,7 +192,7 @@ class ScorerClient:
         return self._loop
 
     async def _score(self, items: list[Item], values: bool, version: str | None, deadline_s: float) -> Scores:
-        """One version answers every part: parts that another one answered are asked again."""
+        """Scores all parts by one version. Parts that another version answered are scored again."""
         if not items:
             raise ScorerRejected("no_items", "there is nothing to score: give at least one item")
         deadline = time.monotonic() + deadline_s
@@ -212,17 +212,17 @@ class ScorerClient:
             try:
                 await asyncio.gather(*tasks)
             finally:
-                for task in tasks:  # of which one may have failed
+                for task in tasks:  # if one failed, the others still run
                     task.cancel()
-            *_, latest = (scores.model_version for scores in answers.values())  # in the order of arrival
+            *_, latest = (scores.model_version for scores in answers.values())  # in order of arrival
             missing = [index for index, scores in answers.items() if scores.model_version != latest]
             if not missing:
                 return _join([answers[index] for index in range(len(parts))])
             if _left(deadline) < FIRST_WAIT_S:
                 raise VersionMismatch(
-                    f"no single version answered all {len(items)} items within {deadline_s:g} s, but "
-                    f"{sorted({scores.model_version for scores in answers.values()})}: a new critic is being "
-                    "published; ask again"
+                    f"no single version answered all {len(items)} items within {deadline_s:g} s; the versions "
+                    f"{sorted({scores.model_version for scores in answers.values()})} answered. A new critic is being "
+                    "published: retry this call"
                 )
             await asyncio.sleep(FIRST_WAIT_S)
 
@@ -233,7 +233,7 @@ class ScorerClient:
             async with self._in_flight:
                 return await self._transport.ask(part, values, version, _left(deadline))
 
-        backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
+        backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)
         reason = "they are all busy"
         try:
             async for attempt in AsyncRetrying(
@@ -251,8 +251,8 @@ class ScorerClient:
                         raise
         except RetryError as error:
             raise ScorerUnavailable(
-                f"no scorer answered {len(part)} items within {deadline_s:g} s ({reason}): look whether the pool is "
-                "up, give it more replicas, or the call a later deadline"
+                f"no scorer answered {len(part)} items within {deadline_s:g} s ({reason}): check that the pool is "
+                "running, add replicas, or raise the deadline"
             ) from error
         raise AssertionError("unreachable: an attempt returns or raises")
 
@@ -262,7 +262,7 @@ def _left(deadline: float) -> float:
 
 
 def _join(answers: list[Scores]) -> Scores:
-    """The answers to the parts of one call, in order."""
+    """Joins the answers to the parts of one call, in order."""
     if len(answers) == 1:
         return answers[0]
     values = [answer.values for answer in answers]

@@ -1,4 +1,4 @@
-"""The way to scorers from anywhere: HTTP under a `rlhf_critic.scoring.client.ScorerClient`."""
+"""HTTP transport for `rlhf_critic.scoring.client.ScorerClient`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rlhf_critic.scoring.http_schema import ErrorResponse, ScoreRequest, ScoreRe
 from rlhf_critic.scoring.items import Item, Scores
 
 VERSION_MISMATCH = 409
-TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})  # 500: from Serve's proxy, when a replica died under a request
-# What Serve's proxy says with 404: one that was started again answers before it knows where the pools are.
+RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})  # Serve's proxy answers 500 if a replica dies during a request
+# Text of a 404 from Serve's proxy. A restarted proxy answers so until it knows the routes of the pools.
 NO_ROUTE_YET = "/-/routes for available routes"
 
 
@@ -22,18 +22,18 @@ class HttpTransport:
     """Calls ``POST /score``.
 
     Args:
-        url: Of the pool, without a path: ``http://127.0.0.1:8000``.
-        token: The bearer token, where the pool wants one; space around it, such as a file's last line end, is left out.
+        url: URL of the pool, without a path: ``http://127.0.0.1:8000``.
+        token: Bearer token, if the pool requires one. Surrounding white space is removed.
 
     Raises:
-        ConfigError: That is no such URL, or the token has characters that cannot be sent.
+        ConfigError: The URL is invalid, or the token has characters that a header cannot hold.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
         _check_url(url)
         self._url, self._token = url.rstrip("/"), token and token.strip()
-        if self._token and not (self._token.isascii() and self._token.isprintable()):  # httpx would show it as it fails
-            raise ConfigError("the bearer token has characters that no HTTP header may have: give one line of ASCII")
+        if self._token and not (self._token.isascii() and self._token.isprintable()):  # httpx's error would show it
+            raise ConfigError("the bearer token has characters that an HTTP header cannot hold: give one line of ASCII")
         self._client: httpx.AsyncClient | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,7 +55,7 @@ class HttpTransport:
             try:
                 return ScoreResponse.model_validate_json(response.content).to_scores()
             except ValidationError as error:
-                raise ScorerFailed(f"{self._url} answers, but not with scores: {response.text[:200]!r}") from error
+                raise ScorerFailed(f"{self._url}: the answer holds no scores: {response.text[:200]!r}") from error
         _raise(self._url, response)
         raise AssertionError("unreachable")
 
@@ -67,7 +67,7 @@ class HttpTransport:
 
 
 def connect_http(url: str, token: str | None = None, **options: Any) -> ScorerClient:
-    """A client of the pool at a URL; see `rlhf_critic.scoring.client.ScorerClient` for the options."""
+    """Returns a client of the pool at a URL; see `rlhf_critic.scoring.client.ScorerClient` for the options."""
     return ScorerClient(HttpTransport(url, token), **options)
 
 
@@ -75,7 +75,7 @@ def _check_url(url: str) -> None:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise ConfigError(f"{url!r} is no URL ({error}): write http://HOST:PORT") from error
+        raise ConfigError(f"{url!r} is not a URL ({error}): write http://HOST:PORT") from error
     if parsed.scheme not in {"http", "https"} or not parsed.host:
         raise ConfigError(f"{url!r} is not the URL of a pool: write http://HOST:PORT")
 
@@ -90,7 +90,7 @@ def _raise(url: str, response: httpx.Response) -> None:
     if response.status_code == VERSION_MISMATCH:
         raise VersionMismatch(message)
     knows_no_route = response.status_code == httpx.codes.NOT_FOUND and NO_ROUTE_YET in response.text
-    if (response.status_code in TRY_AGAIN and kind != "failed") or knows_no_route:
+    if (response.status_code in RETRYABLE and kind != "failed") or knows_no_route:
         raise ScorerUnavailable(message)
     if kind == "failed":
         raise ScorerFailed(message)

@@ -1,7 +1,7 @@
-"""What goes over HTTP between callers and scorers: requests, answers and errors, as pydantic models.
+"""HTTP requests, answers and errors of the scorers, as pydantic models.
 
-The server validates with them and its OpenAPI document is made of them; the client writes and reads them. Knows nothing
-of sockets, and nothing of how a score comes about.
+The server validates with them and builds its OpenAPI document from them. The client parses answers with them. Knows
+nothing about sockets or the computation of scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf_critic.scoring.items import Conversation, Item, Scores, Text
 Name: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 TokenId: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 T = TypeVar("T")
-# Lists of a request end at their first error: one for each of a million entries takes seconds, and half a gigabyte.
+# Validation of a list stops at its first error. A million errors would take seconds and half a gigabyte.
 ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
 Nonempty: TypeAlias = Annotated[list[T], Field(fail_fast=True, min_length=1)]
 
@@ -27,50 +27,52 @@ class _Message(BaseModel):
 
 
 class TurnModel(_Message):
-    """One message of a conversation."""
+    """A message of a conversation."""
 
     role: Name
     content: StrictStr
 
 
 class ConversationModel(_Message):
-    """A prompt and the response to be judged, which may be empty."""
+    """A prompt and the response to score. The response may be empty."""
 
     prompt: StrictStr | ListOf[TurnModel]
     response: StrictStr
 
     def to_item(self) -> Item:
-        """As `rlhf_critic.scoring.items` has it."""
+        """Converts to the item of `rlhf_critic.scoring.items`."""
         prompt = self.prompt if isinstance(self.prompt, str) else [turn.model_dump() for turn in self.prompt]
         return Conversation(prompt, self.response)
 
 
 def conversation_of(messages: list[TurnModel]) -> Conversation:
-    """A chat as a prompt and the response to be judged.
+    """Splits a chat into a prompt and the response to score.
 
     Raises:
-        ScorerRejected: Its last turn is not the assistant's.
+        ScorerRejected: The last turn is not the assistant's.
     """
     *before, last = messages
     if last.role != "assistant":
-        raise ScorerRejected("no_response", f"messages: the last turn is to be judged, and is the {last.role[:40]}'s")
+        raise ScorerRejected(
+            "no_response", f"messages: the last turn must have the role 'assistant', not {last.role[:40]!r}"
+        )
     return Conversation([turn.model_dump() for turn in before], last.content)
 
 
 class ChatModel(_Message):
-    """A conversation whose last turn, the assistant's, is to be judged."""
+    """A conversation. Its last turn, by the assistant, is scored."""
 
     messages: Nonempty[TurnModel]
 
     def to_item(self) -> Item:
-        """As `rlhf_critic.scoring.items` has it."""
+        """Converts to the item of `rlhf_critic.scoring.items`."""
         return conversation_of(self.messages)
 
 
 class TextModel(_Message):
-    """A finished text, with what the chat template puts around its parts; ``response`` is its end, if given.
+    """A finished text, already rendered with the chat template. ``response``, if given, is its end.
 
-    With ``finish`` its end is put right first: pad and EOS tokens go, and the critic's own ending comes.
+    With ``finish``, the critic's own ending replaces pad and EOS tokens at its end.
     """
 
     text: Name
@@ -78,7 +80,7 @@ class TextModel(_Message):
     finish: bool = Field(False, strict=True)
 
     def to_item(self) -> Item:
-        """As `rlhf_critic.scoring.items` has it."""
+        """Converts to the item of `rlhf_critic.scoring.items`."""
         return Text(self.text, self.response, self.finish)
 
 
@@ -88,7 +90,7 @@ class TokensModel(_Message):
     token_ids: Nonempty[TokenId]
 
     def to_item(self) -> Item:
-        """As `rlhf_critic.scoring.items` has it."""
+        """Converts to the item of `rlhf_critic.scoring.items`."""
         return np.asarray(self.token_ids, dtype=np.int64)
 
 
@@ -96,33 +98,33 @@ ItemModel: TypeAlias = ConversationModel | ChatModel | TextModel | TokensModel
 
 
 class ScoreRequest(_Message):
-    """What ``POST /score`` takes."""
+    """Body of ``POST /score``."""
 
     items: Nonempty[ItemModel]
-    values: bool = Field(False, strict=True, description="Answer with the value at every token too.")
-    version: Name | None = Field(None, description="Answer only if this is the version that is served.")
+    values: bool = Field(False, strict=True, description="Also return the value at every token.")
+    version: Name | None = Field(None, description="Answer only if this version is served.")
 
     @classmethod
     def of(cls, items: list[Item], values: bool, version: str | None) -> dict[str, Any]:
-        """The request for some items, as JSON takes it; the server checks it."""
+        """Returns the request for some items as values for JSON. The server validates it."""
         return {"items": [_item_to_json(item) for item in items], "values": values, "version": version}
 
 
 class ScoreResponse(_Message):
-    """What it answers; every list has an entry for each item."""
+    """Answer of ``POST /score``. Every list has one entry per item."""
 
     model_version: str
     rewards: list[float]
-    truncated: list[bool] = Field(description="Whether an item lost its beginning to the critic's length limit.")
-    tokens: list[int] = Field(description="Tokens that the critic read.")
+    truncated: list[bool] = Field(description="Whether the item was truncated from the left to the length limit.")
+    tokens: list[int] = Field(description="Number of tokens that the critic read.")
     components: dict[str, list[float]] = Field(
-        description="Each component of the reward before its weight, if several."
+        description="Unweighted value of each reward component, if there are several."
     )
-    values: list[list[float]] | None = Field(None, description="The value at every token, if asked for.")
+    values: list[list[float]] | None = Field(None, description="Value at every token, if requested.")
 
     @classmethod
     def of(cls, scores: Scores) -> ScoreResponse:
-        """The answer with some scores."""
+        """Converts scores to the answer."""
         return cls(
             model_version=scores.model_version,
             rewards=scores.rewards_S.tolist(),
@@ -133,7 +135,7 @@ class ScoreResponse(_Message):
         )
 
     def to_scores(self) -> Scores:
-        """What was answered. Numbers written for fp32 are read back exactly."""
+        """Converts the answer to scores. Numbers written from fp32 are restored exactly."""
         return Scores(
             rewards_S=np.array(self.rewards, dtype=np.float32),
             model_version=self.model_version,
@@ -145,16 +147,16 @@ class ScoreResponse(_Message):
 
 
 class GetRewardRequest(BaseModel):
-    """What OpenRLHF's ``remote_rm_url`` clients send; fields that other versions add are left alone."""
+    """Body that OpenRLHF's ``remote_rm_url`` clients send. Fields that other versions add are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     query: StrictStr | ListOf[StrictStr] = Field(description="Finished texts: prompt and response together.")
-    prompts: StrictStr | ListOf[StrictStr] | None = Field(None, description="Their beginnings, where known.")
-    labels: Any = Field(None, description="Taken, and not used.")
+    prompts: StrictStr | ListOf[StrictStr] | None = Field(None, description="Prompt at the start of each query.")
+    labels: Any = Field(None, description="Accepted for compatibility and ignored.")
 
 
 class GetRewardResponse(_Message):
-    """What they read: a list each, in the order of ``query``."""
+    """Answer that OpenRLHF's clients read. Lists are in the order of ``query``."""
 
     rewards: list[float]
     scores: list[float]
@@ -163,16 +165,16 @@ class GetRewardResponse(_Message):
 
 
 class ClassifyRequest(BaseModel):
-    """What vLLM's classification endpoint takes: texts, token ids, or one conversation."""
+    """Body of vLLM's classification endpoint: texts, token ids, or one conversation."""
 
     model_config = ConfigDict(extra="ignore")
-    model: StrictStr | None = Field(None, description="If given, the version that must be served.")
+    model: StrictStr | None = Field(None, description="If given, answer only if this version is served.")
     input: StrictStr | ListOf[StrictStr] | Nonempty[TokenId] | ListOf[ListOf[TokenId]] | None = None
     messages: Nonempty[TurnModel] | None = None
 
 
 class ClassifyDatum(_Message):
-    """One classified text: the reward stands where a classifier's single probability would."""
+    """One classified text. ``probs`` holds the reward in place of a classifier's probability."""
 
     index: int
     label: str
@@ -181,7 +183,7 @@ class ClassifyDatum(_Message):
 
 
 class Usage(_Message):
-    """Tokens read."""
+    """Numbers of tokens read."""
 
     prompt_tokens: int
     total_tokens: int
@@ -189,7 +191,7 @@ class Usage(_Message):
 
 
 class ClassifyResponse(_Message):
-    """What it answers."""
+    """Answer of vLLM's classification endpoint."""
 
     id: str
     object: Literal["list"] = "list"
@@ -200,28 +202,28 @@ class ClassifyResponse(_Message):
 
 
 class ErrorDetail(_Message):
-    """What went wrong."""
+    """Reason of a failure."""
 
-    kind: str = Field(description="A word for the reason, for programs.")
-    message: str = Field(description="The reason and what to do, for people.")
-    item: int | None = Field(None, description="The index of the item at fault, where it is one.")
+    kind: str = Field(description="Machine-readable name of the reason.")
+    message: str = Field(description="Human-readable reason and next step.")
+    item: int | None = Field(None, description="Index of the item at fault, if one item is.")
 
 
 class ErrorResponse(_Message):
-    """Every answer that is not a success."""
+    """Answer of every unsuccessful request."""
 
     error: ErrorDetail
 
 
 class HealthResponse(_Message):
-    """The scorers are warm."""
+    """Answer of ``GET /health`` if a scorer is ready."""
 
     status: Literal["ready"] = "ready"
     model_version: str
 
 
 class LimitsModel(_Message):
-    """What one call may ask."""
+    """Limits of one call."""
 
     max_items: int
     max_text_bytes: int
@@ -230,7 +232,7 @@ class LimitsModel(_Message):
 
 
 class InfoResponse(_Message):
-    """What is served."""
+    """Answer of ``GET /info``."""
 
     model_version: str
     fingerprint: str

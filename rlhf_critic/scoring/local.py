@@ -1,4 +1,4 @@
-"""Rewards of token ids from a critic in this process."""
+"""Rewards of token ids from a critic in this process. Knows nothing about text or files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rlhf_critic.model.critic import Critic
 
 
 def score_sequences(critic: Critic, sequences: Sequence[TokenIds], token_budget: int) -> NDArray[np.float32]:
-    """The reward of each sequence, computed by a whole critic on this process; shows its progress on a terminal.
+    """Computes the reward of each sequence with an unsharded critic. Shows its progress on a terminal.
 
     Args:
-        critic: In evaluation mode.
+        critic: Critic in evaluation mode.
         sequences: Token ids.
-        token_budget: The most tokens that are computed at once.
+        token_budget: Maximum number of tokens in a micro-batch.
 
     Returns:
-        fp32 ``[S]``, in the order of ``sequences``.
+        Rewards, fp32 ``[S]``, in the order of ``sequences``.
 
     Raises:
-        ValueError: There is no sequence, or an empty one.
+        ValueError: There is no sequence, or one of them is empty.
     """
     device = next(critic.parameters()).device
     (micro_batches,) = plan_sequences(sequences, 1, token_budget, critic.prefix_tree)

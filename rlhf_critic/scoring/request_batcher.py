@@ -1,9 +1,9 @@
-"""Many callers, one critic: joins concurrent requests into micro-batches.
+"""Continuous batching: joins the requests of many callers into micro-batches for one critic.
 
 Every request waits in one queue. Whenever the critic is free, the oldest requests are planned together
-(`rlhf_critic.batching.planner`), so that sequences of different callers which begin alike meet in one prefix tree, and the
-micro-batch with the oldest sequence is computed next. Nothing waits for a batch to fill: an idle critic starts at once,
-and under load the queue itself makes the batches full. Knows nothing of text, models or networks.
+(`rlhf_critic.batching.planner`), so sequences of different callers that share a prefix meet in one prefix tree. The
+micro-batch with the oldest sequence is computed next. Nothing waits for a batch to fill: an idle critic starts at
+once, and under load the queue fills the batches. Knows nothing about text, models or networks.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from rlhf_critic.errors import NonFiniteRewardError, ScorerUnavailable
 
 logger = logging.getLogger(__name__)
 
-# For each sequence its reward, fp32 [1], or its values, fp32 [tokens].
+# One array per sequence: its reward, fp32 [1], or its values, fp32 [tokens].
 Outputs: TypeAlias = list[NDArray[np.float32]]
 
 
 class Computed(NamedTuple):
-    """A micro-batch's outputs, and how many tokens were computed for them."""
+    """Outputs of a micro-batch and the number of tokens computed for them."""
 
     outputs: Outputs
     tokens: int
@@ -40,8 +40,8 @@ class Computed(NamedTuple):
 
 Forward: TypeAlias = Callable[[Sequence[TokenIds], bool], Computed]
 
-# So many micro-batches' worth of the oldest requests are planned together: enough that most micro-batches are full, and
-# little enough that planning takes no time beside computing.
+# Number of micro-batches that are planned together. Most of them are full then, and planning stays much faster than
+# computing.
 PLANNED_AHEAD = 4
 
 
@@ -49,7 +49,7 @@ PLANNED_AHEAD = 4
 class _Request:
     sequences: Sequence[TokenIds]
     rewards_only: bool
-    tokens: int  # to be computed for it alone
+    tokens: int  # number to compute if it were planned alone
     future: Future[Outputs] = field(default_factory=Future)
     outputs: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
@@ -60,15 +60,15 @@ class _Request:
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """What one micro-batch was, for metrics.
+    """Figures of one micro-batch, for metrics.
 
     Attributes:
-        sequences: How many it held.
-        requests: How many callers they came from.
-        tokens: Their tokens, each sequence by itself.
-        computed_tokens: Tokens computed for them.
-        queue: Requests that still waited when it was done, those of which it was a part included.
-        seconds: How long it took.
+        sequences: Number of sequences.
+        requests: Number of requests they came from.
+        tokens: Sum of the sequences' lengths in tokens.
+        computed_tokens: Number of tokens computed; shared prefixes count once.
+        queue: Number of unfinished requests after it, including its own.
+        seconds: Duration in seconds.
     """
 
     sequences: int
@@ -80,13 +80,13 @@ class BatchRecord:
 
 
 class RequestBatcher:
-    """Computes requests on a thread of its own, joined with whatever else is waiting.
+    """Computes requests on a separate thread and joins those that wait at the same time.
 
     Args:
         forward: Computes a micro-batch: token ids to rewards (``rewards_only``) or values. Called by one thread.
-        token_budget: The most tokens of a micro-batch, what is shared counted once where ``prefix_tree``.
+        token_budget: Maximum tokens of a micro-batch. With ``prefix_tree``, shared tokens count once.
         prefix_tree: Whether ``forward`` computes shared prefixes once.
-        on_batch: Told of every micro-batch after it was computed.
+        on_batch: Called with the figures of every computed micro-batch.
     """
 
     def __init__(
@@ -107,19 +107,19 @@ class RequestBatcher:
         self._thread.start()
 
     def submit(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Future[Outputs]:
-        """Asks for the reward of each sequence, or for the values at its tokens.
+        """Requests the reward of each sequence, or the values at its tokens.
 
         A future that is cancelled before its turn is not computed.
 
         Args:
             sequences: Token ids; at least one sequence, none empty.
-            rewards_only: Whether the rewards are enough.
+            rewards_only: Whether to compute rewards instead of values.
 
         Returns:
-            Of one array a sequence, fp32: ``[1]``, its reward, or ``[tokens]``, its values.
+            A future of one fp32 array per sequence: its reward ``[1]`` or its values ``[tokens]``.
 
         Raises:
-            ValueError: There is no sequence, or an empty one. It would fail whoever is planned together with it.
+            ValueError: There is no sequence, or one is empty. It would fail the requests planned together with it.
             ScorerUnavailable: `close` was called.
         """
         if not sequences or not all(len(sequence) for sequence in sequences):
@@ -127,16 +127,16 @@ class RequestBatcher:
         request = _Request(sequences, rewards_only, self._tokens_of(sequences))
         with self._changed:
             if self._closed:
-                raise ScorerUnavailable("this scorer is shutting down: ask another")
+                raise ScorerUnavailable("this scorer is shutting down: use another")
             self._queue.append(request)
             self._changed.notify()
         return request.future
 
     def close(self, timeout_s: float) -> bool:
-        """Takes no more requests and computes those it has.
+        """Rejects new requests and computes the waiting ones.
 
         Returns:
-            Whether it was done in time. If not, the requests that are left fail with `ScorerUnavailable`.
+            Whether all were computed in time. If not, the others fail with `ScorerUnavailable`.
         """
         with self._changed:
             self._closed = True
@@ -147,7 +147,7 @@ class RequestBatcher:
             with self._changed:
                 left, self._queue = list(self._queue), deque()
             for request in left:
-                _fail(request, ScorerUnavailable(f"this scorer shut down; {timeout_s:g} s were not enough to finish"))
+                _fail(request, ScorerUnavailable(f"this scorer shut down with unfinished calls after {timeout_s:g} s"))
         return done
 
     def _tokens_of(self, sequences: Sequence[TokenIds]) -> int:
@@ -173,7 +173,7 @@ class RequestBatcher:
         self._queue = deque(request for request in self._queue if not request.future.done())
 
     def _oldest(self) -> list[tuple[_Request, int]]:
-        """The sequences, of the kind of the oldest request, that are planned next."""
+        """Returns the sequences to plan next. All are of the oldest request's kind: rewards or values."""
         window: list[tuple[_Request, int]] = []
         tokens = 0
         for request in self._queue:
@@ -216,8 +216,8 @@ class RequestBatcher:
         )
         try:
             self._on_batch(record)
-        except Exception:  # it must not end this thread, for which everyone waits
-            logger.exception("a micro-batch was computed, but could not be recorded")
+        except Exception:  # must not end this thread, which answers every request
+            logger.exception("micro-batch not recorded")
 
 
 def _requests_of(chosen: list[tuple[_Request, int]]) -> list[_Request]:
@@ -225,7 +225,7 @@ def _requests_of(chosen: list[tuple[_Request, int]]) -> list[_Request]:
 
 
 def _finish(request: _Request) -> None:
-    """Answers a request of which everything is computed."""
+    """Answers a request once all its sequences are computed."""
     if request.waiting:
         return
     outputs = [request.outputs[index] for index in range(len(request.sequences))]
@@ -233,7 +233,7 @@ def _finish(request: _Request) -> None:
     if bad:
         _fail(request, NonFiniteRewardError(f"the critic's output for item {bad[0]} is NaN or infinite"))
         return
-    with suppress(InvalidStateError):  # cancelled, or failed by close()
+    with suppress(InvalidStateError):  # cancelled, or failed by `close`
         request.future.set_result(outputs)
 
 

@@ -1,6 +1,6 @@
-"""A reward as a weighted sum of named components: the critic, and rules beside it.
+"""Rewards as a weighted sum of named components: the critic and rules.
 
-Each component gives a number for every item and is reported by itself, before its weight. Knows nothing of how the
+Each component gives a number for every item. Answers also report its unweighted value. Knows nothing about how the
 critic's reward is computed.
 
 Shape legend: S items.
@@ -26,15 +26,15 @@ CountTokens = Callable[[str], int]
 
 
 class RewardComponents:
-    """Adds components to a critic's rewards.
+    """Combines a critic's rewards with other components.
 
     Args:
-        components: With exactly one critic among them.
-        count_tokens: Of a text, by the critic's tokenizer; may be called by several threads.
-        ending: Gives what the critic's template puts after a response, `Encoder.ending`; asked when it is needed.
+        components: The components; exactly one is the critic.
+        count_tokens: Counts the tokens of a text with the critic's tokenizer. Several threads may call it.
+        ending: Returns the text that the critic's template puts after a response (`Encoder.ending`). Called on demand.
 
     Raises:
-        ConfigError: A Python component's function cannot be imported, or is none.
+        ConfigError: A Python component's function cannot be imported or called.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class RewardComponents:
         }
 
     def combine(self, items: Sequence[Item], critic_S: Rewards) -> tuple[Rewards, dict[str, Rewards]]:
-        """The weighted sum, and each component before its weight; no components where the critic is the only one.
+        """Returns the weighted sum and the unweighted components. The latter are empty if the critic is alone.
 
         Args:
-            items: What was scored.
-            critic_S: The critic's rewards, fp32.
+            items: The scored items.
+            critic_S: Rewards of the critic, fp32.
 
         Raises:
-            ScorerRejected: A component needs the response, and an item does not say what that is, or says that it is
-                something with which its text does not end.
-            ComponentError: A function failed, or did not return a finite number for each item; or a sum is too large.
+            ScorerRejected: A component needs the response, and an item does not state it, or its text does not end
+                with it.
+            ComponentError: A function failed or did not return a finite number for each item, or a sum overflows.
         """
         values = {}
         if self._rules:
@@ -69,7 +69,7 @@ class RewardComponents:
         for component in self._components:
             value_S = critic_S if isinstance(component, CriticComponent) else values[component.name]
             by_name[component.name] = value_S
-            with np.errstate(over="ignore", invalid="ignore"):  # which is looked at below
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
                 total_S += np.float32(component.weight) * value_S
         if not np.isfinite(total_S).all():
             index = int(np.flatnonzero(~np.isfinite(total_S))[0])
@@ -89,20 +89,20 @@ def _prompts_and_responses(items: Sequence[Item], ending: Callable[[], str]) -> 
         else:
             raise ScorerRejected(
                 "no_response",
-                f"item {index} does not say which part of it is the response, and this reward has components that "
-                "judge responses: send prompt and response",
+                f"item {index} does not state its response, and this reward has components that need one: send prompt "
+                "and response",
                 index,
             )
     return [prompt for prompt, _ in pairs], [response for _, response in pairs]
 
 
 def _prompt_of(index: int, text: str, response: str, ending: str) -> str:
-    """What stands before a response, which may be given with or without the ending that follows it."""
+    """Returns the text before a response. The response may be given with or without the ending after it."""
     for body in (text.removesuffix(ending), text):
         if body.endswith(response):
             return body.removesuffix(response)
     raise ScorerRejected(
-        "not_the_end", f"item {index}: its text does not end with its response: send what the text ends with", index
+        "not_the_end", f"item {index}: the text does not end with the response: give the exact end of the text", index
     )
 
 
@@ -128,14 +128,14 @@ def _python_function(component: PythonComponent) -> Rule:
     module_name, _, name = component.function.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except Exception as error:  # importing a user's module may raise anything
         raise ConfigError(
             f"component {component.name!r}: function {component.function!r} cannot be imported: "
-            f"{type(error).__name__}: {error}. Its module must be installed, or in the working directory, where "
-            "replicas run"
+            f"{type(error).__name__}: {error}. Install its module where replicas run, or put it into their working "
+            "directory"
         ) from error
     if not callable(function):
-        raise ConfigError(f"component {component.name!r}: {component.function!r} is no function: {function!r:.80}")
+        raise ConfigError(f"component {component.name!r}: {component.function!r} is not callable: {function!r:.80}")
 
     def rule(prompts: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
         try:
@@ -145,10 +145,10 @@ def _python_function(component: PythonComponent) -> Rule:
                 f"component {component.name!r}: {component.function} failed: {type(error).__name__}: {error}"
             ) from error
         is_numbers = returned_S.shape == (len(responses),) and returned_S.dtype.kind in "biuf"
-        with np.errstate(over="ignore"):  # beyond fp32 is infinite, and refused
+        with np.errstate(over="ignore"):  # overflow gives infinity, which is rejected below
             value_S = returned_S.astype(np.float32) if is_numbers else np.full(len(responses), np.nan, np.float32)
         if not np.isfinite(value_S).all():
-            where = f", of which number {np.flatnonzero(~np.isfinite(value_S))[0]} is not" if is_numbers else ""
+            where = f"; number {np.flatnonzero(~np.isfinite(value_S))[0]} is not finite" if is_numbers else ""
             raise ComponentError(
                 f"component {component.name!r}: {component.function} must return a finite number for each of "
                 f"{len(responses)} responses, and returned shape {returned_S.shape} of {returned_S.dtype}{where}"

@@ -1,4 +1,4 @@
-"""Rows of data that are to be scored, as items: what a row's fields mean. Knows nothing of files, models or tokens."""
+"""Conversion of data rows to items for scoring. Knows nothing about files, models or tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_critic.scoring.items import Conversation, Item, Text
 
 
 class ScorableRow(BaseModel):
-    """The fields that are read; others are passed through."""
+    """Fields of a row that scoring reads. Other fields are passed through."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     prompt: StrictStr | Turns | None = None
@@ -30,22 +30,24 @@ WAYS = (("prompt", "response"), ("prompt", "responses"), ("messages",), ("text",
 
 
 def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> list[Item]:
-    """The items of a row: one, or one for each of its ``responses``.
+    """Returns the items of a row: one item, or one for each of its ``responses``.
 
     Args:
-        place: Where the row is, as ``file:line``, for errors.
-        row: Field names to values.
-        fields: For fields that have another name in this data, our name to theirs.
+        place: Location of the row as ``file:line``, for errors.
+        row: Values by field name.
+        fields: Names of fields in this data, by our names, if they differ.
 
     Raises:
-        DataError: Names the place and the field that is missing, wrong, or says the same in another way.
+        DataError: A field is missing, invalid or redundant. The message names the place and the field.
     """
     parsed = validate_row(ScorableRow, row, place, fields)
     given = tuple(name for name in FIELDS if getattr(parsed, name) is not None)
     if given not in WAYS:
         ways = ", or ".join(" and ".join(way) for way in WAYS)
         theirs = " and ".join(fields.get(name, name) for name in given) or "none of them"
-        raise DataError(f"{place}: a row has {ways}; this one has {theirs} (see --fields)")
+        raise DataError(
+            f"{place}: expected {ways}; this row has {theirs}. Fix or remove this row, or rename fields with --fields"
+        )
     if parsed.text is not None:
         return [Text(parsed.text)]
     if parsed.token_ids is not None:
@@ -54,7 +56,8 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
         *before, last = parsed.messages
         if last.role != "assistant":
             raise DataError(
-                f"{place}: field {fields.get('messages', 'messages')!r}: the last turn must be the assistant's"
+                f"{place}: field {fields.get('messages', 'messages')!r}: the last turn must be the assistant's; fix or "
+                "remove this row"
             )
         return [Conversation([turn.model_dump() for turn in before], last.content)]
     prompt = to_prompt(parsed.prompt or ())

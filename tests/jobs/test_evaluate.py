@@ -1,4 +1,4 @@
-"""The command recognises its data, prints and writes what the library computes, and refuses before it works."""
+"""The command detects the format of its data, prints and writes the library's figures, and validates options first."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.helpers import make_preferences
 
 @pytest.fixture(scope="module")
 def critic(tiny_model, tmp_path_factory) -> str:
-    """A critic directory with a random head."""
+    """Returns a critic directory with a random head."""
     directory = tmp_path_factory.mktemp("critic")
     encoder = Encoder(load_tokenizer(tiny_model), 200)
     torch.manual_seed(3)
@@ -30,7 +30,7 @@ def critic(tiny_model, tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(critic, tmp_path, monkeypatch, capsys):
-    """Runs the command on rows; returns what it printed and where its file of rows is."""
+    """Runs the command on rows. Returns its output and the path of the rows."""
 
     def run_on(rows, *options):
         path = tmp_path / "rows.jsonl"
@@ -82,7 +82,7 @@ def test_best_of_n_is_recognised_by_its_first_row(run, tmp_path):
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())["evaluation"]
     assert metrics["rows"] == 12
     assert metrics["chance"] == pytest.approx(1 / 4)
-    assert "drawn at random" in printed
+    assert "accuracy of random rewards" in printed
     page = (tmp_path / "report" / "report.html").read_text()
     assert "best wrong response, reward" in page
     assert page.count("<svg") == 1

@@ -1,4 +1,4 @@
-"""The example that other trainers start from does what its page says: run as it is, on real scorers and shards."""
+"""The example for other PPO trainers runs unchanged on real scorers and shards, and does what its docstring states."""
 
 import types
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 def make_batch(encoder, seed: int) -> types.SimpleNamespace:
-    """Rollouts as a trainer has them: four responses to each of three prompts, one of them empty."""
+    """Returns rollouts of a trainer: four responses to each of three prompts, one of them empty."""
     rng = np.random.default_rng(seed)
     prompts, responses, sequences, prompt_lengths = [], [], [], []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""What the inspection prints is what was read, and what the critic will see."""
+"""The printed statistics match the data, and examples match the critic's encoding."""
 
 import json
 
@@ -29,13 +29,13 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if line.count("│") == 3]
     first = dict(cells[: next(n for n, (what, _) in enumerate(cells) if n and what == "rows read")])
     assert first["rows read"] == str(len(rows))
-    assert first["preferences to learn from"] == str(len(rows) - 2)
+    assert first["preferences to train on"] == str(len(rows) - 2)
     assert first["skipped (over 64 tokens)"] == "1"
     assert first["skipped (identical responses)"] == "1"
     assert first["duplicates"] == "1"
-    assert first["contradictions (the same, the other way round)"] == "1"
+    assert first["contradictions (same responses, opposite order)"] == "1"
     assert ["standard, explicit prompt, ranked", "1"] in cells
-    assert [f"prompts that {sources[0]} has too", "of 1 preferences"] in cells
+    assert [f"preferences with a prompt of {sources[0]}", "1"] in cells
     encoder = Encoder(load_tokenizer(tiny_model), 64)
     seen = encoder.tokenizer.decode(encoder.encode(pairs[0]["prompt"], pairs[0]["chosen"]).ids)
     assert seen.endswith("</s>")

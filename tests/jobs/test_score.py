@@ -1,4 +1,4 @@
-"""Offline scoring gives the engine's rewards, writes every row once, and goes on where it was stopped."""
+"""Offline scoring gives the rewards of training, writes every row once, and resumes after an interruption."""
 
 import datetime
 import gzip
@@ -45,7 +45,7 @@ def read(out):
 
 
 def rows_of(shape, items, encoder):
-    """The same conversations, written in each way that is read."""
+    """Returns the same conversations in every supported format."""
     for number, (prompt, response) in enumerate(items):
         if shape == "pairs":
             yield {"id": number, "prompt": prompt, "response": response}
@@ -155,10 +155,10 @@ def test_what_is_of_another_job_is_left_alone(ray_address, critics, tmp_path, mo
     ):
         code, _, message = run(score.main, changed, monkeypatch, capsys)
         assert code == EXIT_REFUSED
-        assert f"was begun with another {field}" in message
+        assert f"was started with another {field}" in message
     code, _, message = run(score.main, [critics["first"], data, str(tmp_path)], monkeypatch, capsys)
     assert code == EXIT_REFUSED
-    assert "is not empty, and holds no job.json" in message
+    assert "is not empty and holds no job.json" in message
     assert read(out) == before
 
 
@@ -192,8 +192,8 @@ def test_what_json_cannot_hold_and_workers_that_find_no_place(ray_address, criti
 @pytest.mark.parametrize(
     ("row", "at_fault"),
     [
-        ({"prompt": "a", "responses": ["b", "c"]}, "a.jsonl:2: has one response and rows before have several"),
-        ({"prompt": "a", "response": "b", "note": "\ud83d"}, "up to row 2, a field holds half of a surrogate pair"),
+        ({"prompt": "a", "responses": ["b", "c"]}, "a.jsonl:2: some rows have one response and others a list"),
+        ({"prompt": "a", "response": "b", "note": "\ud83d"}, "a field holds half of a surrogate pair up to row 2"),
     ],
 )
 def test_what_parquet_cannot_hold_is_told_before_anything_is_scored(
@@ -223,15 +223,15 @@ def test_the_types_of_parquet_stay_and_a_part_that_was_lost_is_made_again(
 
 
 BAD = {
-    "a missing response": ({"prompt": "a"}, "a row has prompt and response, or prompt and responses"),
+    "a missing response": ({"prompt": "a"}, "expected prompt and response, or prompt and responses"),
     "two ways at once": (
         {"text": "a", "messages": [{"role": "assistant", "content": "b"}]},
-        "this one has messages and text",
+        "this row has messages and text",
     ),
     "a response that is no text": ({"prompt": "a", "response": 3}, "field 'response'"),
     "no responses": ({"prompt": "a", "responses": []}, "field 'responses'"),
     "a user's last turn": ({"messages": [{"role": "user", "content": "b"}]}, "the last turn must be the assistant's"),
-    "a field of ours": ({"text": "a", "reward": 1.0}, "field 'reward' is there already"),
+    "a field of ours": ({"text": "a", "reward": 1.0}, "field 'reward' exists already"),
     "a field that no file can hold": ({"text": "a", "note": "\ud83d"}, "holds half of a surrogate pair"),
     "an id out of the vocabulary": ({"token_ids": [10**6]}, "token id 1000000 is not in the critic's vocabulary"),
 }

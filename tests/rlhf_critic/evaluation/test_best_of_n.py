@@ -1,4 +1,4 @@
-"""Best-of-n rows of each shape are read or refused, and scored as their definitions say."""
+"""Best-of-n rows of each shape are read or rejected, and their scores equal the definitions."""
 
 import json
 import math
@@ -60,9 +60,9 @@ def test_right_responses_come_first_as_they_are_encoded_alone(encoder, tmp_path)
         ({"rejected": None}, r":2: needs the lists 'chosen' and 'rejected', or"),
         ({"chosen": "of course"}, r":2: field 'chosen': .*tuple"),
         ({"prompt": None}, r":2: field 'prompt': Field required"),
-        ({"chosen": None, "responses": ["a", "b"], "best": 2}, r":2: field 'best': 2 is not the index of one of 2"),
+        ({"chosen": None, "responses": ["a", "b"], "best": 2}, r":2: field 'best': 2 is not an index of the 2"),
         ({"chosen": None, "responses": ["a", "b"], "best": True}, r":2: field 'best': .*integer"),
-        ({"id": "tied:4"}, r":2: field 'id': 'tied:4' needs at least two right responses"),
+        ({"id": "tied:4"}, r":2: field 'id': 'tied:4' needs at least two responses in 'chosen'"),
     ],
 )
 def test_a_row_that_is_wrong_is_named_with_its_field(encoder, tmp_path, changes, message):
@@ -82,7 +82,7 @@ def test_the_top_shares_its_credit_among_ties():
     assert (first.name, first.rows, second.name, second.rows) == ("a", 3, "b", 1)
     assert first.accuracy.mean == pytest.approx((1 + 0 + 1 / 2) / 3)
     assert first.chance == pytest.approx((1 / 4 + 1 / 4 + 2 / 3) / 3)
-    assert evaluation.all_right_above_wrong.mean == 0  # of one row, whose worst right response is below the wrong one
+    assert evaluation.all_right_above_wrong.mean == 0  # one such row; its lowest correct reward is below the wrong one
     assert evaluation.ties is None
 
 
@@ -99,7 +99,7 @@ def test_the_ties_score_equals_a_slow_computation_from_its_definition():
     for prompt in range(40):
         for kind, right, wrong, found in (("tied", rng.randint(2, 5), 4, tied), ("ref", 1, 4, ref)):
             if kind == "ref" and prompt in {3, 17}:
-                continue  # without a partner it counts in the accuracy of its kind only
+                continue  # without its pair it counts only in the accuracy of its kind
             good = [rng.gauss(3, 0.6) for _ in range(right)]
             if prompt == 5:
                 good = [4.0] * right  # no spread at all

@@ -1,4 +1,4 @@
-"""Calibration equals slow sums from its definition, and tells critics whose probabilities are known to be true."""
+"""Calibration equals slow sums from its definition and is correct for critics with known probabilities."""
 
 import math
 from itertools import pairwise
@@ -12,7 +12,7 @@ MARGINS = np.array([2.0, 0.3, -0.1, -1.2, 0.0, 0.05, 4.0, -0.35, 30.0])
 
 
 def drawn_margins(scale: float, size: int = 4000) -> np.ndarray:
-    """Margins of a critic that should divide them by ``scale`` to be calibrated."""
+    """Samples margins that are calibrated after division by ``scale``."""
     rng = np.random.default_rng(0)
     sizes = np.abs(rng.normal(0, 1.5, size))
     right = rng.random(size) < 1 / (1 + np.exp(-sizes))
@@ -20,7 +20,7 @@ def drawn_margins(scale: float, size: int = 4000) -> np.ndarray:
 
 
 def test_the_error_equals_a_slow_sum_over_both_readings():
-    # Every preference once as it is and once the other way round, in mirrored bins of the probability.
+    # Counts every preference in both readings, in mirrored bins of the probability.
     readings = []
     for margin in MARGINS:
         p = 1 / (1 + math.exp(-margin))
@@ -29,7 +29,7 @@ def test_the_error_equals_a_slow_sum_over_both_readings():
     edges = [k / (2 * BINS) for k in range(2 * BINS + 1)]
     total = 0.0
     for k, (low, high) in enumerate(pairwise(edges)):
-        # The mirror image of a bin that is closed below is closed above; a probability of one half counts half in each.
+        # The mirror image of a bin closed below is closed above. A probability of one half counts half in each.
         if k >= BINS:
             inside = [(p, y, 0.5 if p == 0.5 else 1.0) for p, y in readings if low <= p < high or (p == high == 1.0)]
         else:

@@ -1,4 +1,4 @@
-"""Length-controlled accuracy finds what is known to be true of made-up critics, and equals plain least squares."""
+"""Length-controlled accuracy is correct for synthetic critics with known bias, and equals plain least squares."""
 
 import math
 
@@ -12,7 +12,7 @@ P = 1500
 
 
 def lengths_of(longer_wins: float, seed: int = 0) -> np.ndarray:
-    """Lengths over two orders of magnitude, of which the longer is chosen in a given share."""
+    """Samples lengths over two orders of magnitude; the longer side is chosen in a given share."""
     rng = np.random.default_rng(seed)
     sides = np.sort(np.exp(rng.normal(5, 0.8, (P, 2))).astype(int) + 1, axis=1)
     chosen_first = sides[:, ::-1]

@@ -1,4 +1,4 @@
-"""The page is one file that shows data as text and asks nothing of anyone; a report is written whole or refused."""
+"""The report page is one file without links that shows data as text; a report is written atomically."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from rlhf_critic.evaluation.bootstrap import BootstrapEstimate
 from rlhf_critic.evaluation.plots import histogram_svg, length_svg, reliability_svg
 from rlhf_critic.evaluation.preferences import evaluate_rewards
 from rlhf_critic.evaluation.report import (
-    MOST_CHARACTERS,
+    MAX_CHARACTERS,
     Bar,
     Page,
     Plot,
@@ -27,7 +27,7 @@ NASTY = "<script>alert('x')</script>&amp;\"' </pre><img src=http://example.com/x
 
 
 def page_of(text: str = "plain") -> Page:
-    """A page whose every text from data is ``text``."""
+    """Returns a page in which every text from data is ``text``."""
     rng = np.random.default_rng(0)
     rewards = rng.normal([0.5, 0], size=(60, 2))
     lengths = rng.integers(1, 99, (60, 2))
@@ -49,7 +49,7 @@ def page_of(text: str = "plain") -> Page:
 
 
 class Parsed(HTMLParser):
-    """The tags, attributes and text of a page."""
+    """Tags, attributes and text of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_what_texts_share_is_told_once_and_special_tokens_apart():
 def test_a_long_text_loses_its_middle_and_says_so():
     text = wrong_example("f:1", "", {"chosen": "x" * 9000 + "end", "rejected": "y"}, []).texts[0]
     (piece,) = text.pieces
-    assert f"[... {9003 - MOST_CHARACTERS} characters left out ...]" in piece[0]
+    assert f"[... {9003 - MAX_CHARACTERS} characters omitted ...]" in piece[0]
     assert piece[0].endswith("xend")
 
 
@@ -135,5 +135,5 @@ def test_a_report_is_whole_and_never_overwrites(tmp_path):
         validate_report_directory(str(directory))
     with pytest.raises(ConfigError, match="not an empty directory"):
         validate_report_directory(str(directory / "report.html"))
-    with pytest.raises(ConfigError, match=r"cannot be written \(.*; free some space, or give another directory"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*; free space or give another directory"):
         validate_report_directory(str(directory / "report.html" / "inside"))

@@ -1,4 +1,4 @@
-"""Other trainers get the critic's rewards, and its errors as errors."""
+"""Other trainers receive the critic's rewards, and its errors as errors."""
 
 import asyncio
 import importlib.util
@@ -59,7 +59,7 @@ def test_grpo_takes_its_steps_with_rewards_from_scorers(serving, critics, tiny_m
         )
         before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
         trainer.train()
-    # What TRL itself wrote down: each step's prompts, completions and rewards.
+    # TRL logs the prompts, completions and rewards of each step.
     steps = [pq.read_table(file).to_pylist() for file in sorted((tmp_path / "completions").glob("*.parquet"))]
     assert [len(rows) for rows in steps] == [4, 4]
     for row in itertools.chain(*steps):
@@ -79,10 +79,10 @@ ANSWER = {"role": "assistant", "content": "b"}
     [
         ([USER], [], "does not end with an assistant's turn"),
         ([USER], [ANSWER, {"role": "tool", "content": "b"}], "does not end with an assistant's turn"),
-        ("a", [ANSWER], "consists of turns, and its prompt does not"),
-        ([USER], [{"role": "assistant", "content": None}], "ends with a turn that is no text"),
-        ([USER], [{"role": "assistant", "content": [{"type": "image"}]}], "ends with a turn that is no text"),
-        ([USER], [{**ANSWER, "tool_calls": [{"type": "function"}]}], "ends with a turn that is no text"),
+        ("a", [ANSWER], "consists of turns, but its prompt is a text"),
+        ([USER], [{"role": "assistant", "content": None}], "ends with a turn that is not text"),
+        ([USER], [{"role": "assistant", "content": [{"type": "image"}]}], "ends with a turn that is not text"),
+        ([USER], [{**ANSWER, "tool_calls": [{"type": "function"}]}], "ends with a turn that is not text"),
     ],
 )
 def test_a_completion_that_is_no_text_is_refused(prompt, completion, reason):
@@ -100,7 +100,7 @@ def test_a_failure_is_an_error_and_no_missing_reward():
 
 
 def test_turns_as_a_table_has_them_and_a_trip_to_another_process(serving, critics):
-    """A table gives every turn the fields of all; TRL's asynchronous trainers pickle reward functions."""
+    """Tables add absent fields as None to turns, and TRL's asynchronous trainers pickle reward functions."""
     url = serving(critics["first"], max_replicas=1)
     table = Dataset.from_list([{"prompt": [{**USER, "name": "x"}]}, {"prompt": [USER]}])
     called = [{"role": "assistant", "content": "wait", "tool_calls": None}, {"role": "tool", "content": "7"}]
@@ -114,7 +114,7 @@ def test_turns_as_a_table_has_them_and_a_trip_to_another_process(serving, critic
 
 
 def load_as_trainers_do(module):
-    """verl and OpenRLHF load a file by its path."""
+    """Loads a reward file by its path, as verl and OpenRLHF do."""
     spec = importlib.util.spec_from_file_location("custom_module", module.__file__)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -122,7 +122,7 @@ def load_as_trainers_do(module):
 
 
 async def in_threads(calls):
-    """How verl's reward workers and OpenRLHF's engines call a function that is not a coroutine's."""
+    """Calls a function in a thread, as verl's reward workers and OpenRLHF's engines do."""
     return await asyncio.gather(*(asyncio.to_thread(call) for call in calls))
 
 
@@ -132,7 +132,7 @@ def test_verl_calls(serving, critics, monkeypatch):
     wanted = rewards_by_engine(critics["first"], items)
     module = load_as_trainers_do(verl)
     turns = [[{"role": "user", "content": item.prompt, "name": None}] for item in items]
-    # The naive manager of 0.9.1: one response a call, its own entries beside those of the data.
+    # The naive manager of 0.9.1 passes one response per call and adds entries to those of the data.
     added = {"index": 3, "num_turns": 2, "rollout_reward_scores": {}}
     calls = [
         partial(
@@ -145,7 +145,7 @@ def test_verl_calls(serving, critics, monkeypatch):
         for item, prompt in zip(items, [items[0].prompt, *turns[1:]], strict=True)
     ]
     np.testing.assert_allclose(asyncio.run(in_threads(calls)), wanted, atol=TOLERANCE)
-    # The batch manager of 0.7.0, whose rows are numpy arrays.
+    # The batch manager of 0.7.0 passes numpy arrays as rows.
     batch = module.compute_scores(
         data_sources=np.array(["hh"] * 5, dtype=object),
         solution_strs=[item.response for item in items],
@@ -177,7 +177,7 @@ def test_openrlhf_calls(serving, critics, monkeypatch, tmp_path):
     encoder = load_critic(critics["first"]).encoder
     queries = [encoder.render(*item) for item in items]
     prompts = [query[: -len(item.response + encoder.ending)] for query, item in zip(queries, items, strict=True)]
-    # As a policy leaves them: one cut before its EOS, one padded with it.
+    # Raw outputs of a policy: one truncated before its EOS, one padded with EOS.
     queries[0] = queries[0].removesuffix(encoder.ending)
     queries[1] += "</s></s>"
     reward_func = load_as_trainers_do(openrlhf).reward_func
@@ -197,7 +197,7 @@ def test_openrlhf_calls(serving, critics, monkeypatch, tmp_path):
 
 def test_a_process_has_one_client(monkeypatch, tmp_path):
     file = tmp_path / "token"
-    file.write_text("secret")  # reading it lets other threads in
+    file.write_text("secret")  # reading the file lets other threads run
     monkeypatch.setenv("RLHF_CRITIC_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("RLHF_CRITIC_TOKEN_FILE", str(file))
     together = threading.Barrier(THREADS)
@@ -210,7 +210,7 @@ def test_a_process_has_one_client(monkeypatch, tmp_path):
         here, *others = [call.result() for call in [threads.submit(connect_together) for _ in range(THREADS)]]
     assert all(other is here for other in others)
     reader, writer = os.pipe()
-    if (child := os.fork()) == 0:  # it has no thread but this one, and must not run the tests on
+    if (child := os.fork()) == 0:  # the child has only this thread and must not run further tests
         os.write(writer, b"own" if client_from_environment() is not here else b"parent's")
         os._exit(0)
     os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""The client splits, retries and waits as it says, keeps versions apart, and turns no failure into a number."""
+"""The client splits, retries and keeps deadlines, and never turns a failure into a number."""
 
 import asyncio
 import os
@@ -20,11 +20,11 @@ from tests.helpers import run_command, wait_until
 
 
 class Lengths:
-    """A way to a scorer whose reward is the length of a text; it fails as it is told to.
+    """A transport whose reward is the length of the response and whose failures are scripted.
 
     Attributes:
-        failures: What the next calls raise.
-        versions: What the next calls are answered by; the last for ever.
+        failures: Errors that the next calls raise.
+        versions: Versions that answer the next calls; the last one answers all later calls.
     """
 
     def __init__(self, failures=(), versions=("v1",), seconds=0.0):
@@ -58,7 +58,7 @@ def conversations_of(count):
 
 
 class Direct:
-    """A way to a scorer in this process."""
+    """A transport to a scorer in this process."""
 
     def __init__(self, scorer):
         self.scorer = scorer
@@ -299,7 +299,7 @@ def test_the_deadline_is_kept_and_says_why():
 
 
 def test_one_version_answers_a_whole_call():
-    # Parts that the old version answered are asked again.
+    # Parts that the old version answered are scored again.
     transport = Lengths(versions=["v1", "v1", "v2"], seconds=0.01)
     with ScorerClient(transport, max_items_per_call=2, max_in_flight=1) as client:
         scores = client.score_items(conversations_of(8))
@@ -381,3 +381,11 @@ def test_nothing_to_score_and_senseless_options():
     for options in ({"max_items_per_call": 0}, {"max_in_flight": 0}, {"deadline_s": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             ScorerClient(Lengths(), **options)
+
+
+def test_a_client_needs_neither_torch_nor_transformers():
+    modules = "client", "http_client", "http_schema", "items"
+    script = "; ".join(f"import rlhf_critic.scoring.{module}" for module in modules)
+    script += "; import sys; assert not {'torch', 'transformers', 'datasets', 'ray'} & set(sys.modules)"
+    done = run_command(["-c", script], Path(__file__).parents[3])
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Over HTTP a caller meets the same errors as in the cluster, whatever it is that answers."""
+"""HTTP callers get the same errors as callers inside the cluster, whatever server answers."""
 
 import json
 import socket
@@ -19,10 +19,10 @@ ASKED = [Conversation("p", "x" * number) for number in range(10)]
 
 @contextmanager
 def server(answer):
-    """A server on this machine; ``answer`` makes of a request's JSON a status and a body.
+    """Runs a server on this machine. ``answer`` maps a request's JSON to a status and a body.
 
     Yields:
-        Its URL and the authorization that callers showed.
+        Its URL, and the Authorization headers that it received.
     """
     shown = []
 
@@ -47,7 +47,7 @@ def server(answer):
 
 
 def lengths(body):
-    """The reward is the length of the response."""
+    """Answers with the length of each response as its reward."""
     items = [item.to_item() for item in ScoreRequest.model_validate(body).items]
     rewards_S = np.array([len(item.response) for item in items], dtype=np.float32)
     scores = Scores(rewards_S, "v1", np.zeros(len(items), np.bool_), np.ones(len(items), np.int64))
@@ -99,9 +99,9 @@ def test_an_item_is_named_by_its_place_in_the_whole_call():
         (error(409, "version_mismatch"), VersionMismatch, "told"),
         (error(500, "failed"), ScorerFailed, "told"),
         ((404, b"<html>no such page"), ScorerRejected, "HTTP 404: <html>no such page"),
-        ((200, b"<html>a login page"), ScorerFailed, "answers, but not with scores: '<html>a login page'"),
-        ((200, b"{}"), ScorerFailed, "answers, but not with scores"),
-        ((200, b'{"model_version": "v", "rewards": [null]}'), ScorerFailed, "answers, but not with scores"),
+        ((200, b"<html>a login page"), ScorerFailed, "the answer holds no scores: '<html>a login page'"),
+        ((200, b"{}"), ScorerFailed, "the answer holds no scores"),
+        ((200, b'{"model_version": "v", "rewards": [null]}'), ScorerFailed, "the answer holds no scores"),
     ],
 )
 def test_what_asking_again_does_not_help_is_told_at_once(answer, raised, what):

@@ -1,4 +1,4 @@
-"""Scores and items are after the wire what they were before it, to the last bit; what is no message is refused."""
+"""Scores and items survive HTTP to the last bit, and invalid messages are rejected."""
 
 import json
 
@@ -41,7 +41,7 @@ def any_scores(draw):
 
 
 def same(one, other):
-    """Whether arrays are equal in every bit, the sign of zero included."""
+    """Returns whether arrays are equal in every bit, including the sign of zero."""
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
@@ -163,7 +163,7 @@ def test_what_is_no_request_is_refused(request_):
     ids=lambda value: value.__name__ if isinstance(value, type) else next(iter(value)),
 )
 def test_a_list_of_what_is_no_item_is_not_read_to_its_end(model, request_):
-    """Each entry would cost its error, and a body of a few megabytes all of the memory."""
+    """Guards memory: one error per entry would exhaust it for a body of a few megabytes."""
     with pytest.raises(ValidationError) as refused:
         model.model_validate(request_)
     assert refused.value.error_count() < 20

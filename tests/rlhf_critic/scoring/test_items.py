@@ -1,4 +1,4 @@
-"""A text has the same token ids however it comes, and what cannot be scored is refused with a word for the reason."""
+"""A text has the same token ids in every form, and each reason to reject an item has its own kind."""
 
 import inspect
 import re
@@ -58,7 +58,7 @@ def test_a_text_that_is_too_long_is_refused_before_its_end_is_worked_on(encoder)
     endless = [Text("</s>" * 1_000_000, finish=True), Text("a", "</s>" * 1_000_000, finish=True)]
     assert finish_items(endless, encoder, LIMITS) == endless
     for item in endless:
-        with pytest.raises(ScorerRejected, match="at most 100 are taken"):
+        with pytest.raises(ScorerRejected, match="maximum 100"):
             encode_items([item], encoder, LIMITS)
 
 
@@ -164,7 +164,7 @@ def test_a_conversation_that_the_template_refuses(tokenizer_dir):
 
 
 def test_every_refusal_has_a_row():
-    said = set(re.findall(r'(?:_refused|ScorerRejected)\(\s*"(\w+)"', inspect.getsource(items_module)))
+    said = set(re.findall(r'(?:_rejected|ScorerRejected)\(\s*"(\w+)"', inspect.getsource(items_module)))
     assert said == {kind for _, kind, _ in REFUSED.values()} | {"template_refused", "unequal_lengths", "not_a_list"}
 
 
@@ -175,7 +175,7 @@ def test_limits_are_exact(encoder):
     exact = Limits(max_text_bytes=len(rendered.encode()))
     assert encode_items([Conversation("é", "é")], encoder, exact) == encode_items([Text(rendered)], encoder, exact)
     for item in (Conversation("é", "é"), Text(rendered)):
-        with pytest.raises(ScorerRejected, match="bytes, at most"):
+        with pytest.raises(ScorerRejected, match="bytes, maximum"):
             encode_items([item], encoder, Limits(max_text_bytes=exact.max_text_bytes - 1))
     assert encode_items([[5] * MAX_LENGTH], encoder, LIMITS)[0].ids == [5] * MAX_LENGTH
     last = len(encoder.tokenizer) - 1
@@ -189,7 +189,7 @@ def test_limits_are_exact(encoder):
     ]
     ids = encoder.tokenize(["1 2 3 4"])[0]
     encode_items([Text("1 2 3 4")], encoder, Limits(max_tokens=len(ids)))
-    with pytest.raises(ScorerRejected, match="tokens, at most"):
+    with pytest.raises(ScorerRejected, match="tokens, maximum"):
         encode_items([Text("1 2 3 4")], encoder, Limits(max_tokens=len(ids) - 1))
 
 
@@ -233,7 +233,7 @@ items = st.one_of(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(items, max_size=4))
-def test_whatever_is_asked_is_encoded_or_refused(encoder, asked):
+def test_whatever_is_asked_is_encoded_or_rejected(encoder, asked):
     try:
         encoded = encode_items(finish_items(asked, encoder, LIMITS), encoder, LIMITS)
     except ScorerRejected:

@@ -1,4 +1,4 @@
-"""Concurrent callers each get their own results, what they share is computed once, and nobody waits for ever."""
+"""Concurrent callers get their own results, shared prefixes are computed once, and no caller waits forever."""
 
 import logging
 import threading
@@ -22,14 +22,14 @@ BUSY = [7]
 
 
 def forward(sequences, rewards_only):
-    """Values that depend on everything before a token, as a critic's do."""
+    """Returns values that depend on all tokens before them, as a critic's do."""
     values = [np.cumsum(np.asarray(ids) % 7 + 1).astype(np.float32) for ids in sequences]
     outputs = [value[-1:] for value in values] if rewards_only else values
     return Computed(outputs, len(PrefixTree.build(sequences)))
 
 
 class Recorder:
-    """Computes as `forward` does, when it may, and remembers what it was given."""
+    """A `forward` that waits for ``may_go`` and records its batches."""
 
     def __init__(self, compute=forward):
         self.compute = compute
@@ -46,7 +46,7 @@ class Recorder:
 
 
 def busy_batcher(recorder, budget, prefix_tree=True, **options):
-    """A batcher that computes `BUSY` until ``recorder.may_go``; what comes meanwhile meets in its queue."""
+    """Returns a batcher that computes `BUSY` until ``recorder.may_go``, so later requests meet in its queue."""
     recorder.may_go.clear()
     batcher = RequestBatcher(recorder, budget, prefix_tree, **options)
     busy = batcher.submit([BUSY], True)
@@ -192,7 +192,7 @@ def test_the_oldest_does_not_wait_for_the_newer():
 
 @pytest.mark.parametrize("rewards_only", [True, False])
 def test_newer_calls_without_end_do_not_starve_the_oldest(rewards_only):
-    """Every micro-batch brings two more calls, of the other kind and alike, that would fill the next one better."""
+    """Every micro-batch adds two calls, one of each kind, that would fill the next micro-batch better."""
     stream = []
 
     def more(_):
@@ -341,7 +341,7 @@ def test_closing_in_vain_fails_what_is_left():
     futures = [busy, *(batcher.submit([[number, number, number]], True) for number in range(3))]
     assert not batcher.close(0.2)
     for future in futures:
-        with pytest.raises(ScorerUnavailable, match=r"0\.2 s were not enough"):
+        with pytest.raises(ScorerUnavailable, match=r"unfinished calls after 0\.2 s"):
             future.result(30)
     with pytest.raises(ScorerUnavailable, match="shutting down"):
         batcher.submit([[1]], True)

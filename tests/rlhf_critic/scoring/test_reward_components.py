@@ -1,4 +1,4 @@
-"""A reward is the weighted sum of its components, each reported; what a component cannot judge is refused."""
+"""A reward is the weighted sum of its components, and items that a component cannot score are rejected."""
 
 import math
 import re
@@ -20,7 +20,7 @@ ITEMS = [Conversation("please", "why? of course"), Conversation("no", ""), Text(
 
 
 def shouts(prompts, responses):
-    """A user's function: how much longer the response is than the prompt."""
+    """Returns how much longer each response is than its prompt, as a user's function."""
     return [len(response) - len(prompt) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -153,7 +153,7 @@ def test_a_sum_that_is_not_finite_is_no_reward(components):
 
 
 def test_a_function_is_told_the_prompt_of_a_finished_text(encoder):
-    """As a conversation, as a rendered text with and without the ending in its response, and as a policy left it."""
+    """Covers conversations, rendered texts with and without the ending in the response, and a policy's raw output."""
     plain = Encoder(load_tokenizer(encoder.tokenizer.name_or_path, "plain"), 64)
     assert plain.ending == "</s>"
     pad = plain.tokenizer.pad_token
@@ -175,7 +175,7 @@ def test_a_function_is_told_the_prompt_of_a_finished_text(encoder):
     ((prompts, responses),) = TOLD
     assert prompts == ["please "] * 7
     assert responses == ["of course"] * 5 + ["", "of course</s>"]
-    with pytest.raises(ScorerRejected, match="item 1: its text does not end with its response") as refused:
+    with pytest.raises(ScorerRejected, match="item 1: the text does not end with the response") as refused:
         components.combine([items[0], Text("please of course</s>", "thank you")], critic_S[:2])
     assert (refused.value.kind, refused.value.item) == ("not_the_end", 1)
 
@@ -198,7 +198,7 @@ def test_the_critic_alone_needs_no_response_and_reports_nothing_more(encoder):
 @pytest.mark.parametrize("item", [[1, 2], Text("a b c")])
 def test_an_item_without_a_response_is_refused(encoder, item):
     components = RewardComponents((CriticComponent(), LengthPenalty()), encoder.count_tokens)
-    with pytest.raises(ScorerRejected, match="item 1 does not say which part of it is the response") as refused:
+    with pytest.raises(ScorerRejected, match="item 1 does not state its response") as refused:
         components.combine([Conversation("a", "b"), item], np.zeros(2, dtype=np.float32))
     assert (refused.value.kind, refused.value.item) == ("no_response", 1)
 
@@ -227,7 +227,7 @@ def test_a_function_that_fails_is_named(encoder, function, what):
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-    """Modules of a user that cannot be imported."""
+    """Creates user modules that cannot be imported."""
     (tmp_path / "module_that_is_cut.py").write_text("def f(")
     (tmp_path / "module_that_raises.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
@@ -241,7 +241,7 @@ def modules(tmp_path, monkeypatch):
         (f"{HERE}:absent", "function .* cannot be imported: AttributeError"),
         ("module_that_is_cut:f", "function .* cannot be imported: SyntaxError"),
         ("module_that_raises:f", "function .* cannot be imported: ZeroDivisionError"),
-        (f"{HERE}:NO_FUNCTION", "is no function: 3"),
+        (f"{HERE}:NO_FUNCTION", "is not callable: 3"),
     ],
 )
 def test_a_function_that_is_not_there_is_named(encoder, function, what):
