@@ -89,9 +89,7 @@ class EngineGroup:
             self.shutdown()
             raise
 
-    def _call(
-        self, doing: str, method: Callable[..., T], *arguments: Any, timeout_s: float | None = None
-    ) -> list[T]:
+    def _call(self, doing: str, method: Callable[..., T], *arguments: Any, timeout_s: float | None = None) -> list[T]:
         """Calls a method of the rank class on all ranks; see `RankGroup.call_all`."""
         return self._ranks.call_all(doing, method.__name__, *arguments, timeout_s=timeout_s)
 

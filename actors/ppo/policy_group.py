@@ -51,9 +51,7 @@ class PolicyOptions:
 
     def build(self) -> PolicyEngine:
         """Builds the engine of one rank. Collective."""
-        return PolicyEngine(
-            self.tokenizer(), self.model, self.optimizer, self.total_steps, self.seed, self.temperature
-        )
+        return PolicyEngine(self.tokenizer(), self.model, self.optimizer, self.total_steps, self.seed, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from actors.ppo.checkpoint import (
     remove_old_checkpoints,
 )
 from actors.ppo.critic_group import CriticGroup, CriticOptions
+from actors.ppo.engine_group import EngineGroup
 from actors.ppo.evaluation import (
     Sample,
     component_means,
@@ -48,7 +49,7 @@ from rlhf_critic.algorithms.ppo import RunningMoments
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.batching.sampler import global_batch, is_due
 from rlhf_critic.config.model import EncodingConfig
-from rlhf_critic.config.ppo import PPOJobConfig
+from rlhf_critic.config.ppo import CriticConfig, PolicyConfig, PPOJobConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import validate_same_tokens
 from rlhf_critic.data.prompts import Prompts
@@ -61,6 +62,7 @@ from rlhf_critic.training.policy_engine import PolicyMetrics
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+GroupT = TypeVar("GroupT", bound=EngineGroup)
 
 # The first number of each seed: what the random numbers are for.
 TRAINING_DRAWS, EVALUATION_DRAWS, MINIBATCHES = 1, 2, 3
@@ -114,7 +116,9 @@ class PPOTrainer:
         self._reference = reference_digest(config) if state is None else state.reference
         try:
             self._policy, self._critic, self._workers = run_concurrently(
-                self._make_policy, self._make_critic, self._make_workers
+                lambda: self._make_group(PolicyGroup, policy_options(config), config.policy),
+                lambda: self._make_group(CriticGroup, critic_options(config), config.critic),
+                self._make_workers,
             )
             if checkpoint is not None and state is not None:
                 self._iteration, self._moments = state.iteration, state.moments
@@ -179,33 +183,23 @@ class PPOTrainer:
         step = self._iteration or -1
         return RunLogger(directory, step, run.name, run.wandb_project, self.config.model_dump(mode="json"))
 
-    def _make_policy(self) -> PolicyGroup:
-        policy, run = self.config.policy, self.config.run
-        group = PolicyGroup(
-            policy_options(self.config),
-            policy.shards,
-            cpus_per_shard=policy.cpus_per_shard,
+    def _make_group(
+        self, group_class: type[GroupT], options: PolicyOptions | CriticOptions, part: PolicyConfig | CriticConfig
+    ) -> GroupT:
+        run = self.config.run
+        group = group_class(
+            options,
+            part.shards,
+            cpus_per_shard=part.cpus_per_shard,
             use_gpu=run.use_gpu,
             start_timeout_s=run.start_timeout_s,
         )
         self._groups.append(group)
         return group
 
-    def _make_critic(self) -> CriticGroup:
-        options = self.config
-        group = CriticGroup(
-            critic_options(options),
-            options.critic.shards,
-            cpus_per_shard=options.critic.cpus_per_shard,
-            use_gpu=options.run.use_gpu,
-            start_timeout_s=options.run.start_timeout_s,
-        )
-        self._groups.append(group)
-        return group
-
     def _make_workers(self) -> RolloutWorkers:
         rollout = self.config.rollout
-        pool = RolloutWorkers(
+        workers = RolloutWorkers(
             rollout.workers,
             policy_options(self.config),
             self._client,
@@ -213,8 +207,8 @@ class PPOTrainer:
             cpus_per_worker=rollout.cpus_per_worker,
             use_gpu=self.config.run.use_gpu,
         )
-        self._groups.append(pool)
-        return pool
+        self._groups.append(workers)
+        return workers
 
     def _iterate(self) -> dict[str, float]:
         """Runs one iteration: rollouts, values, updates. Returns its metrics."""

@@ -237,7 +237,7 @@ class RankGroup:
         return self._own_group, list(range(ranks))
 
     def _join(self, deadline: float) -> None:
-        """Joins the ranks at a port that the first rank holds, because a port that is only free may be taken meanwhile."""
+        """Joins the ranks at a port that the first rank holds, because a free port may be taken meanwhile."""
         address, port = self._answers("start", [self._ranks[0].open_store.remote()], _seconds_to(deadline))[0]
         self._answers("join", [rank.join.remote(address, port) for rank in self._ranks], _seconds_to(deadline))
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from typing import Any
 
 import ray
 
-from actors.runtime.ray_internals import add_port_to_grpc_server, build_address, find_bootstrap_address, ray_constants
+from actors.runtime.ray_internals import (
+    AUTHENTICATION_LOGGER,
+    add_port_to_grpc_server,
+    build_address,
+    find_bootstrap_address,
+    ray_constants,
+)
 
 ANSWER_TIMEOUT_S = 5.0
 
@@ -46,6 +53,7 @@ def init_ray(**options: Any) -> None:
     Raises:
         ConnectionError: There is no Ray to join; from ``ray.init``.
     """
+    logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
     options.setdefault("address", address_to_join() or "local")
     usual = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False

@@ -1,6 +1,6 @@
-"""Ranks are called as one: in one order, with one answer, and none is left waiting when another is lost.
+"""Ranks are called together: in one order, with one answer, and none waits forever when another is lost.
 
-Knows nothing of critics; the ranks here are real actors that meet in a real process group.
+Knows nothing about critics; the ranks here are real actors in a real process group.
 """
 
 import os
@@ -21,17 +21,17 @@ from actors.runtime.rank_group import Rank, RankGroup
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError, PlacementError, RankLost
 from tests.actors.groups import CPUS, leaves_nothing, processes, require_gone
 
-RESTING_S = 600.0  # far longer than any test lasts: what rests so long was ended, not waited for
+RESTING_S = 600.0  # far longer than any test: such a rank is killed and not waited for
 
 
 class Talker(Rank):
-    """A rank that answers, refuses, fails or rests as it is told."""
+    """A rank that answers, rejects, fails or rests on request."""
 
     def where(self) -> tuple[int, str, str]:
         return self.rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
 
     def agree_on(self, number: int) -> list[int]:
-        """What each rank was called with in this collective."""
+        """Returns the number that each rank was called with in this collective."""
         numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
         dist.all_gather(numbers, torch.tensor([number]))
         return [int(one) for one in numbers]
@@ -72,7 +72,7 @@ def make(ranks: int = 2, actor_class: type[Rank] = Talker, **options: object) ->
 
 @pytest.fixture(scope="module")
 def pair(ray_address):
-    """Two ranks for the tests after which the group goes on."""
+    """Two ranks for the tests that do not end the group."""
     group = make()
     yield group
     group.close()
@@ -80,7 +80,7 @@ def pair(ray_address):
 
 @pytest.fixture
 def doomed(request, ray_address):
-    """Two ranks, or as many as its parameter says, for a test that ends them; it must leave nothing behind."""
+    """Two ranks, or the number in the parameter, for a test that ends them and must leave nothing behind."""
     with leaves_nothing():
         group = make(getattr(request, "param", 2))
         ranks = processes(group)
@@ -195,7 +195,7 @@ def test_a_group_of_which_one_rank_cannot_start_leaves_nothing_behind(ray_addres
 
 @ray.remote(num_cpus=CPUS)
 class Owner:
-    """Has a placement group with bundles for ranks behind its own, as a replica that Ray Serve placed."""
+    """An actor whose placement group has bundles for ranks, as a replica of Ray Serve has."""
 
     def call(self) -> list[list[int]]:
         group = make(in_own_bundles=True)
