@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.runtime.storage import REWRITTEN_SUFFIX
 from rlhf_critic.algorithms.ppo import RunningMoments
-from rlhf_critic.checkpoint.critic_directory import weights_digest
+from rlhf_critic.checkpoint.critic_directory import weights_hash
 from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.data.prompts import Prompts
@@ -138,7 +138,7 @@ def reference_digest(config: PPOJobConfig) -> str:
 
 @cache
 def _digest_of_model(name_or_path: str) -> str:
-    return weights_digest(name_or_path, safetensors_only=False) if Path(name_or_path).is_dir() else name_or_path
+    return weights_hash(name_or_path, safetensors_only=False) if Path(name_or_path).is_dir() else name_or_path
 
 
 def free_options(before: PPOJobConfig, after: PPOJobConfig) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ from actors.runtime.storage import HISTORY_FOLDER, HistoryDirectory, resolve_run
 from rlhf_critic.algorithms.advantages import PPOTargets, RolloutBatch, compute_advantages, minibatch_rows
 from rlhf_critic.algorithms.ppo import RunningMoments
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.batching.sampler import global_batch, is_due
+from rlhf_critic.batching.sampler import is_due, rows_of_step
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.ppo import CriticConfig, PolicyConfig, PPOJobConfig
 from rlhf_critic.config.train import TrainConfig
@@ -278,12 +278,8 @@ class PPOTrainer:
     def _rows_of_iteration(self) -> list[int]:
         """Returns the prompt of each rollout of the next iteration, as its row in the data."""
         options = self.config
-        rows = global_batch(
-            np.arange(len(self._prompts)),
-            options.rollout.prompts_per_iteration,
-            1 + options.ppo.iterations * options.rollout.prompts_per_iteration / len(self._prompts),
-            options.ppo.seed,
-            self._iteration,
+        rows = rows_of_step(
+            np.arange(len(self._prompts)), options.rollout.prompts_per_iteration, options.ppo.seed, self._iteration
         )
         return [int(row) for row in rows for _ in range(options.rollout.samples_per_prompt)]
 

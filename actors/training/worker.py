@@ -38,7 +38,7 @@ from actors.runtime.storage import (
     size_of,
 )
 from actors.training.result import SCORE, TrainOutcome, ValidationProgress
-from rlhf_critic.batching.sampler import global_batch, is_due
+from rlhf_critic.batching.sampler import is_due, rows_of_step
 from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, read_card
 from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.train import TrainJobConfig
@@ -167,8 +167,8 @@ class _TrainingRun:
             history = stack.enter_context(self._run_logger()) if self.is_main else None
             bar = stack.enter_context(_progress_bar(engine.step, self.total_steps)) if self.is_main else None
             while engine.step < self.total_steps and not self._gave_up():
-                rows = global_batch(
-                    self.data.train.prompts_N, options.global_batch_size, options.epochs, options.seed, engine.step
+                rows = rows_of_step(
+                    self.data.train.prompts_N, options.global_batch_size, options.seed, engine.step, options.epochs
                 )
                 started = time.perf_counter()
                 metrics = engine.train_step(self.data.train, rows)

@@ -17,7 +17,7 @@ def test_training_spans_nodes_and_tells_the_user(seen):
     assert job["code"] == 0, job["output"]
     assert "succeeded" in job["output"]
     assert "train.jsonl: 24 preferences" in job["output"]
-    assert "fitted 4 steps" in job["output"]
+    assert "trained 4 steps" in job["output"]
     assert "Error in training function" not in job["output"]
     assert {"critic.json", "model.safetensors", "manifest-0-of-2.json", "manifest-1-of-2.json"} <= set(job["files"])
 
@@ -42,7 +42,7 @@ def test_a_pool_serves_after_the_job_that_started_it_and_ends_with_the_job_that_
     assert started["code"] == 0, started["output"]
     assert "scorers serves first@4#" in started["output"]
     assert stopped["code"] == 0, stopped["output"]
-    assert "the pool 'scorers' has ended" in stopped["output"]
+    assert "stopped the pool 'scorers'" in stopped["output"]
     assert stopped["left"] == []
 
 

@@ -23,7 +23,7 @@ GOOD = {"prompt": "please", "chosen": "of course", "rejected": "no"}
 
 DATA = {
     "a missing file": ("nowhere.jsonl", None, "nowhere.jsonl: cannot be read", "check the path"),
-    "an empty file": ("empty.jsonl", b"", "empty.jsonl: there is nothing in it", "give a source"),
+    "an empty file": ("empty.jsonl", b"", "empty.jsonl: has no rows", "give a source"),
     "broken JSON": ("broken.jsonl", b'{"prompt": "a", ', "broken.jsonl:2: not JSON", "fix or remove this line"),
     "a missing field": (
         "field.jsonl",
@@ -69,7 +69,7 @@ DATA = {
         "surrogates not allowed",
     ),
     "a hub id without network": ("nobody/nothing", None, "nobody/nothing: no such file", "download it"),
-    "an unknown kind of file": ("notes.txt", b"a", "notes.txt: not a kind of file", ".jsonl, .json"),
+    "an unknown kind of file": ("notes.txt", b"a", "notes.txt: unknown kind of source", ".jsonl, .json"),
 }
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] not in ['user', 'assistant'] %}"
@@ -108,7 +108,7 @@ def test_nothing_left_of_long_pairs(tiny_model, tmp_path, monkeypatch, capsys):
     ]
     code, _, message = run(inspect_data.main, [*arguments, "--cache-dir", str(tmp_path)], monkeypatch, capsys)
     assert code == EXIT_REFUSED
-    assert "long.jsonl: nothing is left of 1 rows: 1 were longer" in message
+    assert "long.jsonl: no row is left of 1: 1 are longer" in message
     assert "raise the limit" in message
 
 
@@ -121,7 +121,7 @@ OPTIONS = {
     "no data": (["--model.path", "x"], "give --data.train VALUE"),
     "two ways to validate": (
         ["--data.validation", "v.jsonl", "--data.validation-fraction", "0.1"],
-        "give one or the other",
+        "exclude each other; give one of them",
     ),
     "weights for other sources": (["--data.train", "a.jsonl", "--data.train-weights", "1", "2"], "one weight for each"),
     "a seed twice": (["--seeds", "0", "0"], "names a seed twice"),
@@ -186,11 +186,11 @@ def test_commands_on_what_is_no_critic(tiny_model, tmp_path, monkeypatch, capsys
 
 
 EXPORTS = {
-    "a base model": ({}, [], "(lm_head.*, model.*) are not those of --from auto", "python -m jobs.train"),
+    "a base model": ({}, [], "(lm_head.*, model.*) do not match --from auto", "python -m jobs.train"),
     "a format it has not": (
         {},
         ["--from", "trlx"],
-        "(lm_head.*, model.*) are not those of --from trlx",
+        "(lm_head.*, model.*) do not match --from trlx",
         "another --from",
     ),
     "an unknown format": ({}, ["--from", "coati"], "invalid choice 'coati'", "deepspeed-chat"),
@@ -199,7 +199,7 @@ EXPORTS = {
         {"value_head.bias": 0.0, "tokenizer_config.json": None},
         [],
         "no tokenizer_config.json",
-        "give the model it was fitted from, --base BASE_MODEL",
+        "give the model it was trained from, --base BASE_MODEL",
     ),
 }
 
@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_usable(tiny_model, tmp
     assert f"error: {out}: could not be written" in finished.stderr
     assert "Free some space" in finished.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
-    with pytest.raises(CheckpointError, match="not written to its end"):
+    with pytest.raises(CheckpointError, match="writing it was interrupted"):
         load_critic(second)
     load_critic(first)
 
