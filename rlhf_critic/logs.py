@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TextIO
 
+from rlhf_critic.errors import ConfigError
+
 LEVEL_VARIABLE = "RLHF_CRITIC_LOG_LEVEL"
 PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -23,7 +25,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
     """A handler that writes to the standard error of the moment, which tests and notebooks replace."""
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter
@@ -44,11 +46,11 @@ def configure_logging(level: str | None = None, *, quiet_libraries: bool = True)
         quiet_libraries: Whether libraries log errors only. A Serve replica passes False, to keep Serve's access log.
 
     Raises:
-        ValueError: There is no such level.
+        ConfigError: There is no such level.
     """
     name = (level or os.environ.get(LEVEL_VARIABLE) or "INFO").upper()
     if name not in LEVELS:
-        raise ValueError(f"log level {name!r} is unknown; use one of {', '.join(LEVELS)}")
+        raise ConfigError(f"log level {name!r} is unknown; use one of {', '.join(LEVELS)}")
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(name)

@@ -18,7 +18,7 @@ ROW = json.dumps({"prompt": "please explain"})
 
 
 def refusal(arguments, monkeypatch, capsys) -> str:
-    """What a command says that is refused, in one line."""
+    """Returns the message of a rejected command in one line."""
     code, _, message = run(ppo.main, arguments, monkeypatch, capsys)
     assert code == EXIT_REFUSED
     assert "Traceback" not in message
@@ -95,7 +95,7 @@ def test_bad_prompts(what, tiny_model, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def arguments(tiny_model, tmp_path, monkeypatch) -> list[str]:
-    """What a job needs, as far as it can be known before scorers are looked for."""
+    """Arguments that pass all checks before the job looks for scorers."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text(f"{ROW}\n" * 4)
     return ["--policy.model.path", tiny_model, "--prompts.train", "prompts.jsonl", "--rollout.max-new-tokens", "8"]
