@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart ppo-demo test test-all soak audit lint format clean
+.PHONY: help install quickstart ppo-demo test test-all soak audit docs docs-site lint format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,7 +34,7 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes: one with the tests that need Ray's session, one with the tests of ranks; pure tests fill the gaps.
+# Two processes share the tests; tests/README.md says which tests stay together.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 DURATIONS := benchmarks/test_durations.txt
 
@@ -57,9 +57,19 @@ audit: $(VENV)/.installed ## Known vulnerabilities of the installed packages; as
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > .cache/audit/requirements.txt
 	.cache/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .cache/audit/requirements.txt
 
+docs: $(VENV)/.installed ## Generate docs/options.md and the file list of docs/architecture.md.
+	$(BIN)/python -m docs.generate
+
+# In an environment of its own, so that the test environment stays small.
+docs-site: docs ## Build the documentation as a site into site/; a dead link is a failure.
+	$(PYTHON) -m venv .cache/docs-venv
+	.cache/docs-venv/bin/python -m pip install --progress-bar off --quiet \
+		"$$(sed -n 's/^ *"\(mkdocs-material[^"]*\)".*/\1/p' pyproject.toml)"
+	NO_MKDOCS_2_WARNING=1 .cache/docs-venv/bin/mkdocs build --strict --site-dir site
+
 format: $(VENV)/.installed ## Rewrite the code in the house format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment, the cache and the runs.
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) .cache runs site

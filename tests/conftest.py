@@ -1,7 +1,7 @@
 """Fixtures that tests share: a small tokenizer, tiny models, one Ray for a session, and groups of ranks on it.
 
-Two processes of pytest-xdist share the tests (``-n 2 --dist loadgroup``). All tests that need Ray's session run in one
-process, all tests of ranks in the other, and files of pure tests fill the gaps. Which is which follows from fixtures.
+Two processes of pytest-xdist share the tests (``-n 2 --dist loadgroup``). Fixtures decide which tests stay together:
+those of scorers, those of ranks, the others that need Ray, and each file of pure tests.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def group_of(item: pytest.Item) -> str:
     """Returns the name of the tests that run in one process, one after another, with this one."""
     fixtures = getattr(item, "fixturenames", ())
-    for fixture in ("ranks", "ray_address"):  # `ranks` needs the other
+    for fixture in ("serve_port", "ranks", "ray_address"):  # the first two need the last
         if fixture in fixtures:
             return fixture
     return item.nodeid.partition("::")[0]
@@ -70,19 +70,19 @@ def group_of(item: pytest.Item) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama: untied embeddings, a tokenizer without pad token, a vocabulary that is no multiple of 8."""
+    """A random Llama with untied embeddings, no pad token, and a vocabulary that is not a multiple of 8."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "untied", tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="session")
 def tied_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same with tied embeddings and a tokenizer whose pad token is its EOS token."""
+    """A random Llama with tied embeddings, and a tokenizer whose pad token is its EOS token."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tied", tie_word_embeddings=True, pad_is_eos=True)
 
 
 @pytest.fixture
 def tokenizer_dir(tmp_path: Path) -> Callable[..., str]:
-    """Makes tokenizer directories with given peculiarities."""
+    """Makes tokenizer directories with given properties."""
     return lambda **peculiarities: save_tiny_tokenizer(tmp_path / "tokenizer", **peculiarities)
 
 
@@ -94,7 +94,7 @@ def preference_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """One Ray for the whole session, with the Jobs API; it offers more CPUs than there are, for placement only."""
+    """One Ray for the whole session, with the Jobs API; it offers more CPUs than there are, so that all fit."""
     with pytest.MonkeyPatch.context() as patch:
         # The agent behind the Jobs API takes any free port. By default it has a fixed one, which another Ray may hold.
         any_port = partial(ray._private.parameter.RayParams, dashboard_agent_listen_port=0)
@@ -106,7 +106,7 @@ def ray_address() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ranks(ray_address: str) -> Iterator[Callable[[int], RankGroup]]:
-    """Groups of Ray actors that are the ranks of one process group; made once for each world size."""
+    """Groups of Ray actors, each the ranks of one process group; made once for each world size."""
     groups: dict[int, RankGroup] = {}
 
     def group(world_size: int) -> RankGroup:
@@ -131,7 +131,7 @@ def critics(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture(scope="session")
 def serve_port(ray_address: str) -> Iterator[int]:
-    """Where Ray Serve listens, once a pool was started."""
+    """The port on which Ray Serve listens once a pool was started."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

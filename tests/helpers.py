@@ -1,4 +1,4 @@
-"""What tests make their worlds of: tiny models, data, groups of ranks, processes."""
+"""Helpers that tests share: tiny models, data, groups of ranks, processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STAGES_ON_RANKS = slow_except([(0, 1), (2, 2), (3, 2)], itertools.product((0, 1,
 def save_tiny_tokenizer(
     directory: Path, *, pad_is_eos: bool = False, adds_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
 ) -> str:
-    """A byte-level BPE tokenizer trained on a handful of words."""
+    """Trains a byte-level BPE tokenizer on a few words, saves it, and returns its directory."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -75,7 +75,7 @@ def save_tiny_tokenizer(
 
 
 def tiny_config(vocab_size: int, **changes: Any) -> LlamaConfig:
-    """A two-layer Llama with grouped queries."""
+    """Returns the config of a two-layer Llama with grouped queries."""
     options = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -89,7 +89,7 @@ def tiny_config(vocab_size: int, **changes: Any) -> LlamaConfig:
 
 
 def save_tiny_model(directory: Path, *, tie_word_embeddings: bool, pad_is_eos: bool = False, **changes: Any) -> str:
-    """A causal language model as a user would bring it."""
+    """Saves a causal language model with its tokenizer; returns its directory."""
     save_tiny_tokenizer(directory, pad_is_eos=pad_is_eos)
     vocab_size = len(PreTrainedTokenizerFast.from_pretrained(directory))
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def save_tiny_model(directory: Path, *, tie_word_embeddings: bool, pad_is_eos: b
 
 
 def make_preferences(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Preferences in which the polite answer wins; lengths from a word to some forty."""
+    """Returns preferences in which the polite answer wins; texts have 1 to 40 words."""
     rng = random.Random(seed)
 
     def words(pool: list[str]) -> str:
@@ -115,7 +115,7 @@ def make_preferences(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write_preferences(path: Path, count: int, seed: int = 0) -> str:
-    """Writes `make_preferences` as JSON lines."""
+    """Writes `make_preferences` as JSON lines; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in make_preferences(count, seed)), encoding="utf-8")
     return str(path)
 
@@ -142,7 +142,7 @@ class _Rank:
 
 
 class RankGroup:
-    """Real ranks in real processes: a function runs on all of them, as it would in a training job."""
+    """Ranks in processes of their own (Ray actors), which run a function together as in a training job."""
 
     def __init__(self, world_size: int) -> None:
         import tempfile
@@ -152,7 +152,7 @@ class RankGroup:
         ray.get([actor.join.remote(store) for actor in self._actors], timeout=RANK_TIMEOUT_S)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Runs ``function(*arguments)`` on every rank; returns what each returned."""
+        """Runs ``function(*arguments)`` on every rank; returns the result of each."""
         return ray.get([actor.run.remote(function, arguments) for actor in self._actors], timeout=RANK_TIMEOUT_S)
 
     def shutdown(self) -> None:
@@ -164,7 +164,7 @@ class RankGroup:
 def run_command(
     arguments: list[str], cwd: Path | str, env: Mapping[str, str] | None = None, timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``python ARGUMENTS`` as a user would, and returns how it ended."""
+    """Runs ``python ARGUMENTS`` as a user would; returns the completed process."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -179,12 +179,12 @@ def run_command(
 def submit_job(
     dashboard: str, arguments: list[str], *options: str, timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
-    """Types ``ray job submit -- python -m ARGUMENTS`` in the repository, and returns how it ended."""
+    """Runs ``ray job submit -- python -m ARGUMENTS`` in the repository; returns the completed process."""
     submit = ["submit", "--address", dashboard, *options, "--working-dir", "."]
     done: list[subprocess.CompletedProcess[str]] = []
 
     def was_taken() -> bool:
-        """On a busy machine Ray's agent that starts jobs comes some time after Ray itself."""
+        """Submits the job. On a busy machine Ray's agent that starts jobs is ready some time after Ray itself."""
         done[:] = [ray_job(dashboard, *submit, "--", sys.executable, "-m", *arguments, timeout=timeout)]
         return "No available agent" not in done[0].stdout + done[0].stderr
 
@@ -193,7 +193,7 @@ def submit_job(
 
 
 def ray_job(dashboard: str, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-    """Types ``ray job ARGUMENTS``; of a Ray that the environment names, it would ask that one instead."""
+    """Runs ``ray job ARGUMENTS``, with the address in RAY_ADDRESS too, which would otherwise name another Ray."""
     return subprocess.run(
         [str(Path(sys.executable).with_name("ray")), "job", *arguments],
         cwd=Path(__file__).parents[1],
@@ -206,7 +206,7 @@ def ray_job(dashboard: str, *arguments: str, timeout: float = 280) -> subprocess
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
-    """Waits for a condition, and says what it was if it does not come true."""
+    """Waits for a condition; raises an error that names ``what`` if it does not become true."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

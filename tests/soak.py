@@ -1,12 +1,15 @@
-"""Training, serving and publishing together for some minutes, while something is killed every few seconds.
+"""Trains, serves and publishes together for some minutes, and kills a process every few seconds.
 
     python -m tests.soak --minutes 10 --json
 
-Callers ask a pool of scorers through Ray and over HTTP while new critics are published to it; `jobs.train` fits a
-critic again and again. What is killed, and in which order, is drawn from the seed; each kill is SIGKILL. No request may
-be lost, every answer must be that of the version it names, every fit must end with the weights of one that was left
-alone, and at the end nothing may be left over: no actor, process, shared memory or open file, and no memory that grew
-all the time. Ends with exit code 1 and says what was wrong, if anything was.
+Callers ask a pool of scorers through Ray and over HTTP while new critics are published to it; `jobs.train` trains a
+critic again and again. The seed decides what is killed and in which order; each kill is SIGKILL. The soak checks:
+
+- no request is lost, and every answer is that of the version it names;
+- every training run ends with the weights of an undisturbed run;
+- at the end no actor, process, shared memory or open file is left over, and no process has grown all the time.
+
+It prints each violation and then exits with code 1.
 """
 
 from __future__ import annotations
@@ -62,22 +65,22 @@ VERSIONS = 3
 REPLICAS = 3
 ROWS_A_CALL = 8
 DEADLINE_S = 120.0
-PAUSE_S = 0.05  # of a caller between its calls
+PAUSE_S = 0.05  # a caller waits so long between its calls
 PUBLISH_EVERY_S = 6.0
 WATCH_EVERY_S = 2.0
-FIT_TIMEOUT_S = 400.0
+TRAIN_TIMEOUT_S = 400.0
 GONE_TIMEOUT_S = 90.0
-# Detached actors of Ray's own, which no job of ours can end: one that lives as long as the cluster once there was a
-# training job, and (Ray 2.60) one for each training driver that was killed, which has done its work but does not exit.
+# Detached actors that Ray starts and no job can end. The first lives as long as the cluster once a training job has
+# run. Ray 2.60 starts the second for each training driver; where the driver is killed, it does its work and stays.
 OF_RAY = {"_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
-# The first third warms up. A process that lives through all of it must not grow faster than this in the other two; over
-# a few minutes allocators and Ray's own bounded tables still fill, and every worker that starts opens log files, so a
-# short soak tells both without judging them.
-MOST_MIB_A_MINUTE = 3.0
-MOST_MORE_FILES = 8
-# What a raylet holds open for each of its processes (measured), so for each of those actors that stay, and no more.
+# The first third is a warm-up. In the other two thirds no process that lives through all of it may grow faster than
+# this. Over a few minutes allocators and Ray's bounded tables still fill, and every new worker opens log files, so a
+# short soak reports both figures without a limit.
+MAX_MIB_A_MINUTE = 3.0
+MAX_MORE_FILES = 8
+# Files that a raylet holds open for each of its processes (measured), and so for each actor that Ray keeps.
 FILES_OF_A_PROCESS = 3
-SHORTEST_JUDGED_MIN = 5.0
+MIN_LIMITED_MINUTES = 5.0
 MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
 REPOSITORY = Path(__file__).parents[1]
@@ -85,23 +88,23 @@ REPOSITORY = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Options:
-    """How long, and how hard."""
+    """Length of the soak, and how often it kills."""
 
     minutes: float = 10.0
-    """Of kills; starting and ending come on top."""
+    """Minutes during which processes are killed; start and end take more."""
     kill_every_s: float = 15.0
     """Seconds between kills."""
     seed: int = 0
-    """Of what is killed."""
+    """Seed that decides what is killed."""
     steps: int = 200
-    """Of each fit."""
+    """Optimizer steps of each training run."""
     json_line: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object on the last line of standard output."""
 
 
 @dataclass
 class Tally:
-    """What happened; written by many threads."""
+    """Counts and problems, which many threads add."""
 
     counts: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
@@ -109,12 +112,12 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, what: str, number: int = 1) -> None:
-        """Counts something."""
+        """Counts an event."""
         with self._lock:
             self.counts[what] += number
 
     def problem(self, what: str, message: str) -> None:
-        """Counts something that must not happen, and keeps the first few of its messages."""
+        """Counts a violation, and keeps the first few of its messages."""
         with self._lock:
             self.counts[what] += 1
             if self.counts[what] <= 5:
@@ -122,7 +125,7 @@ class Tally:
 
 
 class World:
-    """A Ray of its own with a pool, and what is asked of it."""
+    """A separate Ray with a pool, the items to score and their rewards."""
 
     def __init__(self, directory: Path, steps: int) -> None:
         self.directory = directory
@@ -168,8 +171,8 @@ class World:
         self.url, _, _ = run_pool(config, lambda _: None)
         self.token = read_token(token_file)
 
-    def fit(self, name: str, on_start: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> tuple[int, str]:
-        """Runs ``jobs.train --resume``; its exit code, and what it said."""
+    def train(self, name: str, on_start: Callable[[subprocess.Popen[str]], None] = lambda _: None) -> tuple[int, str]:
+        """Runs ``jobs.train --resume``; returns its exit code and its output."""
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.train", "--config", str(self.options), "--run.name", name, "--resume"],
             cwd=REPOSITORY,
@@ -179,11 +182,11 @@ class World:
             text=True,
         )
         on_start(process)
-        output, _ = process.communicate(timeout=FIT_TIMEOUT_S)
+        output, _ = process.communicate(timeout=TRAIN_TIMEOUT_S)
         return process.returncode, output
 
     def take_weights(self, name: str) -> dict[str, torch.Tensor]:
-        """The weights that a run ended with; the run is removed."""
+        """Returns the weights at the end of a run, and removes the run."""
         run = self.directory / "runs" / name
         weights: dict[str, torch.Tensor] = load_file(max(run.glob("step-*")) / "model.safetensors")
         shutil.rmtree(run)
@@ -191,7 +194,7 @@ class World:
 
 
 def free_port() -> int:
-    """A port that HTTP can listen on."""
+    """Returns a free port."""
     import socket
 
     with socket.socket() as probe:
@@ -200,7 +203,7 @@ def free_port() -> int:
 
 
 class Callers:
-    """Ask at random until told to end, and check each answer."""
+    """Threads that ask for random items until the end, and check each answer."""
 
     def __init__(self, world: World, tally: Tally, seed: int) -> None:
         self.clients = [
@@ -218,7 +221,7 @@ class Callers:
             thread.start()
 
     def end(self) -> None:
-        """Waits for the answers to what was asked."""
+        """Waits for the last answers."""
         self._ended.set()
         for thread in self._threads:
             thread.join(2 * DEADLINE_S)
@@ -232,7 +235,7 @@ class Callers:
             tally.count("requests sent")
             try:
                 scores = client.score_items([items[row] for row in rows])
-            except Exception as error:  # a request that fails in any way is lost
+            except Exception as error:  # any failure loses the request
                 tally.problem("requests lost", f"{type(error).__name__}: {error}")
                 continue
             tally.count("requests answered")
@@ -243,7 +246,7 @@ class Callers:
 
 
 class Publisher:
-    """Publishes one critic after the other, and sees that it is served then."""
+    """Thread that publishes one critic after the other, and checks that the pool serves it."""
 
     def __init__(self, world: World, tally: Tally, client: ScorerClient) -> None:
         self._world, self._tally, self._client = world, tally, client
@@ -252,7 +255,7 @@ class Publisher:
         self._thread.start()
 
     def end(self) -> None:
-        """Waits for what is being published."""
+        """Waits for the last publication."""
         self._ended.set()
         self._thread.join(2 * DEADLINE_S)
 
@@ -266,7 +269,7 @@ class Publisher:
             try:
                 told = control.publish("scorers", self._world.critics[version], DEADLINE_S, lambda _: None)
                 served = self._client.score_items(probe).model_version
-            except Exception as error:  # any kind of failure is one here
+            except Exception as error:  # any failure counts
                 self._tally.problem("publishes failed", f"{type(error).__name__}: {error}")
                 continue
             self._tally.count("publishes done")
@@ -275,56 +278,56 @@ class Publisher:
 
 
 class Trainer:
-    """Fits again and again; a fit whose driver was killed is resumed."""
+    """Thread that trains again and again, and resumes a run whose driver was killed."""
 
     def __init__(self, world: World, tally: Tally) -> None:
         self._world, self._tally = world, tally
-        code, output = world.fit("undisturbed")
+        code, output = world.train("undisturbed")
         if code:
             raise RuntimeError(f"jobs.train failed before anything was killed:\n{output[-4000:]}")
         self._undisturbed = world.take_weights("undisturbed")
         self.driver: subprocess.Popen[str] | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._fit_on, daemon=True)
+        self._thread = threading.Thread(target=self._train_on, daemon=True)
         self._thread.start()
 
     def end(self) -> None:
-        """Waits for the fit that goes on."""
+        """Waits for the current training run."""
         self._ended.set()
-        self._thread.join(2 * FIT_TIMEOUT_S)
+        self._thread.join(2 * TRAIN_TIMEOUT_S)
         if self._thread.is_alive():
-            self._tally.problem("fits failed", f"the last one did not end within {2 * FIT_TIMEOUT_S:g} s")
+            self._tally.problem("runs failed", f"the last run did not end within {2 * TRAIN_TIMEOUT_S:g} s")
 
-    def _fit_on(self) -> None:
+    def _train_on(self) -> None:
         number = 0
         while not self._ended.is_set():
             number += 1
-            name = f"fit-{number}"
+            name = f"run-{number}"
             while True:
                 try:
-                    code, output = self._world.fit(name, self._set_driver)
+                    code, output = self._world.train(name, self._set_driver)
                 except subprocess.TimeoutExpired:
-                    self._tally.problem("fits failed", f"{name} did not end within {FIT_TIMEOUT_S:g} s")
+                    self._tally.problem("runs failed", f"{name} did not end within {TRAIN_TIMEOUT_S:g} s")
                     return
                 if code != -signal.SIGKILL:
                     break
-                self._tally.count("fits resumed")
+                self._tally.count("runs resumed")
             self.driver = None
             if code:
-                self._tally.problem("fits failed", f"{name}: exit code {code}: {output[-2000:]}")
+                self._tally.problem("runs failed", f"{name}: exit code {code}: {output[-2000:]}")
                 continue
             weights = self._world.take_weights(name)
             difference = max(float((weights[key] - self._undisturbed[key]).abs().max()) for key in self._undisturbed)
-            self._tally.count("fits finished")
+            self._tally.count("runs finished")
             if weights.keys() != self._undisturbed.keys() or not difference < WEIGHT_TOLERANCE:
-                self._tally.problem("fits with other weights", f"{name} is off by {difference}")
+                self._tally.problem("runs with other weights", f"{name} is off by {difference}")
 
     def _set_driver(self, driver: subprocess.Popen[str]) -> None:
         self.driver = driver
 
 
 class Killer:
-    """Kills something now and then; one replica is spared, so that what a long life costs can be seen."""
+    """Kills processes; spares one replica, so that the growth of a long-lived one can be measured."""
 
     def __init__(self, tally: Tally, trainer: Trainer, seed: int) -> None:
         self._tally, self._trainer = tally, trainer
@@ -340,7 +343,7 @@ class Killer:
         }
 
     def kill_one(self) -> None:
-        """Kills one process of a kind that is there."""
+        """Kills one process, of a kind that exists at the moment."""
         kinds = list(self._kinds)
         self._rng.shuffle(kinds)
         for kind in kinds:
@@ -357,12 +360,12 @@ class Killer:
 
 
 def pids_of(title: str) -> list[int]:
-    """This program's processes whose title begins so."""
+    """Returns the descendants of this process whose title begins with a text."""
     return [process.pid for process in psutil.Process().children(recursive=True) if title_of(process).startswith(title)]
 
 
 def title_of(process: psutil.Process) -> str:
-    """What a process calls itself; empty where it has ended."""
+    """Returns the title of a process, or an empty text where it has ended."""
     try:
         return "" if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline())
     except psutil.Error:
@@ -370,7 +373,7 @@ def title_of(process: psutil.Process) -> str:
 
 
 class Watcher:
-    """Sees which processes there are, and of each how much memory and how many files it holds."""
+    """Thread that records the memory and the open files of each process."""
 
     def __init__(self) -> None:
         self.seen: dict[psutil.Process, str] = {}
@@ -380,7 +383,7 @@ class Watcher:
         self._thread.start()
 
     def end(self) -> None:
-        """Looks no longer."""
+        """Ends the recording."""
         self._ended.set()
         self._thread.join()
 
@@ -396,7 +399,7 @@ class Watcher:
                     self.seen[process] = title or self.seen.get(process, "")
 
     def long_lives(self, start: float, until: float) -> list[dict[str, Any]]:
-        """Of each process that lived from ``start`` on: its growth in the last two thirds, a minute and in files."""
+        """Returns the growth of each process that lived from ``start`` on, in the last two thirds."""
         since = start + (until - start) / 3
         lives = []
         for process, samples in self._samples.items():
@@ -418,23 +421,23 @@ class Watcher:
         return sorted(lives, key=lambda life: -life["mib_a_minute"])
 
     def alive(self) -> list[psutil.Process]:
-        """Of all processes that were ever seen, those that have not ended; this one left out."""
+        """Returns the recorded processes that have not ended, without this one."""
         return [one for one in self.seen if one != psutil.Process() and one.is_running() and title_of(one)]
 
 
 def short_title(title: str) -> str:
-    """A title without arguments: ``raylet``, ``ray::ServeReplica:scorers:Scorer``, ``dashboard/agent.py``."""
+    """Returns a title without arguments: ``raylet``, ``ray::ServeReplica:scorers:Scorer``, ``dashboard/agent.py``."""
     words = title.split(" ")
     if words[1:2] == ["-m"]:
         return f"python {words[1]} {words[2]}"
     scripts = [word for word in words[1:] if word.endswith(".py")]
-    if scripts and Path(words[0]).name.startswith("python"):  # others name scripts that they start
+    if scripts and Path(words[0]).name.startswith("python"):  # other programs name scripts that they start
         return "/".join(Path(scripts[0]).parts[-2:])
     return Path(words[0]).name if "/" in words[0] else words[0]
 
 
 def shared_memory() -> set[str]:
-    """The shared-memory segments that no living process has open."""
+    """Returns the shared-memory segments that no living process has open."""
     there = {str(path) for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -444,7 +447,7 @@ def shared_memory() -> set[str]:
 
 
 def wait_for_none(left: Callable[[], Any], seconds: float = GONE_TIMEOUT_S) -> Any:
-    """What is left after it was given time to go."""
+    """Waits until ``left()`` is empty, or until the time is over; returns its last result."""
     deadline = time.monotonic() + seconds
     while (remaining := left()) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -452,26 +455,26 @@ def wait_for_none(left: Callable[[], Any], seconds: float = GONE_TIMEOUT_S) -> A
 
 
 def living_actors(of_ray: bool = False) -> list[str]:
-    """The classes of the actors that live: ours and Serve's, or those that Ray keeps."""
+    """Returns the classes of living actors: either those of this project and Serve, or those that Ray keeps."""
     table = ray._private.state.actors()
     alive = [actor["ActorClassName"] for actor in table.values() if actor["State"] != "DEAD"]
     return [name for name in alive if (name in OF_RAY) == of_ray]
 
 
 def reserved_groups() -> list[str]:
-    """The placement groups that were not removed."""
+    """Returns the placement groups that were not removed."""
     return [name for name, entry in placement_group_table().items() if entry["state"] != "REMOVED"]
 
 
 def object_store_bytes() -> int:
-    """What Ray's object store holds."""
+    """Returns the bytes in Ray's object store."""
     (node,) = ray.nodes()
     stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False)
     return int(stats.store_stats.object_store_bytes_used)
 
 
 def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
-    """Lets the world run for its time; returns the figures that are no counts."""
+    """Runs the world for its time; returns all figures except the counts."""
     orphans_before = shared_memory()
     world = World(directory, options.steps)
     trainer = Trainer(world, tally)
@@ -507,35 +510,35 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
     for what, remaining in left.items():
         if remaining:
             tally.problem(f"{what} left over", str(remaining))
-    judged = options.minutes >= SHORTEST_JUDGED_MIN
-    for life in lives if judged else []:
-        if life["mib_a_minute"] > MOST_MIB_A_MINUTE:
+    limited = options.minutes >= MIN_LIMITED_MINUTES
+    for life in lives if limited else []:
+        if life["mib_a_minute"] > MAX_MIB_A_MINUTE:
             tally.problem("memory that grows", f"{life['process']}: {life['mib_a_minute']:.2f} MiB a minute")
         of_ray = FILES_OF_A_PROCESS * kept_by_ray["PlacementGroupCleaner"] if life["process"] == "raylet" else 0
-        if life["more_files"] > MOST_MORE_FILES + of_ray:
+        if life["more_files"] > MAX_MORE_FILES + of_ray:
             tally.problem("open files that grow", f"{life['process']}: {life['more_files']:g} more")
     return {
         "minutes": (ended - started) / 60,
         "left_over": {what: len(remaining) for what, remaining in left.items()},
         "object_store_bytes": (object_store_before, object_store),
-        # A worker that is killed while it saves leaves its unfinished copy to the system's temporary directory.
+        # A worker that is killed while it saves leaves an unfinished copy in the temporary directory.
         "unfinished_checkpoints_in_tmp": len(list(directory.glob("rlhf-critic-*"))),
         "actors_kept_by_ray": kept_by_ray,
         "long_lives": lives,
-        "memory_judged": judged,
+        "memory_limited": limited,
     }
 
 
-WANTED = ("requests sent", "requests answered", "publishes done", "fits finished")
+WANTED = ("requests sent", "requests answered", "publishes done", "runs finished")
 
 
 def show(console: Console, tally: Tally, figures: dict[str, Any]) -> None:
-    """Prints what happened."""
+    """Prints counts, growth and problems."""
     table = Table(title=f"{figures['minutes']:.1f} minutes", title_justify="left")
     table.add_column("what")
     table.add_column("figure", justify="right")
-    wrong = ("requests lost", "wrong answers", "publishes failed", "fits failed", "fits with other weights")
-    for what in (*WANTED, "fits resumed", *wrong):
+    wrong = ("requests lost", "wrong answers", "publishes failed", "runs failed", "runs with other weights")
+    for what in (*WANTED, "runs resumed", *wrong):
         table.add_row(what, f"{tally.counts[what]:,}")
     for kind, number in sorted(tally.kills.items()):
         table.add_row(f"killed: {kind}", str(number))
@@ -555,12 +558,12 @@ def show(console: Console, tally: Tally, figures: dict[str, Any]) -> None:
         lives.add_row(life["process"], *numbers)
     console.print(lives)
     for problem in tally.problems:
-        console.print(f"wrong: {problem}", markup=False, highlight=False)
-    console.print("nothing was wrong" if not tally.problems else f"{len(tally.problems)} things were wrong")
+        console.print(f"problem: {problem}", markup=False, highlight=False)
+    console.print("no problems" if not tally.problems else f"{len(tally.problems)} problems")
 
 
 def main() -> None:
-    """Soaks and tells."""
+    """Runs the soak, prints its result and exits with 1 if there was a problem."""
     options = tyro.cli(Options, prog="python -m tests.soak", description=__doc__)
     directory = Path(tempfile.mkdtemp(prefix="soak-"))  # short, for Ray's sockets are in it
     os.environ.update(TMPDIR=str(directory), RAY_TMPDIR=str(directory))
@@ -573,7 +576,7 @@ def main() -> None:
         shutil.rmtree(directory, ignore_errors=True)
     unanswered = tally.counts["requests sent"] - tally.counts["requests answered"] - tally.counts["requests lost"]
     if unanswered:
-        tally.problem("requests lost", f"{unanswered} had neither an answer nor an error")
+        tally.problem("requests lost", f"{unanswered} got neither an answer nor an error")
     for what in WANTED:
         if not tally.counts[what]:
             tally.problem("never happened", what)

@@ -1,7 +1,7 @@
-"""A head that does no work and three nodes, and what clusters do: nodes go, drivers die, disks fill, files break.
+"""Faults on a head node without work and three nodes: nodes are lost, drivers die, disks fill, files are damaged.
 
-Every fault strikes a run in its middle, and every run has the options of one that nothing disturbed, so that all must
-end with the same weights.
+Every fault hits a run in its middle, and every run has the options of an undisturbed one, so all must end with the same
+weights.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def observe(directory: Path) -> dict[str, Any]:
 
 
 class World:
-    """The cluster, and the run that all others are compared with."""
+    """The cluster, and the options of its runs."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -81,7 +81,7 @@ class World:
             },
             "run": {"num_workers": WORKERS, "keep_checkpoints": 3},
         }
-        # A node that is gone is found out in seconds, not in most of a minute; one that is slow is not gone.
+        # A lost node is noticed within seconds instead of most of a minute; a slow node is not taken for a lost one.
         os.environ |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
         small = {"object_store_memory": OBJECT_STORE_BYTES, "wait": False}
         # With a dashboard: Ray Train asks it whether a run is alive.
@@ -103,7 +103,7 @@ class World:
         self._cluster.wait_for_nodes(TIMEOUT_S)
 
     def remove_node_of(self, actor_class: str) -> None:
-        """Takes a node away, at once, on which there is such an actor."""
+        """Removes, at once, a node that has an actor of this class."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         actors = ray._private.state.actors().values()
         there = [actor for actor in actors if actor["ActorClassName"] == actor_class and actor["State"] == "ALIVE"]
@@ -135,7 +135,7 @@ class Job:
         return self._said.read_text(errors="replace")
 
     def steps(self) -> int:
-        """Steps in its history."""
+        """Returns the number of steps in its history."""
         history = self.run / "history" / "metrics.jsonl"
         return history.read_text().count("\n") if history.exists() else 0
 
@@ -147,7 +147,7 @@ class Job:
             )
 
     def end(self) -> dict[str, Any]:
-        """Waits for it; what it said, and how far its weights are from those of the undisturbed run."""
+        """Waits for its end; returns its output, and the distance of its weights from those of the undisturbed run."""
         code = self.process.wait(TIMEOUT_S)
         print(self.output, f"{self.run.name} ended with {code}", flush=True)
         there = sorted(path.name for path in self.run.glob("step-*"))
@@ -159,13 +159,13 @@ class Job:
 
 
 def steps_of(run: Path) -> list[int]:
-    """The steps of a run's history; a disk that was full may have half a line at its end."""
+    """Returns the steps in a run's history; after a full disk its last line may be incomplete."""
     history = run / "history"
     return [record["step"] for record in read_metrics(history)] if history.exists() else []
 
 
 def difference(first: Path, second: Path) -> float:
-    """The largest between two critics' weights."""
+    """Returns the largest difference between two critics' weights."""
     one, other = (load_file(path / "model.safetensors") for path in (first, second))
     assert one.keys() == other.keys()
     return max(float(np.abs(one[name] - other[name]).max()) for name in one)
@@ -184,7 +184,7 @@ def processes_of(title: str) -> list[psutil.Process]:
 
 
 def node_of_worker(world: World) -> dict[str, Any]:
-    """The node under a training worker goes; there is another."""
+    """Removes the node of a training worker; there is another node."""
     job = world.start("node-of-worker")
     job.wait_for_steps(STRIKE_AFTER)
     world.remove_node_of("RayTrainWorker")
@@ -195,14 +195,14 @@ def node_of_worker(world: World) -> dict[str, Any]:
 
 
 def driver_killed(world: World) -> dict[str, Any]:
-    """Two jobs start on one name at once; the one that works is killed, and resumed, while another wants to as well."""
+    """Starts two jobs with one run name; kills the one that works; resumes the run."""
     pair = [world.start("driver-killed") for _ in range(2)]
     wait_until(lambda: any(job.process.poll() is not None for job in pair), "one of two to give up", TIMEOUT_S)
     loser, winner = sorted(pair, key=lambda job: job.process.poll() is None)
     winner.wait_for_steps(STRIKE_AFTER)
     workers = processes_of("ray::RayTrainWorker")
     for worker in workers:
-        worker.suspend()  # or the run might come to its end meanwhile
+        worker.suspend()  # or the run might end meanwhile
     late = world.start("driver-killed", "--resume").end()
     winner.process.send_signal(signal.SIGKILL)
     winner.process.wait()
@@ -216,7 +216,7 @@ def driver_killed(world: World) -> dict[str, Any]:
 
 
 def slow_rank(world: World) -> dict[str, Any]:
-    """One of two ranks gets a tenth of the time for half of the steps, over two checkpoints."""
+    """Gives one of two ranks a tenth of its time for half of the steps, across two checkpoints."""
     job = world.start("slow-rank")
     job.wait_for_steps(1)
     started, victim = time.monotonic(), processes_of("ray::RayTrainWorker")[-1]
@@ -228,7 +228,7 @@ def slow_rank(world: World) -> dict[str, Any]:
 
 @contextmanager
 def slowed(process: psutil.Process) -> Iterator[list[float]]:
-    """Lets a process run for a tenth of the time; gives when it was stopped."""
+    """Lets a process run for a tenth of the time; yields the times at which it was suspended."""
     enough = threading.Event()
     slices: list[float] = []
 
@@ -251,7 +251,7 @@ def slowed(process: psutil.Process) -> Iterator[list[float]]:
 
 
 def full_disk(world: World) -> dict[str, Any]:
-    """The disk of checkpoints is full when the second is due; then somebody makes room."""
+    """Fills the disk of checkpoints before the second one, then makes room."""
     disk = world.directory / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], check=True)
@@ -259,20 +259,20 @@ def full_disk(world: World) -> dict[str, Any]:
     job.wait_for_steps(CHECKPOINT_EVERY + 2)
     workers = processes_of("ray::RayTrainWorker")
     for worker in workers:
-        worker.suspend()  # or they might be through with it before the disk is full
+        worker.suspend()  # or they might have saved before the disk is full
     filler = fill(disk)
     for worker in workers:
         worker.resume()
     failed = job.end()
     filler.unlink()
-    # What a disk that fills a second earlier leaves of Ray Train's own list.
+    # A disk that fills a second earlier leaves Ray Train's own list of checkpoints empty.
     (job.run / "checkpoint_manager_snapshot.json").write_text("")
     resumed = world.start("full-disk", "--resume", storage=disk).end()
     return {**resumed, "failed": failed}
 
 
 def damaged(world: World) -> dict[str, Any]:
-    """Of three checkpoints one is cut short and one has another byte; of a copy, all three have."""
+    """Truncates one of three checkpoints and changes a byte of another; in a copy of the run it damages all three."""
     runs = world.directory / "runs"
     for name in ("damaged", "hopeless"):
         shutil.copytree(runs / "undisturbed", runs / name)
@@ -302,7 +302,7 @@ def change_a_byte(path: Path) -> None:
 
 
 def node_of_shard(world: World) -> dict[str, Any]:
-    """The node under a shard of a critic group goes while it learns; it is restored where there is room."""
+    """Removes the node of a critic shard during updates; restores the group on other nodes."""
     rollouts = make_rollouts(prompts=6)
     options = CriticOptions(
         ModelConfig(path=world.model),
@@ -349,7 +349,7 @@ def node_of_shard(world: World) -> dict[str, Any]:
 
 
 def fill(disk: Path) -> Path:
-    """Leaves no room on a disk; returns the file that takes it."""
+    """Fills a disk; returns the file that fills it."""
     filler = disk / "filler"
     with suppress(OSError), filler.open("wb") as file:
         while True:
@@ -370,7 +370,7 @@ def update_until_lost(group: CriticGroup, arguments: tuple[Any, ...], lost: list
 
 
 def node_of_scorer(world: World) -> dict[str, Any]:
-    """The node under one of two scorers goes while they are called; then a damaged critic is published."""
+    """Removes the node of one of two scorers during calls; then publishes a damaged critic."""
     critic = world.directory / "runs" / "undisturbed" / f"step-{STEPS:06d}"
     replicas = ["--min-replicas", str(WORKERS), "--max-replicas", str(WORKERS)]
 
@@ -385,7 +385,7 @@ def node_of_scorer(world: World) -> dict[str, Any]:
         wait_until(lambda: calls.answered > 20, "answers", TIMEOUT_S)
         world.remove_node_of("ServeReplica:scorers:Scorer")
         struck = calls.answered
-        wait_until(lambda: calls.answered > struck + 20, "answers of those that are left", TIMEOUT_S)
+        wait_until(lambda: calls.answered > struck + 20, "answers of the scorers that are left", TIMEOUT_S)
         wait_until(lambda: len(control._state(DEFAULT_APP)[2]) == WORKERS, "another scorer", TIMEOUT_S)
         refused = serve(str(world.directory / "runs" / "hopeless" / critic.name), "--publish")
         again = calls.answered

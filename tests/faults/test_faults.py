@@ -1,4 +1,4 @@
-"""What clusters do to jobs changes no number, loses nothing, and is told; README.md here has the table."""
+"""Faults of a cluster change no number, lose nothing, and are reported; README.md here has the table."""
 
 import re
 
@@ -19,7 +19,7 @@ def seen(tmp_path_factory):
 
 
 def assert_undisturbed(run):
-    """It ended well, with every step once and the weights of a run that nothing struck."""
+    """Checks exit code 0, every step once, and the weights of the undisturbed run."""
     assert run["code"] == 0, run["output"]
     assert run["steps"] == ALL_STEPS
     assert run["difference"] <= SAME
@@ -56,14 +56,14 @@ def test_a_driver_that_is_killed_leaves_a_run_that_goes_on(seen):
 
 def test_a_rank_that_gets_a_tenth_of_the_time_is_waited_for(seen):
     assert_undisturbed(seen["slow_rank"])
-    assert seen["slow_rank"]["slices"] > 5, "it was made slow"
+    assert seen["slow_rank"]["slices"] > 5, "the rank was slowed"
 
 
 def test_a_full_disk_ends_the_run_with_its_checkpoints_and_it_goes_on_when_there_is_room(seen):
     fault = seen["full_disk"]
     failed = fault["failed"]
     assert failed["code"] == 2, failed["output"]
-    # Said by us or, where Ray Train meets it first, of what Ray Train says (and of its tracebacks).
+    # The message comes from the project, even where Ray Train meets the full disk first and prints tracebacks.
     assert re.search("^error: .*Free some space, and go on with --resume", failed["output"], re.MULTILINE)
     assert failed["checkpoints"] == CHECKPOINTS[:1]
     assert "checkpoint_manager_snapshot.json could not be read" in fault["output"]

@@ -21,7 +21,6 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import get_scheduler
 
 from actors.ppo import critic_group
 from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticShard
@@ -36,6 +35,7 @@ from rlhf_critic.model.critic import Critic
 from rlhf_critic.training.engine import ENGINE_STATE_NAME
 from tests.actors.groups import CPUS, Rollouts, leaves_nothing, make_rollouts, processes, require_gone
 from tests.helpers import save_tiny_model, slow_except
+from tests.plain_loop import PlainOptimizer
 
 STEPS = 10
 WORLDS = list(itertools.product((1, 2), (0, 1, 2, 3)))  # numbers of shards with ZeRO stages
@@ -95,23 +95,13 @@ def loss_alone(critic: Critic, rollouts: Rollouts) -> torch.Tensor:
 def plain_losses(critics) -> list[float]:
     """The losses of updates by torch alone: no group, no engine, no DeepSpeed, no batches."""
     critic = load_critic(critics["first"]).critic
-    matrices = [parameter for parameter in critic.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in critic.parameters() if parameter.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=3e-3,
-        betas=(0.9, 0.95),
-    )
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=round(0.2 * STEPS), num_training_steps=STEPS)
+    optimizer = PlainOptimizer(critic, "linear", round(0.2 * STEPS), STEPS)
     losses = []
     for _ in range(STEPS):
         loss = loss_alone(critic, ROLLOUTS)
         losses.append(loss.item())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
     return losses
 
 

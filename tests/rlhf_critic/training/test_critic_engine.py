@@ -17,6 +17,7 @@ from rlhf_critic.model.weights import gathered
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.training.critic_engine import CriticEngine
 from tests.helpers import STAGES_ON_RANKS, save_tiny_model, slow_except
+from tests.plain_loop import PlainOptimizer
 from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, make, rows_of, train, whole_weights
 
 
@@ -44,22 +45,13 @@ def cache(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def reference(tiny_model, preference_file, cache) -> tuple[list[float], list[float]]:
     """The losses and gradient norms of a plain loop: no engine, no DeepSpeed, no batches, one preference at a time."""
-    from transformers import get_scheduler
-
     from rlhf_critic.model.factory import create_critic_model
 
     encoder = Encoder(load_tokenizer(tiny_model), max_length=64)
     preferences = load_preferences(preference_file, encoder, cache)
     torch.manual_seed(OPTIONS.seed)
     critic = create_critic_model(tiny_model, encoder.tokenizer, None, disable_dropout=True)
-    matrices = [p for p in critic.parameters() if p.dim() > 1]
-    others = [p for p in critic.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=3e-3,
-        betas=(0.9, 0.95),
-    )
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=4, num_training_steps=STEPS)
+    optimizer = PlainOptimizer(critic, "cosine", 4, STEPS)
     losses, norms = [], []
     for step in range(STEPS):
         rows = rows_of(preferences, step)
@@ -73,10 +65,7 @@ def reference(tiny_model, preference_file, cache) -> tuple[list[float], list[flo
             loss.backward()
             total += loss.item()
         losses.append(total)
-        norms.append(torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0).item())
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        norms.append(optimizer.step())
     return losses, norms
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
@@ -24,6 +24,7 @@ from rlhf_critic.model.factory import padded_vocabulary_size
 from rlhf_critic.model.policy import create_policy
 from rlhf_critic.training.policy_engine import PolicyEngine
 from tests.helpers import STAGES_ON_RANKS, slow_except
+from tests.plain_loop import PlainOptimizer
 from tests.rlhf_critic.families import NAMES, save_base_model
 from tests.rlhf_critic.model.policies import from_the_definition, plain_policy
 from tests.rlhf_critic.training.rollouts import Rollouts, make_rollouts
@@ -94,14 +95,7 @@ def reference(tiny_model) -> list[dict[str, list[float]]]:
     of_coefficients = []
     for coefficient in COEFFICIENTS:
         model = plain_policy(tiny_model)
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        others = [p for p in model.parameters() if p.dim() <= 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-            lr=OPTIONS.learning_rate,
-            betas=(0.9, 0.95),
-        )
-        schedule = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=2 * UPDATES)
+        optimizer = PlainOptimizer(model, "linear", 2, 2 * UPDATES, OPTIONS.learning_rate)
         old_A = None
         measured: dict[str, list[float]] = {
             name: [] for name in ("loss", "grad_norm", "clip_fraction", "entropy", "approx_kl", "learning_rate")
@@ -115,14 +109,11 @@ def reference(tiny_model) -> list[dict[str, list[float]]]:
             loss = -torch.minimum(free_A, near_A).mean()
             (loss - coefficient * drawn.entropies_A.mean()).backward()
             measured["loss"].append(loss.item())
-            measured["grad_norm"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
             measured["clip_fraction"].append((near_A < free_A).double().mean().item())
             measured["entropy"].append(drawn.entropies_A.mean().item())
             measured["approx_kl"].append((ratio_A - 1 - ratio_A.log()).mean().item())
-            measured["learning_rate"].append(schedule.get_last_lr()[0])
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            measured["learning_rate"].append(optimizer.schedule.get_last_lr()[0])
+            measured["grad_norm"].append(optimizer.step())
         of_coefficients.append(measured)
     return of_coefficients
 

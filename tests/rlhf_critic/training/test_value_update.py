@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_scheduler
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
@@ -20,6 +20,7 @@ from rlhf_critic.model.factory import create_critic_model
 from rlhf_critic.model.weights import gathered, persistent_tensors
 from rlhf_critic.training.critic_engine import CriticEngine
 from tests.helpers import STAGES_ON_RANKS, slow_except
+from tests.plain_loop import PlainOptimizer
 from tests.rlhf_critic.training.rollouts import Rollouts, make_rollouts
 
 UPDATES = 10
@@ -87,14 +88,7 @@ def reference(tiny_model) -> list[list[tuple[float, float, float]]]:
     of_clips = []
     for clip in CLIPS:
         model = plain_critic(tiny_model)
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        others = [p for p in model.parameters() if p.dim() <= 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-            lr=3e-3,
-            betas=(0.9, 0.95),
-        )
-        schedule = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=UPDATES)
+        optimizer = PlainOptimizer(model, "cosine", 2, UPDATES)
         metrics = []
         for number in range(UPDATES):
             rollouts = rollouts_of(number)
@@ -107,11 +101,7 @@ def reference(tiny_model) -> list[list[tuple[float, float, float]]]:
                     loss.backward()
                     total += loss.item()
                     clipped += sum(is_clipped for _, is_clipped in losses)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-            metrics.append((total, norm, clipped / actions))
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            metrics.append((total, optimizer.step(), clipped / actions))
         of_clips.append(metrics)
     return of_clips
 
