@@ -1,1 +1,1 @@
-"""Entry points: ``python -m jobs.<name>``, on one machine or through ``ray job submit``."""
+"""Entry points of the commands: ``rlhf-critic NAME`` or ``python -m jobs.NAME``, locally or by ``ray job submit``."""

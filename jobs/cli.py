@@ -1,4 +1,4 @@
-"""What all commands share: errors as one message and an exit code, instead of a traceback."""
+"""The list of commands and their common parts: logging, errors as one message and an exit code, checks of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_critic.errors import ConfigError, CriticError
+from rlhf_critic.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +47,15 @@ COMMANDS = {
     "serve": Command("jobs.serve", "rlhf_critic.config.serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
     "score": Command("jobs.score", "rlhf_critic.config.serve:ScoreJobConfig", "Score the responses of a data set."),
     "ppo": Command("jobs.ppo", "rlhf_critic.config.ppo:PPOJobConfig", "Train a policy with PPO."),
-    "plan": Command("jobs.plan", "jobs.plan:PlanJobConfig", "Estimate memory, nodes and time of a training run."),
+    "plan": Command(
+        "jobs.plan", "rlhf_critic.config.tools:PlanJobConfig", "Estimate the memory and time of a training run."
+    ),
 }
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
-# Where Ray unpacks the working directory of a submitted job.
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a full disk, or a user's quota
+# The folder in which Ray unpacks the working directory of a submitted job.
 RAY_PACKAGE_FOLDER = "working_dir_files"
 
 
@@ -64,10 +67,11 @@ def command(name: str) -> str:
 def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
     """Runs a command's ``main`` and exits.
 
-    The exit code is 0 when all went well, 2 when our own error says what the user should change, 1 for an expected
-    failure of the system below (``also_expected``). Anything else is a bug and keeps its traceback.
+    The exit code is 0 after success, 2 after an error of this project, whose message says what to change, and 1 after
+    an expected failure of the system below (``also_expected``). Anything else is a bug and keeps its traceback.
     """
-    # Ray, transformers and datasets report usage unless told not to; a training job should not phone home.
+    configure_logging()
+    # Ray, transformers and datasets report usage by default; a training job should not phone home.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -81,7 +85,7 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-        print(f"failed: {error}. Free some space; a run that was begun goes on with --resume", file=sys.stderr)
+        print(f"failed: {error}. Free some space; --resume continues a run that had started", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
 

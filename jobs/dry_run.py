@@ -1,4 +1,4 @@
-"""The plan of a training job: steps, tokens and memory, without starting a worker."""
+"""The plan of a training job: steps, tokens and memory, calculated without starting a worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.training.worker import load_data, total_steps
 from rlhf_critic.algorithms.preference_objective import needs_values
 from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.prefix_tree import PrefixTree
-from rlhf_critic.batching.sampler import global_batch
+from rlhf_critic.batching.sampler import rows_of_step
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, check_critic_model, limit_training, validate_positions
@@ -22,7 +22,7 @@ SAMPLED_STEPS = 8
 
 
 def plan_table(config: TrainJobConfig) -> Table:
-    """What a run of these options would do.
+    """Calculates the plan of a run with these options.
 
     Raises:
         CriticError: The model or the data cannot be read.
@@ -39,23 +39,23 @@ def plan_table(config: TrainJobConfig) -> Table:
     steps = total_steps(len(data.train), options)
     tokens, computed, micro_batches = [], [], []
     for step in tqdm(np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int)), desc="planning", disable=None):
-        rows = global_batch(data.train.prompts_N, options.global_batch_size, options.epochs, options.seed, int(step))
+        rows = rows_of_step(data.train.prompts_N, options.global_batch_size, options.seed, int(step), options.epochs)
         units = [preference.responses for preference in data.train.take(rows)]
         tokens.append(int(data.train.tokens_N[rows].sum()))
         computed.append(len(PrefixTree.build([ids for unit in units for ids in unit])))
         if options.token_budget != "auto":
             plan = plan_micro_batches(units, config.run.num_workers, options.token_budget, config.model.prefix_tree)
             micro_batches.append(len(plan[0]))
-    table = Table(title=f"plan of {config.run.name}: nothing was started", title_justify="left")
-    table.add_column("what")
-    table.add_column("how much", overflow="fold")
-    budget = f"{np.mean(micro_batches):.1f} of each rank" if micro_batches else "found by a probe at the start"
+    table = Table(title=f"plan of {config.run.name}, calculated without starting anything", title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", overflow="fold")
+    budget = f"{np.mean(micro_batches):.1f} per rank" if micro_batches else "measured at the start"
     for what, amount in (
         ("data", str(data)),
         ("optimizer steps", f"{steps:,} of {options.global_batch_size} preferences"),
-        ("tokens of a step", f"{np.mean(tokens):,.0f}"),
-        ("  different ones, if computed together", f"{np.mean(computed):,.0f}"),
-        ("micro-batches of a step", budget),
+        ("tokens per step", f"{np.mean(tokens):,.0f}"),
+        ("  computed tokens, with shared prefixes once", f"{np.mean(computed):,.0f}"),
+        ("micro-batches per step", budget),
         ("parameters", f"{count.parameters:,}, of which embedding {embedding:,}, trained {sum(count.trained):,}"),
         ("shards", f"{config.run.num_workers}, ZeRO-{options.zero_stage}, {config.model.dtype}"),
         *_memory(config, critic, count, data.encoder.max_length),
@@ -65,7 +65,7 @@ def plan_table(config: TrainJobConfig) -> Table:
 
 
 def _memory(config: TrainJobConfig, critic: Critic, count: ModelCount, length: int) -> Iterator[tuple[str, str]]:
-    """What `rlhf_critic.training.memory_estimate` calculates of it; a budget that a probe will find is taken to be one sequence."""
+    """Calculates the memory of a shard. An automatic token budget is assumed to be one sequence."""
     options = config.train
     tokens = length if options.token_budget == "auto" else options.token_budget
     kept = activation_bytes(
@@ -78,8 +78,8 @@ def _memory(config: TrainJobConfig, critic: Critic, count: ModelCount, length: i
     memory = shard_memory(count, config.model, options, config.run.num_workers, kept)
     yield (
         "memory of a shard (calculated)",
-        f"{memory.peak / 1e9:.2f} GB at most: {memory.states / 1e9:.2f} of parameters, gradients and optimizer, "
+        f"{memory.peak / 1e9:.2f} GB at peak: {memory.states / 1e9:.2f} of parameters, gradients and optimizer, "
         f"{kept / 1e9:.2f} of activations of {tokens:,} tokens, the rest buffers",
     )
     if memory.host:
-        yield "  beside it in the memory of the CPUs", f"{memory.host / 1e9:.2f} GB"
+        yield "  CPU memory of a shard", f"{memory.host / 1e9:.2f} GB"

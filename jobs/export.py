@@ -1,6 +1,6 @@
-"""``python -m jobs.export CHECKPOINT OUT``: a critic directory that plain transformers loads.
+"""``rlhf-critic export CHECKPOINT OUT``: writes a critic directory that plain transformers loads.
 
-Of a critic in a run, or of a reward model that another system saved (``--from``).
+The source is a critic in a run, or a reward model that another system saved (``--from``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.tools import ExportJobConfig
 from rlhf_critic.errors import ConfigError
 
-# What can be chosen for another system's checkpoint only: a critic has settled it.
+# Options for another system's checkpoint only; a critic's card has these settings already.
 CONVERSION_OPTIONS = ("base", "max_length", "chat_template", "head_bias")
 
 
 def main() -> None:
-    """Exports or converts, and says how to load the result."""
+    """Exports or converts a critic and prints how to load the result."""
     config = parse_command_line(ExportJobConfig, prog=command("export"))
     with local_directory(config.checkpoint) as directory:
         card = make_critic_directory(directory, config)
@@ -33,13 +33,14 @@ def main() -> None:
 
 
 def make_critic_directory(source: Path, config: ExportJobConfig) -> CriticCard:
-    """Copies a critic, or converts what is none.
+    """Copies a critic, or converts another system's reward model.
 
     Raises:
-        ConfigError: An option is given that a critic leaves no choice of.
-        CheckpointError: See `rlhf_critic.checkpoint.export.export_critic` and `rlhf_critic.checkpoint.convert.convert_checkpoint`.
+        ConfigError: The source is a critic, and an option is for another system's checkpoint.
+        CheckpointError: See `rlhf_critic.checkpoint.export.export_critic` and
+            `rlhf_critic.checkpoint.convert.convert_checkpoint`.
     """
-    # A checkpoint of a run that was not written to its end has no card, but it has this.
+    # An incomplete checkpoint of a run has no card, but it has a resume folder.
     of_this_project = (source / CARD_NAME).exists() or (source / RESUME_FOLDER).exists()
     if not of_this_project or config.source_format != AUTO_FORMAT:
         options = {name: getattr(config, name) for name in CONVERSION_OPTIONS}
@@ -49,7 +50,7 @@ def make_critic_directory(source: Path, config: ExportJobConfig) -> CriticCard:
     if unused:
         raise ConfigError(
             f"--{unused[0].replace('_', '-')} is for another system's checkpoint, and {source} is a critic of this "
-            "project: leave it out"
+            "project; leave the option out"
         )
     return export_critic(source, config.out, config.auto_map)
 

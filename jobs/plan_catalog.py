@@ -1,6 +1,6 @@
 """Model shapes and GPUs that `jobs.plan` knows by name, and the groups of nodes of a cluster's YAML.
 
-Knows nothing of memory or of plans.
+Knows nothing about memory or plans.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_critic.errors import ConfigError
 from rlhf_critic.model.factory import load_config
+from rlhf_critic.training.memory_planner import Gpu
 
 
 def _shape(family: str, layers: int, hidden: int, intermediate: int, heads: int, key_values: int, rows: int) -> Any:
@@ -28,7 +29,7 @@ def _shape(family: str, layers: int, hidden: int, intermediate: int, heads: int,
     }
 
 
-# As in the config.json of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and -3B, Llama-3.1-8B, Qwen2.5-14B and -32B,
+# Shapes from the config.json of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and -3B, Llama-3.1-8B, Qwen2.5-14B and -32B,
 # Llama-3.1-70B.
 SHAPES = {
     "0.1B": _shape("llama", 30, 576, 1536, 9, 3, 49152),
@@ -43,31 +44,15 @@ SHAPES = {
 
 
 def model_config(name: str) -> PreTrainedConfig:
-    """The config of a known size, a model directory, a ``config.json`` or a hub id.
+    """Returns the config of a known size, a model directory, a ``config.json`` or a hub id.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no config.
     """
     if name in SHAPES:
         family, shape = SHAPES[name]
         return AutoConfig.for_model(family, **shape)
     return load_config(name)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU, after its vendor's data sheet.
-
-    Attributes:
-        name: Of the product.
-        memory: Bytes.
-        peak: Dense floating-point operations per second by dtype, on tensor cores for bfloat16 and without for float32
-            (torch leaves TF32 off).
-    """
-
-    name: str
-    memory: int
-    peak: dict[str, float]
 
 
 def _gpu(name: str, gigabytes: int, bfloat16: float, float32: float) -> Gpu:
@@ -90,25 +75,25 @@ class NodeGroup:
     """A node type of a cluster that has GPUs.
 
     Attributes:
-        name: In the YAML.
-        gpus: Of each node.
-        most: Nodes of it that the autoscaler may start.
+        name: Name of the node type in the YAML.
+        gpus: Number of GPUs per node.
+        max_nodes: Maximum number of nodes that the autoscaler may start.
     """
 
     name: str
     gpus: int
-    most: int
+    max_nodes: int
 
     def nodes(self, world_size: int) -> int:
-        """How many nodes give every rank a GPU."""
+        """Returns the number of nodes that give every rank a GPU."""
         return -(-world_size // self.gpus)
 
 
 def node_groups(path: str) -> list[NodeGroup]:
-    """The node types with GPUs of a YAML for ``ray up``.
+    """Reads the node types with GPUs from a YAML for ``ray up``.
 
     Raises:
-        ConfigError: It cannot be read, or has none.
+        ConfigError: The file cannot be read, or no node type has a GPU.
     """
     try:
         cluster = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -122,7 +107,7 @@ def node_groups(path: str) -> list[NodeGroup]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: no available_node_types of `ray up` could be read in it: {error!r}") from error
+        raise ConfigError(f"{path}: has no readable available_node_types of `ray up`: {error!r}") from error
     if not groups:
-        raise ConfigError(f"{path}: no node type has a GPU in its resources: name them, such as {{CPU: 96, GPU: 8}}")
+        raise ConfigError(f"{path}: no node type has a GPU in its resources; declare them, such as {{CPU: 96, GPU: 8}}")
     return groups

@@ -1,4 +1,4 @@
-"""``python -m jobs.ppo``: fits a policy by PPO, with rollout workers, scorers and a sharded online critic.
+"""``rlhf-critic ppo``: trains a policy with PPO, using rollout workers, scorers and a sharded online critic.
 
 Runs alone (it starts a local Ray) or as a Ray job:
 ``ray job submit --working-dir . -- python -m jobs.ppo --config FILE.yaml``.
@@ -6,6 +6,7 @@ Runs alone (it starts a local Ray) or as a Ray job:
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from actors.serving.job_cleanup import ends_with_this_job
 from jobs.cli import command, run_job, validate_outside_package, validate_resume
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
-from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -39,12 +40,14 @@ from rlhf_critic.errors import ConfigError, RankLost
 from rlhf_critic.evaluation.plots import save_curves
 from rlhf_critic.training.metrics_log import read_metrics
 
+logger = logging.getLogger(__name__)
+
 PLOT_NAME = "curves.png"
 EXAMPLES = 6
 
 
 def main() -> None:
-    """Reads the options, runs the job and shows what came of it."""
+    """Reads the options, runs the job and prints the result."""
     config = parse_command_line(PPOJobConfig, prog=command("ppo"))
     show(Console(), run(config))
 
@@ -53,8 +56,8 @@ def run(config: PPOJobConfig) -> PPOOutcome:
     """Runs a PPO job to its end.
 
     Raises:
-        CriticError: The options, data or models are wrong, another job works on the run, no checkpoint of it is whole,
-            rewards or rollouts did not come, or the policy ran away.
+        CriticError: The options, data or models are wrong, another job works on the run, all its checkpoints are
+            damaged, rewards or rollouts did not arrive in time, or the policy diverged.
         RankLost: The critic or the policy was lost more often than ``run.max_failures``.
     """
     config.validate_complete()
@@ -85,7 +88,12 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
                     failures += 1
                     if failures > config.run.max_failures:
                         raise
-                    print(f"{error}\ngoing on from the last checkpoint ({failures} of {config.run.max_failures})")
+                    logger.warning(
+                        "rank lost, resuming from the last checkpoint failures=%d/%d error=%s",
+                        failures,
+                        config.run.max_failures,
+                        error,
+                    )
     finally:
         if started_ray:
             serve.shutdown()
@@ -93,10 +101,10 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
 
 
 def validate_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
-    """Finds what actors would only find after they were started.
+    """Finds errors that actors would otherwise report only after their start.
 
     Raises:
-        CriticError: The critic does not read what the policy writes, or a run cannot go on with these options.
+        CriticError: The critic cannot read the policy's tokens, or the run cannot resume with these options.
     """
     critic_options(config)
     checkpoint = latest_checkpoint(Path(config.run.storage_path) / config.run.name)
@@ -105,10 +113,10 @@ def validate_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
 
 
 def validate_room(config: PPOJobConfig) -> None:
-    """Checks that a Ray of the job's own, to which nobody will add nodes, has room for all actors.
+    """Checks that a local Ray, which never gets more nodes, has room for all actors.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: The actors reserve more CPUs than there are.
     """
     there = ray.cluster_resources().get("CPU", 0.0)
     if config.cpus > there:
@@ -120,7 +128,7 @@ def validate_room(config: PPOJobConfig) -> None:
 
 
 def read_prompts(config: PPOJobConfig) -> tuple[Prompts, Prompts | None]:
-    """The prompts to train on, and those held out, if any; says what was read.
+    """Reads the prompts to train on and the held-out ones, if any.
 
     Raises:
         CriticError: See `rlhf_critic.data.prompts.load_prompts`.
@@ -129,31 +137,31 @@ def read_prompts(config: PPOJobConfig) -> tuple[Prompts, Prompts | None]:
     tokenizer = load_tokenizer(config.policy.model.path, config.policy.chat_template)
     encoder = Encoder(tokenizer, options.max_tokens + config.rollout.max_new_tokens)
     train = load_prompts(options.train, encoder, options.max_tokens, options.fields)
-    print(train)
+    logger.info("prompts %s", train)
     if options.validation:
         held_out = load_prompts(options.validation, encoder, options.max_tokens, options.fields)
-        print(held_out)
+        logger.info("held-out prompts %s", held_out)
         return train, held_out
     if options.validation_fraction:
         train, held_out = split_prompts(train, options.validation_fraction, config.ppo.seed)
-        print(f"held out: {len(held_out)}, training on {len(train)}")
+        logger.info("split prompts train=%d held_out=%d", len(train), len(held_out))
         return train, held_out
     return train, None
 
 
 @contextmanager
 def scorers(config: PPOJobConfig) -> Iterator[None]:
-    """The pool that judges: the one that runs, or one for as long as the job runs.
+    """Provides the scorer pool: a running one, or one that lives as long as the job.
 
     Raises:
-        ConfigError: There is none, or one is in the way.
+        ConfigError: No pool runs and none is configured, or a running pool has the name of the one to start.
     """
     reward = config.reward
     if reward.checkpoint is None:
         if not control.is_running(reward.app):
             raise ConfigError(
                 f"there is no pool of scorers {reward.app!r}: give --reward.checkpoint CRITIC and the job runs one, or "
-                "start one with python -m jobs.serve CRITIC"
+                "start one with rlhf-critic serve CRITIC"
             )
         yield
         return
@@ -176,7 +184,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
     with ends_with_this_job(reward.app):
         try:
             _, version, _ = run_pool(options, lambda _: None)
-            print(f"scorers: {version}")
+            logger.info("scorers started version=%s", version)
             yield
         finally:
             if control.is_running(reward.app):
@@ -184,14 +192,14 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
 
 
 def finish(outcome: PPOOutcome) -> PPOOutcome:
-    """Draws the curves of a run that came to its end."""
+    """Plots the curves of a finished run."""
     save_curves(read_metrics(outcome.directory / HISTORY_FOLDER), outcome.directory / PLOT_NAME)
     return outcome
 
 
 def show(console: Console, outcome: PPOOutcome) -> None:
-    """Says how held-out rewards changed, with examples, and where things are."""
-    # A run that was resumed may have been given other held-out prompts.
+    """Prints how held-out rewards changed, with examples, and the paths of the results."""
+    # A resumed run may have other held-out prompts.
     if outcome.first and [one.prompt for one in outcome.first] == [one.prompt for one in outcome.last]:
         before, after = (np.array([sample.reward for sample in part]) for part in (outcome.first, outcome.last))
         table = Table(title="The same held-out prompts, before and after", title_justify="left", show_lines=True)
@@ -202,30 +210,27 @@ def show(console: Console, outcome: PPOOutcome) -> None:
                 first.prompt if isinstance(first.prompt, str) else "\n".join(t["content"] for t in first.prompt[-1:])
             )
             cells = (prompt, first.response, f"{first.reward:+.2f}", last.response, f"{last.reward:+.2f}")
-            table.add_row(*map(Text, cells))  # not as markup, of which a response may be full
+            table.add_row(*map(Text, cells))  # not markup, which a response may contain
         console.print(table)
-        judges = [sorted({sample.model_version for sample in part}) for part in (outcome.first, outcome.last)]
+        versions = [sorted({sample.model_version for sample in part}) for part in (outcome.first, outcome.last)]
         rise, spread = after.mean() - before.mean(), before.std()
+        in_deviations = f": a rise of {rise / spread:.2f} standard deviations" if spread > 0 else ""
         console.print(
             f"mean reward on {len(before)} held-out prompts: {before.mean():+.3f} before (standard deviation "
-            f"{spread:.3f}), {after.mean():+.3f} after"
-            + (f": a rise of {rise / spread:.2f} standard deviations" if spread > 0 and judges[0] == judges[1] else ""),
+            f"{spread:.3f}), {after.mean():+.3f} after{in_deviations if versions[0] == versions[1] else ''}",
             highlight=False,
         )
-        if judges[0] != judges[1]:
-            before_by, after_by = (", ".join(versions) for versions in judges)
-            console.print(
-                f"they are on different scales: {before_by} judged before, {after_by} after",
-                highlight=False,
-                soft_wrap=True,
-            )
-    console.print(f"curves: {outcome.directory / PLOT_NAME}", highlight=False, soft_wrap=True)
-    console.print(f"policy: {outcome.checkpoint / 'policy'}", highlight=False, soft_wrap=True)
-    console.print(f"critic: {outcome.checkpoint / 'critic'}", highlight=False, soft_wrap=True)
+        if versions[0] != versions[1]:
+            before_by, after_by = map(", ".join, versions)
+            text = f"the scales differ: {before_by} scored before, {after_by} after"
+            console.print(text, highlight=False, soft_wrap=True)
+    paths = {"curves": outcome.directory / PLOT_NAME, **{n: outcome.checkpoint / n for n in ("policy", "critic")}}
+    for name, path in paths.items():
+        console.print(f"{name}: {shown_path(str(path))}", highlight=False, soft_wrap=True)
 
 
 def _free_port() -> int:
-    """A port that HTTP can listen on; nobody calls it here, and another Serve may have the usual one."""
+    """Returns a free port for HTTP, which this job does not use; another Serve may have the default port."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,11 +1,12 @@
-"""``make ppo-demo``: a policy learns by PPO to go on in a positive tone, judged by the quickstart's critic.
+"""``make ppo-demo``: trains a policy with PPO to continue texts in a positive tone, scored by the quickstart's critic.
 
-Every part is kept when it is there, so the command can be interrupted and repeated: it goes on where it was.
+Finished parts are kept, so the command can be interrupted; running it again resumes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -18,19 +19,22 @@ from jobs.cli import run_job
 from jobs.ppo import run, show
 from rlhf_critic.config.base import load_config_file
 from rlhf_critic.config.ppo import PPOJobConfig
+from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.files import write_text_atomically
 
+logger = logging.getLogger(__name__)
+
 CONFIG = Path(__file__).with_name("ppo_demo.yaml")
-WORDS = range(3, 7)  # of a text that make a prompt
+WORDS = range(3, 7)  # number of first words of a text that make a prompt
 HELD_OUT_PROMPTS = 64
 SEED = 0
 
 
 def main() -> None:
-    """Brings what is needed, fits and shows."""
+    """Makes the reward model and the prompts, trains the policy and prints the result."""
     config = load_config_file(PPOJobConfig, str(CONFIG))
     if not Path(str(config.reward.checkpoint)).exists():
-        print("the reward model comes first: the quickstart's critic")
+        logger.info("no reward model found, running the quickstart first path=%s", config.reward.checkpoint)
         quickstart.main()
     make_prompts(Path(config.prompts.train[0]), Path(config.prompts.validation[0]))
     resume = (Path(config.run.storage_path) / config.run.name).exists()
@@ -38,8 +42,8 @@ def main() -> None:
 
 
 def make_prompts(train: Path, validation: Path) -> None:
-    """Writes the beginnings of the quickstart's texts as prompts; those held out there are held out here."""
-    of_quickstart = Path(quickstart.load_config_file(quickstart.TrainJobConfig, str(quickstart.CONFIG)).data.train[0])
+    """Writes the first words of the quickstart's texts as prompts; its held-out texts make the held-out prompts."""
+    of_quickstart = Path(load_config_file(TrainJobConfig, str(quickstart.CONFIG)).data.train[0])
     seen: set[str] = set()
     for path, source in ((validation, of_quickstart.with_name("validation.jsonl")), (train, of_quickstart)):
         rng = random.Random(SEED)

@@ -1,6 +1,6 @@
-"""``make quickstart``: from human ratings to a critic that plain transformers loads, on one small machine.
+"""``make quickstart``: trains a critic on human ratings and scores texts with it in plain transformers.
 
-Every part is kept when it is whole and made again when it is not, so the command can be interrupted and repeated.
+Complete parts are kept and incomplete ones are made again, so the command can be interrupted; running it again resumes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jobs.quickstart_data import QuickstartError, download_model, download_prefe
 from jobs.train import checkpoint_of, train
 from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, read_card
 from rlhf_critic.checkpoint.export import export_critic
-from rlhf_critic.config.base import load_config_file
+from rlhf_critic.config.base import load_config_file, shown_path
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.scoring.local import score_sequences
 
@@ -40,7 +40,7 @@ TEXTS = (
 
 
 def main() -> None:
-    """Brings what is needed, fits, exports and shows."""
+    """Downloads model and data, trains, exports and prints the result."""
     console = Console()
     config = load_config_file(TrainJobConfig, str(CONFIG))
     export = Path(config.run.storage_path) / f"{config.run.name}{EXPORT_SUFFIX}"
@@ -55,13 +55,13 @@ def main() -> None:
 
 
 def show(console: Console, export: Path) -> None:
-    """Scores a few texts in a process of plain transformers, and says what was reached."""
+    """Scores a few texts in a process of plain transformers, and prints them with the accuracy."""
     card = read_card(export)
     plain = plain_scores(export)
     loaded = load_critic(export)
     sequences = [encoded.ids for encoded in loaded.encoder.encode_batch([("", text) for text in TEXTS])]
     here = score_sequences(loaded.critic, sequences, token_budget=4096)
-    table = Table(title="Scored by plain transformers, in a process of its own", title_justify="left")
+    table = Table(title="Scored by plain transformers in a separate process", title_justify="left")
     table.add_column("score", justify="right")
     table.add_column("text")
     for score, text in sorted(zip(plain, TEXTS, strict=True), reverse=True):
@@ -70,12 +70,13 @@ def show(console: Console, export: Path) -> None:
     difference = max(abs(a - b) for a, b in zip(plain, here.tolist(), strict=True))
     console.print(f"largest difference from the score computed by this project: {difference:.1e}")
     console.print(summary(card))
-    console.print(f"the critic is in [bold]{export}[/bold]; next, try it on your own preferences:")
-    console.print(f"  .venv/bin/python -m jobs.evaluate {export} YOUR_PREFERENCES.jsonl", highlight=False)
+    shown = shown_path(str(export))
+    console.print(f"the critic is in [bold]{shown}[/bold]; next, try it on your own preferences:", soft_wrap=True)
+    console.print(f"  .venv/bin/rlhf-critic evaluate {shown} YOUR_PREFERENCES.jsonl", highlight=False, soft_wrap=True)
 
 
 def plain_scores(export: Path) -> list[float]:
-    """The rewards of `TEXTS` as plain transformers computes them.
+    """Computes the rewards of `TEXTS` with plain transformers.
 
     Raises:
         QuickstartError: The process failed or took too long.
@@ -83,7 +84,7 @@ def plain_scores(export: Path) -> list[float]:
     script = Path(__file__).parent / "examples" / "score_with_transformers.py"
     try:
         finished = subprocess.run(
-            # -I: neither this folder nor the environment is on the path of that process.
+            # -I keeps this folder and the environment off the path of that process.
             [sys.executable, "-I", str(script), str(export.resolve())],
             input=json.dumps([["", text] for text in TEXTS]),
             capture_output=True,
@@ -99,7 +100,7 @@ def plain_scores(export: Path) -> list[float]:
 
 
 def summary(card: CriticCard) -> str:
-    """What the critic reached on held-out preferences."""
+    """Formats the accuracy on held-out preferences, with its length baseline."""
     evaluation = card.training["evaluation"]
 
     def interval(name: str) -> str:

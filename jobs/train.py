@@ -1,4 +1,4 @@
-"""``python -m jobs.train``: fits a critic to preferences with Ray Train and DeepSpeed.
+"""``rlhf-critic train``: trains a critic on preferences with Ray Train and DeepSpeed.
 
 Runs alone (it starts a local Ray) or as a Ray job:
 ``ray job submit --working-dir . -- python -m jobs.train --config FILE.yaml``.
@@ -7,6 +7,7 @@ Runs alone (it starts a local Ray) or as a Ray job:
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from math import ceil
 from typing import Any, Literal
@@ -34,18 +35,20 @@ from actors.training.result import SCORE, TrainOutcome
 from actors.training.torch_backend import PrivateTorchConfig
 from jobs.cli import DISK_FULL_ERRNOS, command, run_job, validate_outside_package, validate_resume
 from jobs.run_lock import lock_run
-from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 
-# Ray Train decides on the size of an elastic group by what it saw up to 20 s before (the period of its autoscaling
-# coordinator), and so may wait for a node that is gone; after so many seconds it decides again.
+logger = logging.getLogger(__name__)
+
+# Ray Train chooses the size of an elastic group from a view of the cluster that is up to 20 s old (the period of its
+# autoscaling coordinator), so it may wait for a node that is gone. After so many seconds it chooses again.
 ELASTIC_START_TIMEOUT_S = 60.0
-GROW_EVERY_S = 60.0  # how often an elastic group looks whether it can grow
+GROW_EVERY_S = 60.0  # period at which an elastic group checks whether it can grow
 
 
 def main() -> None:
-    """Reads the options, runs the job and says where the critic is."""
+    """Reads the options, runs the job and prints where the critic is."""
     config = parse_command_line(TrainJobConfig, prog=command("train"))
     config.validate_complete()
     if config.dry_run:
@@ -55,14 +58,15 @@ def main() -> None:
     elif config.seeds:
         Console().print(compare_seeds(config))
     else:
-        print(f"\nnext: python -m jobs.export {report(config, train(config))} OUT")
+        checkpoint = report(config, train(config))
+        print(f"\nnext: {command('export')} {checkpoint} OUT")
 
 
 def report(config: TrainJobConfig, result: Result) -> str:
-    """Says how a run ended; returns where its last checkpoint is."""
+    """Prints the result of a run and returns the location of its last checkpoint."""
     outcome: TrainOutcome = result.return_value
     checkpoint = checkpoint_of(config, result)
-    print(f"\nfitted {outcome.steps} steps; the critic is in {checkpoint}")
+    print(f"\ntrained {outcome.steps} steps; the critic is in {checkpoint}")
     if outcome.evaluation:
         print(
             f"validation accuracy {outcome.evaluation.accuracy} (95% interval), log-loss {outcome.evaluation.log_loss}"
@@ -76,12 +80,12 @@ def report(config: TrainJobConfig, result: Result) -> str:
 
 
 def checkpoint_of(config: TrainJobConfig, result: Result) -> str:
-    """Where a run's last checkpoint is, a path or URI."""
-    return f"{config.run.storage_path}/{config.run.name}/{result.return_value.checkpoint}"
+    """Returns the path or URI of a run's last checkpoint, as short as a user would type it."""
+    return f"{shown_path(config.run.storage_path)}/{config.run.name}/{result.return_value.checkpoint}"
 
 
 def compare_seeds(config: TrainJobConfig) -> Table:
-    """Fits once with each seed, one run after the other, and shows how far the seed decides the result.
+    """Trains once with each seed, one run after the other, and tabulates how much the result varies.
 
     Raises:
         CriticError: See `train`.
@@ -122,8 +126,8 @@ def train(config: TrainJobConfig) -> Result:
         Ray Train's result, whose ``return_value`` is a `TrainOutcome`.
 
     Raises:
-        CriticError: The options, the data or the model are wrong, another job works on the run, no checkpoint of it is
-            whole, there is no room for the next, or the loss became NaN.
+        CriticError: The options, the data or the model are wrong, another job works on the run, all its checkpoints are
+            damaged, the disk has no room for the next one, or the loss became NaN.
         PlacementError: The workers could not be placed in time.
         TrainingFailedError: Workers were lost more often than ``run.max_failures``.
     """
@@ -140,12 +144,12 @@ def _train(config: TrainJobConfig) -> Result:
     exists = run_exists(*resolve_run(run.storage_path, run.name))
     validate_resume(run.storage_path, run.name, exists, config.resume)
     remove_broken_list(*resolve_run(run.storage_path, run.name))
-    # Ray Train's own limit is a minute, after which it tries again without end; an autoscaler needs longer, and a
-    # user wants to be told.
+    # Ray Train's own limit is a minute, after which it retries forever. An autoscaler needs longer than that, and the
+    # user needs an error.
     is_elastic = run.min_workers is not None
     try_s = min(run.start_timeout_s, ELASTIC_START_TIMEOUT_S) if is_elastic else run.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(try_s)
-    # Train's wrapper around print() would tear the lines apart that the progress bar travels in.
+    # Ray Train's wrapper around print() would split the lines that carry the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
     worker_environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}
@@ -154,7 +158,7 @@ def _train(config: TrainJobConfig) -> Result:
     if not ray.is_initialized():
         init_ray(logging_level="WARNING")
     if is_elastic:
-        _wait_for_fewest(config, resources)
+        _wait_for_min_workers(config, resources)
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=config.model_dump(mode="json"),
@@ -170,7 +174,7 @@ def _train(config: TrainJobConfig) -> Result:
             storage_path=run.storage_path,
             failure_config=FailureConfig(
                 max_failures=run.max_failures,
-                # Every lost worker may cost a try to place more workers than there is room for.
+                # Each lost worker can cause one failed attempt to place more workers than fit.
                 controller_failure_limit=run.max_failures + ceil(run.start_timeout_s / try_s) if is_elastic else 0,
             ),
             checkpoint_config=CheckpointConfig(
@@ -193,13 +197,13 @@ def _train(config: TrainJobConfig) -> Result:
             if getattr(error.controller_failure, "errno", None) in DISK_FULL_ERRNOS:
                 raise CheckpointError(
                     f"{run.storage_path}: {error.controller_failure}; the checkpoints of the run {run.name!r} are "
-                    "whole. Free some space, and go on with --resume"
+                    "complete. Free some space and continue with --resume"
                 ) from error
-            # Ray Train replaces workers that it loses later; one that dies while they start ends the whole attempt.
+            # Ray Train replaces workers that it loses later. A worker that dies during the start ends the attempt.
             failures += 1
             if failures > run.max_failures:
                 raise
-            print(f"workers were lost while they started: starting again ({failures} of {run.max_failures})")
+            logger.warning("workers were lost during the start, retrying failures=%d/%d", failures, run.max_failures)
     outcome = result.return_value
     if outcome.error is not None:
         raise outcome.error
@@ -207,15 +211,15 @@ def _train(config: TrainJobConfig) -> Result:
 
 
 def _train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
-    from actors.training.worker import train_loop  # here, where model code is needed: see `actors.train_outcome`
+    from actors.training.worker import train_loop  # model code, which the driver does not need
 
     return train_loop(loop_config)
 
 
-def _wait_for_fewest(config: TrainJobConfig, resources: dict[str, float]) -> None:
-    """Waits for room for ``run.min_workers``: with less, Ray Train 2.60 would wait without a deadline or a word.
+def _wait_for_min_workers(config: TrainJobConfig, resources: dict[str, float]) -> None:
+    """Waits for room for ``run.min_workers``, because Ray Train 2.60 would wait without a deadline or a log line.
 
-    The others are asked for, too, so that an autoscaler brings all nodes at once and the run need not grow.
+    The remaining workers are requested too, so that an autoscaler starts all nodes at once and the run need not grow.
     """
     fewest = config.run.min_workers or 0
     counts = (fewest, config.run.num_workers - fewest)

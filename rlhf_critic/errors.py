@@ -1,7 +1,7 @@
-"""The errors this project raises on purpose.
+"""Typed errors of this project.
 
-Each message names what is at fault (option, file, line, key) and says what to do. The classes take plain arguments
-only, so that they survive pickling on their way out of an actor.
+Each message names the cause (option, file, line, key) and the next step. The classes take plain arguments only, so that
+they survive pickling on their way out of an actor.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class CriticError(Exception):
-    """Base of every error raised on purpose by this project."""
+    """Base of all typed errors of this project."""
 
 
 class ConfigError(CriticError):
@@ -18,15 +18,15 @@ class ConfigError(CriticError):
 
 
 class DataError(CriticError):
-    """A preference file cannot be read; the message names file, line and field."""
+    """Data cannot be read. The message names file, line and field."""
 
 
 class EncodingError(CriticError):
-    """A text cannot be turned into token ids that have an unambiguous end.
+    """A text cannot be encoded as token ids with an unambiguous end.
 
     Args:
-        message: Which, and why.
-        index: Its place among the texts that were given, where there were several.
+        message: Text and cause.
+        index: Index of the text, if several were given.
     """
 
     def __init__(self, message: str, index: int | None = None) -> None:
@@ -39,40 +39,40 @@ class EncodingError(CriticError):
 
 
 class CheckpointError(CriticError):
-    """A model or checkpoint directory is missing, incomplete, damaged or does not fit."""
+    """A model or checkpoint directory is missing, incomplete, damaged or incompatible."""
 
 
 class PlacementError(CriticError):
-    """The cluster has no room for the workers, and got none in time."""
+    """The cluster did not provide the resources for the workers in time."""
 
 
 class RankLost(CriticError):
-    """A rank of a group was lost, failed, or did not answer in time; the group has ended and must be started again."""
+    """A rank of a group died, failed, or did not answer in time. The group has ended and must be started again."""
 
 
 class RolloutsUnavailable(CriticError):
-    """Rollout workers did not deliver in time, or were lost again and again."""
+    """Rollout workers did not answer in time, or died repeatedly."""
 
 
 class DivergedError(CriticError):
-    """The policy ran away from its reference, or a number became NaN; the checkpoints saved before are untouched."""
+    """The policy diverged from its reference, or a number became NaN. Earlier checkpoints are intact."""
 
 
 class NonFiniteRewardError(CriticError):
-    """A critic gives rewards that are NaN or infinite."""
+    """A reward is NaN or infinite."""
 
 
 class ComponentError(CriticError):
-    """A component of a reward that the user wrote failed, or did not return numbers."""
+    """A user's reward component failed or did not return numbers."""
 
 
 class ScorerRejected(CriticError):
-    """A scorer cannot score what it was asked to, and would not the next time either.
+    """A scorer rejected a request. Repeating the same request fails again.
 
     Args:
-        kind: A word for what is at fault, the same for every message about it, such as ``too_many_items``.
-        message: What is at fault and what to do.
-        item: The index of the item at fault, where it is one.
+        kind: Name of the cause, such as ``too_many_items``.
+        message: Cause and next step.
+        item: Index of the item at fault, if any.
     """
 
     def __init__(self, kind: str, message: str, item: int | None = None) -> None:
@@ -85,7 +85,7 @@ class ScorerRejected(CriticError):
         return self.message
 
     def after(self, items: int) -> ScorerRejected:
-        """The same refusal as seen by a caller whose call was split, with so many items before this part."""
+        """Returns the same error with its item index shifted by ``items``, the number of items in earlier parts."""
         if self.item is None:
             return self
         item = self.item + items
@@ -93,23 +93,23 @@ class ScorerRejected(CriticError):
 
 
 class ScorerUnavailable(CriticError):
-    """No scorer answered before the deadline: none is there, all are busy, or those that were asked died."""
+    """No scorer answered before the deadline, because none is running, all are busy, or those called died."""
 
 
 class ScorerFailed(CriticError):
-    """A scorer failed while it was scoring, for a reason that lies neither in what it was asked nor in its absence."""
+    """A scorer failed with an internal error during scoring."""
 
 
 class VersionMismatch(CriticError):
-    """The scorers serve another version of the critic than the one that was asked for, or several at once."""
+    """The scorers serve another version of the critic than the requested one, or several at once."""
 
 
 class NonFiniteLossError(CriticError):
-    """The loss, its gradient or a validation reward became NaN or infinite; nothing was saved after that.
+    """The loss, its gradient or a validation reward became NaN or infinite. Nothing was saved after that.
 
     Args:
-        step: Optimizer steps done before.
-        rows: Where the offending preferences come from, as ``file:line``.
+        step: Number of optimizer steps completed before.
+        rows: Origins of the preferences in the failed step, as ``file:line``.
     """
 
     MAX_ROWS_SHOWN = 16
@@ -123,8 +123,8 @@ class NonFiniteLossError(CriticError):
         shown = ", ".join(self.rows[: self.MAX_ROWS_SHOWN])
         more = len(self.rows) - self.MAX_ROWS_SHOWN
         return (
-            f"the loss is not finite at step {self.step} (or its gradient, or a validation reward); the checkpoints "
-            f"saved before are untouched. Preferences: {shown}{f' and {more} more' if more > 0 else ''}. "
-            "Look at these rows, or start a new run with a lower --train.learning-rate; --model.path may be a "
+            f"the loss is not finite at step {self.step} (or its gradient, or a validation reward). The checkpoints "
+            f"saved before are intact. Preferences: {shown}{f' and {more} more' if more > 0 else ''}. "
+            "Check these rows, or start a new run with a lower --train.learning-rate; --model.path may be a "
             "checkpoint of this one."
         )

@@ -1,4 +1,4 @@
-"""Log output of one process: levels, timestamps and one handler. Knows nothing of what is logged.
+"""Log output of one process: levels, timestamps and one handler. Knows nothing about what is logged.
 
 Results that a user asked for go to standard output. Events, warnings and errors go through `logging` to standard
 error: coloured by rich on a terminal, plain lines elsewhere (a file, a pipe, a Ray worker).
@@ -9,13 +9,30 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 LEVEL_VARIABLE = "RLHF_CRITIC_LOG_LEVEL"
 PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-PACKAGES = ("rlhf_critic", "actors", "jobs")
+PACKAGES = ("rlhf_critic", "actors", "jobs", "__main__")  # the last is a job that was started by python -m
 # Libraries that report their start-up at WARNING or INFO.
 NOISY_LIBRARIES = ("DeepSpeed", "deepspeed", "ray", "ray.train", "ray.serve")
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """A handler that writes to the standard error of the moment, which tests and notebooks replace."""
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def configure_logging(level: str | None = None) -> None:
@@ -36,10 +53,10 @@ def configure_logging(level: str | None = None) -> None:
         logger.setLevel(name)
         if not logger.handlers:
             logger.addHandler(_handler())
-            logger.propagate = False
     if name != "DEBUG":
         for library in NOISY_LIBRARIES:
             logging.getLogger(library).setLevel(logging.ERROR)
+            logging.getLogger(library).addFilter(_errors_only)  # DeepSpeed sets its own level when it is imported
 
 
 def _handler() -> logging.Handler:
@@ -48,6 +65,6 @@ def _handler() -> logging.Handler:
         from rich.logging import RichHandler
 
         return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(logging.Formatter(PLAIN_FORMAT))
     return handler

@@ -38,7 +38,7 @@ from actors.runtime.storage import HISTORY_FOLDER
 from rlhf_critic.algorithms.advantages import PPOTargets, RolloutBatch, compute_advantages, minibatch_rows
 from rlhf_critic.algorithms.ppo import RunningMoments
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.batching.sampler import global_batch
+from rlhf_critic.batching.sampler import rows_of_step
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.train import TrainConfig
@@ -213,12 +213,8 @@ class PPOTrainer:
         """Rollouts, values, updates; returns what there is to say of them."""
         options = self.config
         started = time.perf_counter()
-        rows = global_batch(
-            np.arange(len(self._prompts)),
-            options.rollout.prompts_per_iteration,
-            1 + options.ppo.iterations * options.rollout.prompts_per_iteration / len(self._prompts),
-            options.ppo.seed,
-            self._iteration,
+        rows = rows_of_step(
+            np.arange(len(self._prompts)), options.rollout.prompts_per_iteration, options.ppo.seed, self._iteration
         )
         repeated = [int(row) for row in rows for _ in range(options.rollout.samples_per_prompt)]
         rollouts, timings = self._roll_out(self._prompts, repeated, (TRAINING_DRAWS, self._iteration))

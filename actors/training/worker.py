@@ -35,7 +35,7 @@ from actors.runtime.storage import (
 )
 from actors.training.result import SCORE, TrainOutcome, ValidationProgress
 from actors.training.run_logger import RunLogger
-from rlhf_critic.batching.sampler import global_batch, steps_in
+from rlhf_critic.batching.sampler import rows_of_step, steps_in
 from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, read_card
 from rlhf_critic.config.train import TrainConfig, TrainJobConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -187,8 +187,8 @@ class _TrainingRun:
         evaluation = None
         with RunLogger(self.config, engine.step, self.total_steps) if self.is_main else nullcontext() as history:
             while engine.step < self.total_steps and not self._gave_up():
-                rows = global_batch(
-                    self.data.train.prompts_N, options.global_batch_size, options.epochs, options.seed, engine.step
+                rows = rows_of_step(
+                    self.data.train.prompts_N, options.global_batch_size, options.seed, engine.step, options.epochs
                 )
                 started = time.perf_counter()
                 metrics = engine.train_step(self.data.train, rows)

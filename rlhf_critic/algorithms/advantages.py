@@ -1,6 +1,6 @@
-"""From rollouts, rewards and values to what critic and policy are fitted to, and which rollouts share a step.
+"""PPO targets from rollouts, rewards and values, and the rollouts of each minibatch.
 
-Joins the functions of `rlhf_critic.algorithms.ppo` under the options of PPO. Knows nothing of models, ranks or Ray.
+Applies the functions of `rlhf_critic.algorithms.ppo` with the options of PPO. Knows nothing about models, ranks or Ray.
 
 Shape legend: S rollouts, L longest response, R tokens of one response.
 """
@@ -36,16 +36,16 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class RolloutBatch:
-    """Rollouts and all that was computed for them.
+    """Rollouts, with their rewards, log-probabilities and values.
 
     Attributes:
         sequences: Token ids of prompt and response.
         prompt_lengths: Tokens of each prompt.
-        truncated_S: Whether the response was cut, bool ``[S]``.
-        rewards_S: As the scorers gave them, fp32 ``[S]``.
-        log_probs: With which each token was drawn, ``[R]`` each.
-        ref_log_probs: The same under the reference, ``[R]`` each.
-        values: At every token of each sequence, as long as it.
+        truncated_S: True where the response was cut at the length limit, bool ``[S]``.
+        rewards_S: Raw rewards from the scorers, fp32 ``[S]``.
+        log_probs: Log-probabilities of the response tokens under the policy that sampled them, ``[R]`` each.
+        ref_log_probs: Log-probabilities of the same tokens under the reference policy, ``[R]`` each.
+        values: Values at every token of prompt and response, one array per sequence.
     """
 
     sequences: Sequence[TokenIds]
@@ -59,14 +59,14 @@ class RolloutBatch:
 
 @dataclass(frozen=True, eq=False)
 class PPOTargets:
-    """What a policy and a critic learn from.
+    """Training targets of the policy and the critic.
 
     Attributes:
-        advantages: Of every action, ``[R]`` each.
-        returns: What the value of every action should be, ``[R]`` each.
-        old_values: What it was, ``[R]`` each.
-        metrics: Of rewards and values, by name.
-        moments: Of all rewards so far.
+        advantages: Advantage of each response token, ``[R]`` each.
+        returns: Target value of each response token, ``[R]`` each.
+        old_values: Value of each response token before the update, ``[R]`` each.
+        metrics: Statistics of rewards and values, by name.
+        moments: Moments of all rewards so far.
     """
 
     advantages: list[FloatArray]
@@ -77,30 +77,30 @@ class PPOTargets:
 
 
 def compute_advantages(
-    judged: RolloutBatch, algorithm: AlgorithmConfig, reward: RewardConfig, moments: RunningMoments
+    batch: RolloutBatch, algorithm: AlgorithmConfig, reward: RewardConfig, moments: RunningMoments
 ) -> PPOTargets:
     """Computes advantages and returns.
 
     Args:
-        judged: The rollouts of an iteration.
-        algorithm: Options of PPO.
-        reward: How rewards are changed before they are used.
-        moments: Of the rewards of all iterations before.
+        batch: Rollouts of one iteration.
+        algorithm: PPO options.
+        reward: Options that change rewards before use.
+        moments: Moments of the rewards of all earlier iterations.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.
-        DivergedError: A value or a log-probability is.
+        DivergedError: A value or a log-probability is NaN or infinite.
         ValueError: A prompt is empty, or shapes differ.
     """
-    _require_finite("critic", "value", judged.values)
-    _require_finite("policy", "log-probability", judged.log_probs)
-    _require_finite("reference policy", "log-probability", judged.ref_log_probs)
-    old_values, last_values_S = action_values(judged.values, judged.prompt_lengths)
-    log_probs_SL, mask_SL = pad_rows(judged.log_probs)
-    ref_log_probs_SL, _ = pad_rows(judged.ref_log_probs)
+    _require_finite("critic", "value", batch.values)
+    _require_finite("policy", "log-probability", batch.log_probs)
+    _require_finite("reference policy", "log-probability", batch.ref_log_probs)
+    old_values, last_values_S = action_values(batch.values, batch.prompt_lengths)
+    log_probs_SL, mask_SL = pad_rows(batch.log_probs)
+    ref_log_probs_SL, _ = pad_rows(batch.ref_log_probs)
     values_SL, _ = pad_rows(old_values)
-    truncated_S = torch.from_numpy(judged.truncated_S)
-    raw_S = torch.from_numpy(judged.rewards_S)
+    truncated_S = torch.from_numpy(batch.truncated_S)
+    raw_S = torch.from_numpy(batch.rewards_S)
     rewards_S = raw_S - reward.missing_eos_penalty * truncated_S
     moments = moments.updated(rewards_S)
     if reward.scaling == "running":
@@ -120,7 +120,7 @@ def compute_advantages(
         algorithm.gae_lambda,
     )
     explained = explained_variance(values_SL, returns_SL, mask_SL).item()
-    fitted_SL = whiten(advantages_SL, mask_SL) if algorithm.whiten_advantages else advantages_SL
+    trained_SL = whiten(advantages_SL, mask_SL) if algorithm.whiten_advantages else advantages_SL
     lengths_S = mask_SL.sum(1)
     log_ratio_SL = estimate_kl(log_probs_SL, ref_log_probs_SL, "k1").masked_fill(~mask_SL, 0.0)
     metrics = {
@@ -133,32 +133,32 @@ def compute_advantages(
         "response_tokens": lengths_S.float().mean().item(),
         "truncated": truncated_S.float().mean().item(),
     }
-    if np.isfinite(explained):  # it is not defined where all returns are the same
+    if np.isfinite(explained):  # undefined if all returns are equal
         metrics["explained_variance"] = explained
-    return PPOTargets(unpad_rows(fitted_SL, mask_SL), unpad_rows(returns_SL, mask_SL), old_values, metrics, moments)
+    return PPOTargets(unpad_rows(trained_SL, mask_SL), unpad_rows(returns_SL, mask_SL), old_values, metrics, moments)
 
 
 def minibatch_rows(prompts_S: Sequence[int], minibatches: int, seed: Sequence[int]) -> list[list[int]]:
-    """Deals an iteration's rollouts out into minibatches; those of one prompt stay together and share it.
+    """Splits the rollouts of an iteration into minibatches. Rollouts of one prompt stay together.
 
     Args:
-        prompts_S: The prompt of each rollout.
-        minibatches: At most this many, none of them empty.
-        seed: Of the order.
+        prompts_S: Prompt number of each rollout.
+        minibatches: Maximum number of minibatches. None is empty.
+        seed: Seed of the order of prompts.
     """
-    of_prompt: dict[int, list[int]] = {}
+    rows_of_prompt: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts_S):
-        of_prompt.setdefault(prompt, []).append(row)
-    groups = list(of_prompt.values())
+        rows_of_prompt.setdefault(prompt, []).append(row)
+    groups = list(rows_of_prompt.values())
     order = np.random.default_rng(seed).permutation(len(groups))
     parts = np.array_split(order, min(minibatches, len(groups)))
     return [[row for group in part for row in groups[group]] for part in parts]
 
 
-def _require_finite(who: str, what: str, numbers: Sequence[FloatArray]) -> None:
-    bad = [row for row, of_row in enumerate(numbers) if not np.isfinite(of_row).all()]
+def _require_finite(who: str, what: str, rows: Sequence[FloatArray]) -> None:
+    bad = [row for row, numbers in enumerate(rows) if not np.isfinite(numbers).all()]
     if bad:
         raise DivergedError(
-            f"a {what} of the {who} is NaN or infinite in {len(bad)} of {len(numbers)} rollouts; the checkpoints saved "
-            "before are untouched. Lower --policy.optimizer.learning-rate or --critic.optimizer.learning-rate"
+            f"a {what} of the {who} is NaN or infinite in {len(bad)} of {len(rows)} rollouts. The checkpoints saved "
+            "before are intact. Lower --policy.optimizer.learning-rate or --critic.optimizer.learning-rate"
         )

@@ -1,20 +1,19 @@
-"""The mathematics of PPO. Pure functions of numbers; they know nothing of models, ranks or text.
+"""The mathematics of PPO: pure functions of numbers. Know nothing about models, ranks or text.
 
-All compute in fp32 whatever the input's dtype, and none changes its arguments. What stands where a mask is False is
-never read, not even NaN.
+All functions compute in fp32, whatever the input dtype, and none changes its arguments. Entries where a mask is False
+are ignored, even NaN.
 
-Alignment. A rollout is a prompt of p >= 1 tokens and a response of R >= 0 tokens. Action t draws response token t,
+Alignment. A rollout is a prompt of p >= 1 tokens and a response of R >= 0 tokens. Action t is response token t,
 which is token p + t of the sequence.
 
-- The value of action t is the critic's value at the token before it, p + t - 1: the return that is expected before the
-  token is drawn.
-- The reward of action t comes after it.
-- The critic's value at the very last token, p + R - 1, is the value of the state after the last action. Where the
-  rollout was cut there (truncation) the return goes on with it: the bootstrap. Where the rollout had come to its end
-  (termination, EOS) nothing follows, and 0 stands in its place.
+- The value of action t is the critic's value at the token before it, p + t - 1: the return expected before the token is
+  sampled.
+- The reward of action t follows the action.
+- The critic's value at the last token, p + R - 1, is the value of the state after the last action. If the rollout was
+  truncated, the return is bootstrapped from it. If the rollout terminated (EOS), 0 takes its place.
 
-A mask says which tokens are actions. Besides the padding it may leave out tokens inside a response that the policy did
-not draw, such as a tool's output: holes. A hole is no step in time; the next action follows at once.
+A mask selects the tokens that are actions. It excludes padding, and may exclude holes: tokens inside a response that
+the policy did not sample, such as the output of a tool. A hole is not a time step; the next action follows immediately.
 
 Shape legend: S rollouts, L tokens of the longest response (actions), R tokens of one response.
 """
@@ -40,20 +39,19 @@ MAX_ROLLOUTS_SHOWN = 16
 def action_values(
     values_S: Sequence[NDArray[np.float32]], prompt_lengths_S: Sequence[int]
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
-    """Takes from the values at every token those of the actions and the one after the last action.
+    """Selects the values of the actions, and the value after the last action, from the values at every token.
 
-    See the module's docstring for the alignment.
+    The module docstring defines the alignment.
 
     Args:
-        values_S: For every rollout the value at every token of prompt and response, each ``[p + R]``.
-        prompt_lengths_S: Tokens of each prompt, p.
+        values_S: Values at every token of prompt and response, one array ``[p + R]`` per rollout.
+        prompt_lengths_S: Length of each prompt in tokens, p.
 
     Returns:
-        For every rollout the values of its actions, fp32, each ``[R]``; and the values after the last action, fp32
-        ``[S]``.
+        Values of the actions, one fp32 array ``[R]`` per rollout; and values after the last action, fp32 ``[S]``.
 
     Raises:
-        ValueError: A prompt has no token, or more than its sequence; or there are more of the ones than of the others.
+        ValueError: A prompt is empty or longer than its sequence, or the two arguments differ in length.
     """
     _same_shape("values and prompt lengths", (len(values_S),), (len(prompt_lengths_S),))
     values_of_actions_S, last_values_S = [], []
@@ -69,21 +67,21 @@ def action_values(
 
 
 def pad_rows(rows: Sequence[Sequence[float] | NDArray[np.floating] | Tensor]) -> tuple[Tensor, Tensor]:
-    """Puts rows of different lengths into one tensor, each from its first column on.
+    """Pads rows of different lengths on the right to one tensor.
 
     Args:
-        rows: Numbers of each rollout, each ``[R]``, at least one rollout; a row may be empty, and all may be.
+        rows: Numbers of at least one rollout, ``[R]`` each. Rows may be empty.
 
     Returns:
-        The numbers, fp32 ``[S, L]``, 0 after a row's end; and whether there is one, bool ``[S, L]``.
+        Numbers, fp32 ``[S, L]``, 0 at padding; and a mask that is True at numbers, bool ``[S, L]``.
 
     Raises:
         ValueError: There is no row, or one is not a list of numbers.
     """
     if not len(rows):
-        raise ValueError("there are no rows to pad; at least one rollout is needed")
+        raise ValueError("no rows to pad; at least one rollout is needed")
     tensors = [
-        # A copy, because torch warns of arrays that cannot be written to.
+        # Copies, because torch warns about read-only arrays.
         row.float() if isinstance(row, Tensor) else torch.from_numpy(np.array(row, dtype=np.float32))
         for row in rows
     ]
@@ -96,14 +94,14 @@ def pad_rows(rows: Sequence[Sequence[float] | NDArray[np.floating] | Tensor]) ->
 
 
 def unpad_rows(numbers_SL: Tensor, mask_SL: Tensor) -> list[NDArray[np.float32]]:
-    """Takes the rows of `pad_rows` apart again.
+    """Removes the padding that `pad_rows` added.
 
     Args:
-        numbers_SL: ``[S, L]``.
-        mask_SL: Which are there, bool ``[S, L]``.
+        numbers_SL: Padded numbers, ``[S, L]``.
+        mask_SL: Mask that is True at numbers, bool ``[S, L]``.
 
     Returns:
-        For each row its numbers, fp32 ``[R]``.
+        Numbers of each row, fp32 ``[R]``.
 
     Raises:
         ValueError: The shapes differ.
@@ -113,22 +111,22 @@ def unpad_rows(numbers_SL: Tensor, mask_SL: Tensor) -> list[NDArray[np.float32]]
 
 
 def estimate_kl(log_probs_SL: Tensor, ref_log_probs_SL: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
-    """Estimates ``KL(policy || reference)`` at every token that was drawn from the policy.
+    """Estimates ``KL(policy || reference)`` at every token that the policy sampled.
 
     With ``d = log reference - log policy`` of the token: k1 is ``-d`` (unbiased, of either sign), k2 is ``d^2 / 2``
     (biased, little variance), k3 is ``exp(d) - 1 - d`` (unbiased, never negative). Schulman, "Approximating KL
     divergence" (2020). Keeps gradients.
 
     Args:
-        log_probs_SL: Log-probabilities of the drawn tokens under the policy, ``[S, L]``.
-        ref_log_probs_SL: The same under the reference, ``[S, L]``.
-        kind: Which estimator.
+        log_probs_SL: Log-probabilities of the sampled tokens under the policy, ``[S, L]``.
+        ref_log_probs_SL: Log-probabilities of the same tokens under the reference, ``[S, L]``.
+        kind: Name of the estimator.
 
     Returns:
-        ``[S, L]``, fp32, in nats.
+        Estimates in nats, fp32 ``[S, L]``.
 
     Raises:
-        ValueError: The shapes differ, or there is no such estimator.
+        ValueError: The shapes differ, or the estimator is unknown.
     """
     _same_shape("log-probabilities and reference log-probabilities", log_probs_SL.shape, ref_log_probs_SL.shape)
     difference_SL = ref_log_probs_SL.float() - log_probs_SL.float()
@@ -137,23 +135,23 @@ def estimate_kl(log_probs_SL: Tensor, ref_log_probs_SL: Tensor, kind: Literal["k
     if kind == "k2":
         return 0.5 * difference_SL.square()
     if kind == "k3":
-        # expm1, because near 0, where training begins, exp(d) - 1 loses the digits that matter.
+        # expm1, because exp(d) - 1 loses precision near 0, where training begins.
         return torch.expm1(difference_SL) - difference_SL
-    raise ValueError(f"no estimator of the KL divergence is called {kind!r}; there are k1, k2 and k3")
+    raise ValueError(f"unknown KL estimator {kind!r}; use k1, k2 or k3")
 
 
 def clip_rewards(rewards_S: Tensor, limit: float) -> Tensor:
-    """Brings rewards into ``[-limit, limit]``, as DeepSpeed-Chat does (Yao et al., 2023; ``ppo_trainer.py``).
+    """Clips rewards to ``[-limit, limit]``, as DeepSpeed-Chat does (Yao et al., 2023; ``ppo_trainer.py``).
 
     Args:
-        rewards_S: ``[S]``.
-        limit: The greatest magnitude, positive.
+        rewards_S: Rewards, ``[S]``.
+        limit: Maximum magnitude, positive.
 
     Returns:
-        ``[S]``, fp32.
+        Clipped rewards, fp32 ``[S]``.
 
     Raises:
-        NonFiniteRewardError: A reward is NaN or infinite: clipping would hide it.
+        NonFiniteRewardError: A reward is NaN or infinite, which clipping would hide.
         ValueError: The limit is not positive.
     """
     if not limit > 0:
@@ -162,19 +160,19 @@ def clip_rewards(rewards_S: Tensor, limit: float) -> Tensor:
 
 
 def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coefficient: float) -> Tensor:
-    """The reward of every action: a penalty on the KL divergence, and at the last action the rollout's reward.
+    """Computes the reward of every action: minus a KL penalty, plus the reward of the rollout at the last action.
 
     Stiennon et al., "Learning to summarize from human feedback" (2020), section 3.4; Ouyang et al., "Training language
-    models to follow instructions with human feedback" (2022), equation 2, by token.
+    models to follow instructions with human feedback" (2022), equation 2, per token.
 
     Args:
-        rewards_S: The reward of each rollout, ``[S]``.
-        kl_SL: The KL divergence at each action, see `estimate_kl`, ``[S, L]``.
-        mask_SL: Which tokens are actions, bool ``[S, L]``. A rollout without any has no rewards.
-        kl_coefficient: What one nat costs.
+        rewards_S: Reward of each rollout, ``[S]``.
+        kl_SL: KL divergence at each action, ``[S, L]``; see `estimate_kl`.
+        mask_SL: Mask of the actions, bool ``[S, L]``. A rollout without actions has no rewards.
+        kl_coefficient: Penalty per nat.
 
     Returns:
-        ``[S, L]``, fp32, 0 where the mask is False.
+        Rewards, fp32 ``[S, L]``, 0 where the mask is False.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite; the message names the rollouts.
@@ -198,22 +196,22 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates, and the returns a critic is fitted to.
+    """Computes generalised advantage estimates and the returns that a critic is trained on.
 
     ``A_t = sum_l (gamma gae_lambda)^l delta_{t+l}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, Schulman et al.,
     "High-dimensional continuous control using generalized advantage estimation" (2016), equations 11 to 16. The value
-    after the last action is the bootstrap where the rollout was cut and 0 where it ended: Pardo et al., "Time limits in
-    reinforcement learning" (2018). Both results are targets and carry no gradient.
+    after the last action is ``last_values_S`` if the rollout was truncated and 0 if it terminated: Pardo et al., "Time
+    limits in reinforcement learning" (2018). Both results are targets and carry no gradient.
 
     Args:
-        rewards_SL: The reward after each action, ``[S, L]``.
-        values_SL: The value before each action, ``[S, L]``.
-        mask_SL: Which tokens are actions, bool ``[S, L]``. The others are skipped: rewards and values there are not
-            read, advantages flow across them, and they are not discounted for.
-        last_values_S: The value after the last action, ``[S]``; read only where ``truncated_S``.
-        truncated_S: Whether the rollout was cut before its end, bool ``[S]``.
-        gamma: Discount of a step.
-        gae_lambda: 0 trusts the critic's next value, 1 trusts the rewards that came.
+        rewards_SL: Reward after each action, ``[S, L]``.
+        values_SL: Value before each action, ``[S, L]``.
+        mask_SL: Mask of the actions, bool ``[S, L]``. Other tokens are skipped: their rewards and values are not read,
+            and they add no discount.
+        last_values_S: Value after the last action, ``[S]``; read only where ``truncated_S`` is True.
+        truncated_S: True where the rollout was cut before its end, bool ``[S]``.
+        gamma: Discount per step.
+        gae_lambda: Weight of later rewards. 0 uses the next value of the critic alone, 1 uses observed rewards alone.
 
     Returns:
         Advantages, and returns (advantages plus values), both fp32 ``[S, L]``, 0 where the mask is False.
@@ -241,14 +239,14 @@ def gae(
 
 
 def masked_mean(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
-    """The mean over all tokens of the mask, each with the same weight. Keeps gradients.
+    """Computes the mean over all tokens of the mask, each with the same weight. Keeps gradients.
 
     Args:
-        x_SL: ``[S, L]``.
-        mask_SL: Which tokens count, bool ``[S, L]``.
+        x_SL: Numbers, ``[S, L]``.
+        mask_SL: Mask of the tokens that count, bool ``[S, L]``.
 
     Returns:
-        A scalar, fp32; 0 where no token counts.
+        A scalar, fp32; 0 for an empty mask.
 
     Raises:
         ValueError: The shapes differ.
@@ -258,18 +256,18 @@ def masked_mean(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
 
 
 def whiten(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
-    """Gives the tokens of the mask, over the whole batch, mean 0 and variance 1.
+    """Normalises the tokens of the mask, over the whole batch, to mean 0 and variance 1.
 
     ``(x - mean) / sqrt(variance + 1e-8)`` with the population variance (divided by n, not by n - 1), as in the code of
-    Ziegler et al., "Fine-tuning language models from human preferences" (2019; ``utils/core.py``). Numbers that are all
-    the same, one alone among them, become 0.
+    Ziegler et al., "Fine-tuning language models from human preferences" (2019; ``utils/core.py``). Equal numbers, or a
+    single number, become 0.
 
     Args:
-        x_SL: ``[S, L]``.
-        mask_SL: Which tokens count, bool ``[S, L]``.
+        x_SL: Numbers, ``[S, L]``.
+        mask_SL: Mask of the tokens that count, bool ``[S, L]``.
 
     Returns:
-        ``[S, L]``, fp32, 0 where the mask is False.
+        Normalised numbers, fp32 ``[S, L]``, 0 where the mask is False.
 
     Raises:
         ValueError: The shapes differ.
@@ -281,17 +279,18 @@ def whiten(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
 
 
 def explained_variance(values_SL: Tensor, returns_SL: Tensor, mask_SL: Tensor) -> Tensor:
-    """The share of the returns' variance that the values foretell: ``1 - Var(returns - values) / Var(returns)``.
+    """Computes the share of the variance of returns that values explain: ``1 - Var(returns - values) / Var(returns)``.
 
-    1 is a perfect critic, 0 one as good as a constant, less is worse. OpenAI baselines, ``common/math_util.py``.
+    A perfect critic has 1, a constant 0; a negative number is worse than a constant. OpenAI baselines,
+    ``common/math_util.py``.
 
     Args:
-        values_SL: ``[S, L]``.
-        returns_SL: ``[S, L]``.
-        mask_SL: Which tokens count, bool ``[S, L]``.
+        values_SL: Values, ``[S, L]``.
+        returns_SL: Returns, ``[S, L]``.
+        mask_SL: Mask of the tokens that count, bool ``[S, L]``.
 
     Returns:
-        A scalar, fp32; NaN where the returns do not vary, or there are none.
+        A scalar, fp32; NaN if the returns do not vary or the mask is empty.
 
     Raises:
         ValueError: The shapes differ.
@@ -306,20 +305,20 @@ def explained_variance(values_SL: Tensor, returns_SL: Tensor, mask_SL: Tensor) -
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the critic, without a gain from moving a value far from what it was.
+    """Computes half the squared error of values, clipped so that moving far from the old value brings no gain.
 
     ``max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) / 2``, OpenAI baselines, ``ppo2/model.py``; Schulman et al.,
     "Proximal policy optimization algorithms" (2017) do the same to the policy. Keeps gradients.
 
     Args:
-        values: What the critic says now, any shape.
-        old_values: What it said when the rollouts were made, same shape.
-        returns: What it should say, same shape.
-        clip: How far a value may move, e, positive; None for the plain squared error.
+        values: Current values, any shape.
+        old_values: Values at the time of the rollouts, same shape.
+        returns: Target values, same shape.
+        clip: Maximum change of a value, e, positive. None means the plain squared error.
 
     Returns:
-        The loss of each token, fp32; and where it is the clipped term that counts, which has no gradient, bool. Both of
-        the arguments' shape.
+        Loss of each token, fp32; and True where the clipped term, which has no gradient, is the larger, bool. Both have
+        the shape of the arguments.
 
     Raises:
         ValueError: The shapes differ, or the clip is not positive.
@@ -331,8 +330,8 @@ def clipped_value_loss(
     if clip is None:
         return 0.5 * squares, torch.zeros_like(squares, dtype=torch.bool)
     if not clip > 0:
-        raise ValueError(f"the clip of values must be positive, or None for no clipping, not {clip}")
-    # Not old + clip(V - old): rounding would take values within the range for clipped ones.
+        raise ValueError(f"the clip of values must be positive or None (no clipping), not {clip}")
+    # Not old + clip(V - old), because rounding would count values within the range as clipped.
     near_squares = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     clipped = near_squares > squares
     return 0.5 * torch.where(clipped, near_squares, squares), clipped
@@ -341,20 +340,20 @@ def clipped_value_loss(
 def clipped_policy_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate of each token, to be minimised.
+    """Computes PPO's clipped surrogate loss of each token.
 
     ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(log policy - log old policy)``: Schulman et al., "Proximal
     policy optimization algorithms" (2017), equation 7, negated. Keeps gradients.
 
     Args:
-        log_probs: Log-probabilities of the drawn tokens under the policy, any shape.
-        old_log_probs: The same under the policy that drew them, same shape.
-        advantages: See `gae`, same shape.
-        clip: How far the ratio may move, e, between 0 and 1.
+        log_probs: Log-probabilities of the sampled tokens under the policy, any shape.
+        old_log_probs: Log-probabilities under the policy that sampled them, same shape.
+        advantages: Advantages, same shape; see `gae`.
+        clip: Maximum change of the ratio, e, between 0 and 1.
 
     Returns:
-        The loss of each token, fp32; and where it is the clipped term that counts, which has no gradient, bool. Both of
-        the arguments' shape.
+        Loss of each token, fp32; and True where the clipped term, which has no gradient, is the larger, bool. Both have
+        the shape of the arguments.
 
     Raises:
         ValueError: The shapes differ, or the clip is not between 0 and 1.
@@ -366,8 +365,8 @@ def clipped_policy_loss(
     advantages = advantages.float()
     log_ratio = log_probs.float() - old_log_probs.float()
     lowest, highest = math.log1p(-clip), math.log1p(clip)
-    # The maximum is -A min(r, 1 + e) where A >= 0 and -A max(r, 1 - e) elsewhere. Bounded before the exponential, a
-    # clipped ratio that would overflow has the gradient 0, where 0 times infinity would not be a number.
+    # The maximum is -A min(r, 1 + e) if A >= 0, else -A max(r, 1 - e). The log ratio is bounded before the exponential,
+    # so that a clipped ratio that would overflow has gradient 0; 0 times infinity would be NaN.
     bounded = torch.where(advantages >= 0, log_ratio.clamp(max=highest), log_ratio.clamp(min=lowest))
     clipped = ((advantages > 0) & (log_ratio > highest)) | ((advantages < 0) & (log_ratio < lowest))
     return -advantages * bounded.exp(), clipped
@@ -375,12 +374,12 @@ def clipped_policy_loss(
 
 @dataclass(frozen=True)
 class RunningMoments:
-    """Mean and spread of all rewards so far, by which rewards are scaled. `dataclasses.asdict` of it is JSON.
+    """Mean and spread of all rewards so far, for scaling rewards. `dataclasses.asdict` gives JSON values.
 
     Attributes:
-        count: Rewards so far.
-        mean: Their mean.
-        squares: The sum of their squared distances from it.
+        count: Number of rewards so far.
+        mean: Mean of the rewards.
+        squares: Sum of squared distances from the mean.
     """
 
     count: float = 0.0
@@ -388,18 +387,18 @@ class RunningMoments:
     squares: float = 0.0
 
     def updated(self, rewards_S: Tensor) -> RunningMoments:
-        """The moments with these rewards among them, in float64.
+        """Returns the moments after these rewards, in float64.
 
         Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
 
         Args:
-            rewards_S: ``[S]``, possibly none.
+            rewards_S: New rewards, ``[S]``; may be empty.
 
         Returns:
             New moments.
 
         Raises:
-            NonFiniteRewardError: A reward is NaN or infinite, and all moments after it would be.
+            NonFiniteRewardError: A reward is NaN or infinite, which would make all later moments so.
         """
         rewards_S = _finite_rewards(rewards_S).double()
         added = float(rewards_S.numel())
@@ -417,17 +416,17 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """The sample standard deviation (divided by n - 1); 1 while there are fewer than two or all are the same."""
+        """Sample standard deviation (divided by n - 1); 1 for fewer than two rewards or equal rewards."""
         if self.count < 2 or self.squares == 0.0:
             return 1.0
         return math.sqrt(self.squares / (self.count - 1.0))
 
 
 def _mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the mask, float64 scalars; 0 for an empty mask.
+    """Computes mean and population variance over the mask, float64 scalars; 0 for an empty mask.
 
-    In float64 the mean of equal fp32 numbers is exactly that number, so their variance is 0 and not a rounding error
-    that a division would blow up.
+    In float64 the mean of equal fp32 numbers is exactly that number. So their variance is 0, not a rounding error that
+    a division would amplify.
     """
     count = mask_SL.sum().clamp(min=1)
     x_SL = x_SL.float().double()
@@ -442,7 +441,7 @@ def _finite_rewards(rewards_S: Tensor) -> Tensor:
         shown = ", ".join(map(str, bad[:MAX_ROLLOUTS_SHOWN]))
         more = len(bad) - MAX_ROLLOUTS_SHOWN
         raise NonFiniteRewardError(
-            f"{len(bad)} of {len(rewards_S)} rewards are NaN or infinite, those of rollouts {shown}"
+            f"{len(bad)} of {len(rewards_S)} rewards are NaN or infinite, in rollouts {shown}"
             f"{f' and {more} more' if more > 0 else ''} (counted from 0)"
         )
     return rewards_S

@@ -1,6 +1,6 @@
-"""Preference losses. Pure functions of rewards or values; they know nothing of models, batches or ranks.
+"""Preference losses: pure functions of rewards or values. Know nothing about models, batches or ranks.
 
-All compute in fp32 whatever the input's dtype, and none reduces over preferences.
+All functions compute in fp32, whatever the input dtype. None reduces over preferences.
 
 Shape legend: P preferences, K responses of a ranking, L tokens.
 """
@@ -18,7 +18,7 @@ def bradley_terry_loss(
     margins_P: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Negative log-likelihood of each preference under the Bradley-Terry model.
+    """Computes the negative log-likelihood of each preference under the Bradley-Terry model.
 
     ``-log sigmoid(r_chosen - r_rejected)``, as in Ouyang et al., "Training language models to follow instructions with
     human feedback" (2022), equation 1, with one pair a prompt.
@@ -26,13 +26,13 @@ def bradley_terry_loss(
     Args:
         chosen_rewards_P: Rewards of the chosen responses, ``[P]``.
         rejected_rewards_P: Rewards of the rejected responses, ``[P]``.
-        margins_P: How much better the chosen response must be: ``-log sigmoid(r_chosen - r_rejected - m)``, Touvron et
-            al., "Llama 2" (2023), equation 2. ``[P]``.
-        label_smoothing: The share of judgements that are taken to be the wrong way round:
+        margins_P: Margin by which the chosen reward must exceed the rejected one, ``[P]``:
+            ``-log sigmoid(r_chosen - r_rejected - m)``, Touvron et al., "Llama 2" (2023), equation 2.
+        label_smoothing: Assumed probability that a preference label is flipped:
             ``-(1 - e) log sigmoid(d) - e log sigmoid(-d)``, Mitchell, "A note on DPO with noisy preferences" (2023).
 
     Returns:
-        The loss of each preference, ``[P]``, fp32.
+        Loss of each preference, ``[P]``, fp32.
 
     Raises:
         ValueError: The shapes differ.
@@ -53,23 +53,23 @@ def per_token_loss(
     rejected_lengths_P: Tensor,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The Bradley-Terry loss of the values at every token from where the two sequences part, averaged over tokens.
+    """Computes the Bradley-Terry loss at every token after the shared prefix of two sequences, averaged over tokens.
 
     DeepSpeed-Chat's loss (Yao et al., "DeepSpeed-Chat", 2023; ``reward_model.py``): the mean of
-    ``-log sigmoid(v_chosen[t] - v_rejected[t])`` over ``t`` from the divergence to the end of the longer sequence. A
-    sequence that has ended goes on with the values of its padding there, which are nobody's opinion; here its last
-    value stands. Identical sequences have no such token and lose as a tie does: ln 2 without a gradient.
+    ``-log sigmoid(v_chosen[t] - v_rejected[t])`` over ``t`` from the divergence to the end of the longer sequence. Past
+    the end of a sequence, DeepSpeed-Chat reads the values of padding tokens; this function repeats the last real value.
+    The loss of identical sequences is that of a tie: ln 2 without a gradient.
 
     Args:
-        chosen_values_PL: Values of the chosen sequences from their first token on, ``[P, L]``; anything past their end.
-        rejected_values_PL: Values of the rejected ones, ``[P, L]``.
-        divergences_P: How many tokens the two sequences share at their beginning, int64 ``[P]``.
-        chosen_lengths_P: Tokens of the chosen sequence, int64 ``[P]``.
-        rejected_lengths_P: Tokens of the rejected sequence, int64 ``[P]``.
+        chosen_values_PL: Values of the chosen sequences, ``[P, L]``. Values past the end are ignored.
+        rejected_values_PL: Values of the rejected sequences, ``[P, L]``.
+        divergences_P: Length of the prefix that the two sequences share, in tokens, int64 ``[P]``.
+        chosen_lengths_P: Lengths of the chosen sequences in tokens, int64 ``[P]``.
+        rejected_lengths_P: Lengths of the rejected sequences in tokens, int64 ``[P]``.
         label_smoothing: See `bradley_terry_loss`.
 
     Returns:
-        The loss of each preference, ``[P]``, fp32.
+        Loss of each preference, ``[P]``, fp32.
 
     Raises:
         ValueError: The shapes differ.
@@ -84,7 +84,7 @@ def per_token_loss(
         )
     ]
     ends_P = torch.maximum(chosen_lengths_P, rejected_lengths_P)
-    # One sequence may be the beginning of the other: then the two part after its last token, where that value stands.
+    # If one sequence is a prefix of the other, they diverge after its last token, and its last value is repeated there.
     starts_P = torch.minimum(divergences_P, ends_P - 1)
     counted_PL = (columns_L >= starts_P[:, None]) & (columns_L < ends_P[:, None])
     loss_PL = _smoothed_log_loss(held_2PL[0] - held_2PL[1], label_smoothing)
@@ -92,27 +92,27 @@ def per_token_loss(
 
 
 def plackett_luce_loss(rewards_PK: Tensor, present_PK: Tensor) -> Tensor:
-    """Negative log-likelihood of rankings, best first, under the Plackett-Luce model.
+    """Computes the negative log-likelihood of rankings under the Plackett-Luce model.
 
-    The best is chosen among all, the second among the rest, and so on, each with the probability that a softmax over
-    rewards gives it: Luce, "Individual Choice Behavior" (1959); Plackett, "The Analysis of Permutations" (1975); for
-    reward models Zhu et al., "Principled reinforcement learning with human feedback" (2023). With two responses it is
-    the Bradley-Terry loss.
+    The best response is chosen among all, the second among the rest, and so on. Each choice has the probability of a
+    softmax over rewards: Luce, "Individual Choice Behavior" (1959); Plackett, "The Analysis of Permutations" (1975);
+    for reward models Zhu et al., "Principled reinforcement learning with human feedback" (2023). For two responses it
+    equals the Bradley-Terry loss.
 
     Args:
-        rewards_PK: Rewards, the best response first, ``[P, K]``; anything finite where there is none.
-        present_PK: Whether there is such a response, bool ``[P, K]``; the present ones come first.
+        rewards_PK: Rewards, the best response first, ``[P, K]``; any finite number where a response is absent.
+        present_PK: True where a response exists, bool ``[P, K]``; existing responses come first.
 
     Returns:
-        The loss of each ranking, ``[P]``, fp32.
+        Loss of each ranking, ``[P]``, fp32.
 
     Raises:
         ValueError: The shapes differ.
     """
     _same_shape("rewards and presence", rewards_PK, present_PK)
-    # The least finite number instead of minus infinity, whose gradient would not be a number.
+    # The lowest finite number replaces minus infinity, whose gradient would be NaN.
     rewards_PK = rewards_PK.float().masked_fill(~present_PK, torch.finfo(torch.float32).min)
-    # log sum exp over this place and all worse ones
+    # log sum exp over this response and all worse ones
     rest_PK = rewards_PK.flip(1).logcumsumexp(1).flip(1)
     return (rest_PK - rewards_PK).masked_fill(~present_PK, 0.0).sum(1)
 
@@ -120,9 +120,9 @@ def plackett_luce_loss(rewards_PK: Tensor, present_PK: Tensor) -> Tensor:
 def ranking_loss(
     rewards_PK: Tensor, present_PK: Tensor, margins_P: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """`bradley_terry_loss` where a preference has two responses, `plackett_luce_loss` where it ranks more.
+    """Computes `bradley_terry_loss` for preferences of two responses and `plackett_luce_loss` for longer rankings.
 
-    Margins and label smoothing are defined for two, and leave longer rankings as they are.
+    Margins and label smoothing apply to pairs only.
 
     Args:
         rewards_PK: See `plackett_luce_loss`.
@@ -131,7 +131,7 @@ def ranking_loss(
         label_smoothing: See `bradley_terry_loss`.
 
     Returns:
-        The loss of each preference, ``[P]``, fp32.
+        Loss of each preference, ``[P]``, fp32.
 
     Raises:
         ValueError: The shapes differ.
@@ -143,17 +143,19 @@ def ranking_loss(
 
 
 def centering_penalty(rewards_PK: Tensor, present_PK: Tensor) -> Tensor:
-    """The squared sum of a preference's rewards, which a loss of differences leaves free to drift.
+    """Computes the squared sum of the rewards of each preference.
+
+    A loss of differences leaves this sum free to drift.
 
     ``(r_chosen + r_rejected)^2``, Eisenstein et al., "Helping or herding?" (2023), section 3; TRL's
-    ``center_rewards_coefficient`` multiplies it. For rankings of K it is the square of twice the mean.
+    ``center_rewards_coefficient`` multiplies it. For a ranking of K responses it is the square of twice the mean.
 
     Args:
         rewards_PK: Rewards, ``[P, K]``.
-        present_PK: Whether there is such a response, bool ``[P, K]``.
+        present_PK: True where a response exists, bool ``[P, K]``.
 
     Returns:
-        ``[P]``, fp32.
+        Penalty of each preference, ``[P]``, fp32.
     """
     mean_P = rewards_PK.float().masked_fill(~present_PK, 0.0).sum(1) / present_PK.sum(1)
     return (2.0 * mean_P).square()

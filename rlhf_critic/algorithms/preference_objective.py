@@ -1,7 +1,7 @@
-"""What a critic's outputs for a micro-batch of preferences cost, under the options of the loss.
+"""The loss of a micro-batch of preferences, computed from a critic's outputs.
 
-Joins `losses` to the order of sequences in a batch: preference by preference, the best response first. Knows nothing of
-ranks, optimizers or DeepSpeed.
+Applies `rlhf_critic.algorithms.preference_losses` to sequences in batch order: preference by preference, the best
+response first. Knows nothing about ranks, optimizers or DeepSpeed.
 
 Shape legend: P preferences, K responses of a ranking, C comparisons of a ranking, S sequences, L longest sequence.
 """
@@ -23,12 +23,12 @@ from rlhf_critic.config.train import TrainConfig
 
 @dataclass(frozen=True, eq=False)
 class PreferenceLoss:
-    """Preferences and what their rewards cost.
+    """Losses and rewards of preferences.
 
     Attributes:
-        loss_P: The loss of each, fp32, with its gradient.
-        rewards_PK: Rewards, the best response first, fp32; 0 where there is none.
-        present_PK: Whether there is such a response, bool.
+        loss_P: Loss of each preference, fp32, with gradient.
+        rewards_PK: Rewards, the best response first, fp32; 0 where a response is absent.
+        present_PK: True where a response exists, bool.
     """
 
     loss_P: Tensor
@@ -37,39 +37,42 @@ class PreferenceLoss:
 
     @torch.no_grad()
     def sums(self) -> Tensor:
-        """Sums over the preferences: share of right orders (a tie half), best minus worst reward; float64 ``[2]``."""
+        """Returns two sums over the preferences, float64 ``[2]``.
+
+        The first sums the share of correctly ordered pairs, where a tie counts half. The second sums the best reward
+        minus the worst.
+        """
         number = self.rewards_PK.shape[1]
         better_C, worse_C = torch.triu_indices(number, number, 1, device=self.rewards_PK.device)
         right_PC = ((self.rewards_PK[:, better_C] - self.rewards_PK[:, worse_C]).sign() + 1) / 2
-        counted_PC = self.present_PK[:, worse_C]  # where the worse is present, so is the better
+        counted_PC = self.present_PK[:, worse_C]  # if the worse response is present, so is the better one
         right_P = (right_PC * counted_PC).sum(1) / counted_PC.sum(1)
         worst_P = self.rewards_PK.gather(1, self.present_PK.sum(1, keepdim=True) - 1)[:, 0]
         return torch.stack([right_P.sum(), (self.rewards_PK[:, 0] - worst_P).sum()]).double()
 
 
 def needs_values(options: TrainConfig) -> bool:
-    """Whether the loss reads values at every token, ``[S, L]``, instead of rewards, ``[S]``."""
+    """Returns whether the loss reads values at every token, ``[S, L]``, instead of rewards, ``[S]``."""
     return options.loss == "per_token"
 
 
 def preference_loss(
     output: Tensor, preferences: Sequence[Sequence[TokenIds]], margins_P: NDArray[np.float32], options: TrainConfig
 ) -> PreferenceLoss:
-    """The losses of preferences.
+    """Computes the losses of preferences.
 
     Args:
-        output: The critic's rewards ``[S]`` or, if `needs_values`, values ``[S, L]`` of all responses, preference by
-            preference.
-        preferences: The token ids of each preference's responses, the best first.
-        margins_P: By how much the best is better; NaN where that is not known, which needs ``margin_scale`` 0.
-        options: Of the loss.
+        output: Rewards ``[S]`` or, if `needs_values`, values ``[S, L]`` of all responses, preference by preference.
+        preferences: Token ids of the responses of each preference, the best first.
+        margins_P: Margins between best and worst response. NaN means unknown and requires ``margin_scale`` 0.
+        options: Loss options.
     """
     device = output.device
     sizes_P = torch.tensor([len(responses) for responses in preferences], device=device)
     present_PK = torch.arange(int(sizes_P.max()), device=device) < sizes_P[:, None]
     lengths_S = torch.tensor([len(ids) for responses in preferences for ids in responses], device=device)
     rewards_S = output.gather(1, lengths_S[:, None] - 1)[:, 0] if needs_values(options) else output
-    # The mask, row by row, is in the order of the sequences.
+    # masked_scatter fills the mask row by row, which is the order of the sequences.
     rewards_PK = torch.zeros(present_PK.shape, device=device).masked_scatter(present_PK, rewards_S)
     if needs_values(options):
         shared = [shared_length(np.asarray(best), np.asarray(worst)) for best, worst in preferences]

@@ -1,10 +1,10 @@
-"""Where in a batch of rollouts the policy's actions are: which token each drew, and after which token.
+"""Positions of the response tokens in a batch of rollouts.
 
-The alignment is that of `rlhf_critic.algorithms.ppo`: action t of a rollout with a prompt of p tokens draws token ``p + t`` after
-reading token ``p + t - 1``. The last token of a rollout is read by nobody who is fitted, so a fit leaves it out. Knows
-nothing of models.
+A response token is an action of the policy. As in `rlhf_critic.algorithms.ppo`, action t of a rollout with a prompt of
+p tokens samples token ``p + t`` after reading token ``p + t - 1``. A training step omits the last token of a rollout,
+because no loss reads an output there. Knows nothing about models.
 
-Shape legend: S rollouts, A actions of all of them, R actions of one.
+Shape legend: S rollouts, A response tokens (actions) of all rollouts, R response tokens of one rollout.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 
 @dataclass(frozen=True, eq=False)
 class ResponseTokens:
-    """The actions of some rollouts, rollout by rollout.
+    """Response tokens of rollouts, rollout by rollout.
 
     Attributes:
-        rows_A: The rollout of each, int64.
-        columns_A: The index in it of the token before the one that is drawn, int64.
-        drawn_A: The id of the token that is drawn, int64.
+        rows_A: Rollout of each response token, int64.
+        columns_A: Index, in its rollout, of the token before the response token, int64.
+        drawn_A: Id of the response token, int64.
     """
 
     rows_A: IntArray
@@ -34,7 +34,7 @@ class ResponseTokens:
 
     @classmethod
     def of(cls, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]) -> ResponseTokens:
-        """Finds the actions of rollouts that `validate_rollouts` has seen."""
+        """Finds the response tokens of rollouts that `validate_rollouts` accepted."""
         pairs = list(zip(sequences, prompt_lengths, strict=True))
         counts_S = [len(ids) - length for ids, length in pairs]
         return cls(
@@ -45,39 +45,39 @@ class ResponseTokens:
 
     @property
     def places(self) -> tuple[IntArray, IntArray]:
-        """Rows and columns of the values or logits that belong to the actions."""
+        """Rows and columns of the values or logits that belong to the response tokens."""
         return self.rows_A, self.columns_A
 
 
 def validate_rollouts(
-    sequences: Sequence[TokenIds], prompt_lengths: Sequence[int], **of_actions: Sequence[NDArray[np.floating]]
+    sequences: Sequence[TokenIds], prompt_lengths: Sequence[int], **of_tokens: Sequence[NDArray[np.floating]]
 ) -> None:
-    """Checks that rollouts, and numbers of their actions, fit together.
+    """Validates rollouts and the numbers of their response tokens.
 
     Args:
         sequences: Token ids of prompt and response.
         prompt_lengths: Tokens of each prompt.
-        **of_actions: By what they are called: for each rollout a finite number for each action, ``[R]``.
+        **of_tokens: Finite numbers of each response token, one array ``[R]`` per rollout, by name.
 
     Raises:
-        ValueError: Names the rollout whose prompt is empty or longer than its sequence, or whose numbers are too few,
-            too many or not finite.
+        ValueError: A prompt is empty or longer than its sequence, or numbers are missing, too many or not finite. Names
+            the rollout.
     """
-    for name, rows in (("prompt_lengths", prompt_lengths), *of_actions.items()):
+    for name, rows in (("prompt_lengths", prompt_lengths), *of_tokens.items()):
         if len(rows) != len(sequences):
-            raise ValueError(f"{len(sequences)} rollouts, but {name} has {len(rows)} entries: give one for each")
+            raise ValueError(f"{len(sequences)} rollouts, but {name} has {len(rows)} entries; give one for each")
     for rollout, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         if not 1 <= length <= len(ids):
             raise ValueError(
-                f"rollout {rollout}: a prompt of {length} tokens in a sequence of {len(ids)}: it must have at least "
+                f"rollout {rollout}: a prompt of {length} tokens in a sequence of {len(ids)}; it must have at least "
                 "one token and no more than the sequence"
             )
-        for name, rows in of_actions.items():
+        for name, rows in of_tokens.items():
             numbers = np.asarray(rows[rollout])
             if numbers.shape != (len(ids) - length,):
                 raise ValueError(
                     f"rollout {rollout}: {name} has the shape {numbers.shape}, but the response has "
-                    f"{len(ids) - length} tokens: give one number for each"
+                    f"{len(ids) - length} tokens; give one number for each"
                 )
             if not np.isfinite(numbers).all():
                 first = int(np.isfinite(numbers).argmin())
@@ -85,5 +85,5 @@ def validate_rollouts(
 
 
 def nonempty_responses(sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]) -> list[int]:
-    """The rollouts that have an action; an empty response has nothing to be fitted to."""
+    """Returns the rollouts with at least one response token; an empty response has nothing to train on."""
     return [row for row, (ids, length) in enumerate(zip(sequences, prompt_lengths, strict=True)) if len(ids) > length]

@@ -1,4 +1,4 @@
-"""Sequences as padded rows. Knows no model."""
+"""Batches of sequences as padded rows. Knows nothing about models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Sequences padded to one length, on either side.
+    """Sequences padded to one length, on the left or the right.
 
     Attributes:
-        input_ids_SL: Token ids, int64 ``[S, L]``; anything where the mask is 0.
-        attention_mask_SL: 1 at real tokens, 0 at padding, int64 ``[S, L]``; the real tokens of a row are contiguous.
+        input_ids_SL: Token ids, int64 ``[S, L]``; ignored where the mask is 0.
+        attention_mask_SL: 1 at real tokens, 0 at padding, int64 ``[S, L]``. The real tokens of a row are contiguous.
     """
 
     input_ids_SL: Tensor
@@ -30,7 +30,7 @@ class PaddedBatch:
         """Pads sequences on the right.
 
         Raises:
-            ValueError: There is no sequence, or an empty one.
+            ValueError: There are no sequences, or one is empty.
         """
         if not sequences or not all(len(sequence) for sequence in sequences):
             raise ValueError("a batch needs at least one sequence and every sequence at least one token")
@@ -44,17 +44,17 @@ class PaddedBatch:
 
     @property
     def position_ids_SL(self) -> Tensor:
-        """Each real token's distance from its sequence's first token, int64 ``[S, L]``; 0 at padding."""
+        """Distance of each real token from the first token of its sequence, int64 ``[S, L]``; 0 at padding."""
         return (self.attention_mask_SL.cumsum(dim=1) - 1).clamp(min=0) * self.attention_mask_SL
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that a forward pass computes for it, padding included."""
+        """Number of tokens in a forward pass, including padding."""
         return self.input_ids_SL.numel()
 
     @property
     def leaves_S(self) -> Tensor:
-        """The index of each sequence's last token among all that are computed, int64 ``[S]``."""
+        """Index of the last token of each sequence among all computed tokens, int64 ``[S]``."""
         rows, columns = self.attention_mask_SL.shape
         columns_L = torch.arange(1, columns + 1, device=self.attention_mask_SL.device)
         starts_S = torch.arange(rows, device=self.attention_mask_SL.device) * columns
@@ -62,5 +62,5 @@ class PaddedBatch:
 
     @property
     def tokens_SL(self) -> Tensor:
-        """For each token of each row its index among all that are computed, int64 ``[S, L]``."""
+        """Index of each token among all computed tokens, int64 ``[S, L]``."""
         return torch.arange(self.input_ids_SL.numel(), device=self.input_ids_SL.device).view(self.input_ids_SL.shape)

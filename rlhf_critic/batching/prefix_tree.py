@@ -1,10 +1,9 @@
-"""A radix tree over token ids: sequences that begin alike share the tokens they begin with.
+"""A radix tree over token ids, in which sequences with a common prefix share its tokens.
 
-`PrefixTree.build` takes any set of sequences, without marks of where a prompt ends, and lays the tree out as one packed
-row of tokens, each shared prefix once, in depth-first order. Two facts of that order carry everything else: what
-a sequence adds to those before it, its *run*, is contiguous; and so is everything that hangs below a token. A token
-attends to its ancestors and itself, so it is at the position, and in the context, that it has in its sequence alone.
-Knows nothing of models.
+`PrefixTree.build` takes any set of sequences and needs no prompt boundaries. It lays the tree out as one packed row of
+tokens in depth-first order, each shared prefix once. In this order the *run* of a sequence (the tokens that it adds to
+those before it) is contiguous, and so is the subtree below a token. A token attends to its ancestors and itself, so it
+has the same position and context as in its sequence alone. Knows nothing about models.
 
 Shape legend: S sequences, T tokens of the packed row, R runs, G segments, L longest sequence.
 """
@@ -27,15 +26,15 @@ TokenIds = Sequence[int] | NDArray[np.integer]
 
 @dataclass(frozen=True, eq=False)
 class PrefixTree:
-    """A radix tree, packed.
+    """A radix tree as one packed row of tokens.
 
     Attributes:
         input_ids_T: Token ids of the packed row.
-        position_ids_T: Each token's distance from its sequence's first token.
-        run_starts_R: The row's index of each run's first token; runs follow each other without a gap.
-        run_parents_R: The index of the token that a run continues; -1 where it begins a sequence.
-        leaves_S: The index of each sequence's last token.
-        lengths_S: Tokens of each sequence.
+        position_ids_T: Distance of each token from the first token of its sequence.
+        run_starts_R: Index of the first token of each run. Runs follow each other without a gap.
+        run_parents_R: Index of the token that each run continues; -1 if the run begins a sequence.
+        leaves_S: Index of the last token of each sequence.
+        lengths_S: Length of each sequence in tokens.
     """
 
     input_ids_T: IntArray
@@ -49,14 +48,14 @@ class PrefixTree:
     def build(cls, sequences: Sequence[TokenIds]) -> PrefixTree:
         """Builds the tree of any set of sequences.
 
-        Sorting brings sequences that share a prefix next to each other; what a sequence shares with all before it is
-        what it shares with its neighbour, so one pass over the neighbours finds every branch.
+        Sorting puts sequences with a common prefix next to each other. The longest prefix that a sequence shares with
+        any earlier one is the prefix shared with its neighbour, so one pass over neighbours finds every branch.
 
         Args:
-            sequences: Token ids. Duplicates, and sequences that begin others, are fine.
+            sequences: Token ids. Duplicates and sequences that are prefixes of others are allowed.
 
         Raises:
-            ValueError: There is no sequence, or an empty one.
+            ValueError: There are no sequences, or one is empty.
         """
         if not sequences or not all(len(sequence) for sequence in sequences):
             raise ValueError("a batch needs at least one sequence and every sequence at least one token")
@@ -65,9 +64,8 @@ class PrefixTree:
         shared = shared_lengths([arrays[index] for index in order])
         leaves_S = np.empty(len(arrays), dtype=np.int64)
         ids, positions, starts, parents = [], [], [], []
-        path: list[
-            tuple[int, int]
-        ] = []  # of the sequence just added: where each of its runs begins, in it and in the row
+        # Runs of the sequence added last: start of each run in the sequence and in the row.
+        path: list[tuple[int, int]] = []
         size = 0
         for index, common in zip(order, shared, strict=True):
             array = arrays[index]
@@ -98,17 +96,17 @@ class PrefixTree:
 
     @cached_property
     def run_ends_R(self) -> IntArray:
-        """One past the last token of each run."""
+        """Index after the last token of each run."""
         return np.append(self.run_starts_R[1:], len(self))
 
     @cached_property
     def run_of_T(self) -> IntArray:
-        """The run each token is in."""
+        """Run of each token."""
         return np.repeat(np.arange(len(self.run_starts_R)), self.run_ends_R - self.run_starts_R)
 
     @cached_property
     def subtree_ends_R(self) -> IntArray:
-        """One past the last token that hangs below a run's first token."""
+        """Index after the last token of the subtree below the first token of each run."""
         ends = self.run_ends_R.tolist()
         parent_runs = np.where(self.run_parents_R >= 0, self.run_of_T[self.run_parents_R], -1).tolist()
         for run in range(len(ends) - 1, -1, -1):
@@ -118,9 +116,9 @@ class PrefixTree:
 
     @cached_property
     def subtree_ends_T(self) -> IntArray:
-        """One past the last token that hangs below each token: t attends to u where ``u <= t < subtree_ends_T[u]``."""
+        """End of the subtree below each token (exclusive): t attends to u if ``u <= t < subtree_ends_T[u]``."""
         ends_T = self.run_ends_R[self.run_of_T]
-        # Deeper branches come first in the row, so the last branch that leaves at a token or below it ends its subtree.
+        # Deeper branches come first in the row, so the last branch at or below a token ends the subtree of the token.
         below_T = np.zeros(len(self), dtype=np.int64)
         branches = np.flatnonzero(self.run_parents_R >= 0)
         np.maximum.at(below_T, self.run_parents_R[branches], self.subtree_ends_R[branches])
@@ -130,7 +128,7 @@ class PrefixTree:
 
     @cached_property
     def segments(self) -> Segments:
-        """The nodes of the tree: runs, cut where others branch off."""
+        """Nodes of the tree: runs, divided at the tokens where other runs branch off."""
         starts_here_T = np.zeros(len(self), dtype=bool)
         starts_here_T[self.run_starts_R] = True
         after_branch = self.run_parents_R[self.run_parents_R >= 0] + 1
@@ -149,7 +147,7 @@ class PrefixTree:
         )
 
     def path_tokens(self, token: int) -> IntArray:
-        """Indices of a token's ancestors and itself, first token first."""
+        """Returns the indices of a token's ancestors and of the token, in order from the root."""
         pieces = []
         while token >= 0:
             run = self.run_of_T[token]
@@ -160,14 +158,14 @@ class PrefixTree:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The nodes of a prefix tree, in the order of the packed row.
+    """Nodes of a prefix tree, in the order of the packed row.
 
     Attributes:
-        starts_G: Index of the first token.
-        lengths_G: Tokens.
-        parents_G: The segment it continues; -1 for a root.
-        first_positions_G: Position of the first token in every sequence that runs through it.
-        leaves_S: The segment in which each sequence ends.
+        starts_G: Index of the first token of each segment.
+        lengths_G: Length of each segment in tokens.
+        parents_G: Segment that each segment continues; -1 for a root.
+        first_positions_G: Position of the first token of each segment in its sequences.
+        leaves_S: Segment in which each sequence ends.
     """
 
     starts_G: IntArray
@@ -177,7 +175,7 @@ class Segments:
     leaves_S: IntArray
 
     def path(self, sequence: int) -> list[int]:
-        """The segments a sequence runs through, root first."""
+        """Returns the segments of a sequence, in order from the root."""
         path, segment = [], int(self.leaves_S[sequence])
         while segment >= 0:
             path.append(segment)
@@ -187,10 +185,10 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class PrefixTreeBatch:
-    """Sequences as one packed row on a device; the counterpart of `rlhf_critic.batching.padded.PaddedBatch`.
+    """Sequences as one packed row on a device. The padded counterpart is `rlhf_critic.batching.padded.PaddedBatch`.
 
     Attributes:
-        tree: Their prefix tree.
+        tree: Prefix tree of the sequences.
         input_ids_1T: Token ids, int64 ``[1, T]``.
         position_ids_1T: Positions, int64 ``[1, T]``.
     """
@@ -201,10 +199,10 @@ class PrefixTreeBatch:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[TokenIds], device: torch.device | str = "cpu") -> PrefixTreeBatch:
-        """Builds the tree and puts it on a device.
+        """Builds the tree and copies it to a device.
 
         Raises:
-            ValueError: There is no sequence, or an empty one.
+            ValueError: There are no sequences, or one is empty.
         """
         tree = PrefixTree.build(sequences)
         return cls(
@@ -215,17 +213,17 @@ class PrefixTreeBatch:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that a forward pass computes for it."""
+        """Number of tokens in a forward pass."""
         return len(self.tree)
 
     @property
     def leaves_S(self) -> Tensor:
-        """The index in the row of each sequence's last token, int64 ``[S]``."""
+        """Index in the row of the last token of each sequence, int64 ``[S]``."""
         return torch.from_numpy(self.tree.leaves_S).to(self.input_ids_1T.device)
 
     @cached_property
     def tokens_SL(self) -> Tensor:
-        """For each token of each sequence its index in the row, int64 ``[S, L]``; 0 past a sequence's end."""
+        """Index in the row of each token of each sequence, int64 ``[S, L]``; 0 past the end of a sequence."""
         tokens_SL = np.zeros((len(self.tree.lengths_S), int(self.tree.lengths_S.max())), dtype=np.int64)
         for row, leaf in enumerate(self.tree.leaves_S):
             tokens_SL[row, : self.tree.lengths_S[row]] = self.tree.path_tokens(int(leaf))
@@ -233,19 +231,19 @@ class PrefixTreeBatch:
 
 
 def lexicographic_order(arrays: Sequence[IntArray]) -> list[int]:
-    """The order that brings sequences with a common prefix next to each other, shorter ones first."""
-    # Big-endian bytes compare as the ids do, one after the other, and in C.
+    """Returns the order that puts sequences with a common prefix next to each other, shorter ones first."""
+    # Big-endian bytes compare in the same order as the ids, and the comparison runs in C.
     keys = [array.astype(">u4").tobytes() for array in arrays]
     return sorted(range(len(arrays)), key=keys.__getitem__)
 
 
 def shared_length(first: IntArray, second: IntArray) -> int:
-    """How many tokens two sequences share at their beginning."""
+    """Returns the length of the common prefix of two sequences, in tokens."""
     common = min(len(first), len(second))
     differ = np.flatnonzero(first[:common] != second[:common])
     return int(differ[0]) if len(differ) else common
 
 
 def shared_lengths(arrays: Sequence[IntArray]) -> list[int]:
-    """How many tokens each sequence shares with the one before it; 0 for the first."""
+    """Returns the length of the prefix that each sequence shares with the one before it; 0 for the first."""
     return [0, *(shared_length(first, second) for first, second in pairwise(arrays))]

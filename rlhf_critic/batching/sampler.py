@@ -1,6 +1,8 @@
-"""The order of an epoch: which rows a training step takes. Knows no tensors, models or files."""
+"""Order of the data: the rows that each step takes. Knows nothing about tensors, models or files."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -8,39 +10,39 @@ from rlhf_critic.batching.prefix_tree import IntArray
 
 
 def steps_in(num_preferences: int, global_batch_size: int, epochs: float) -> int:
-    """Optimizer steps that show each of ``num_preferences`` preferences ``epochs`` times; the last may be short."""
+    """Returns the number of optimizer steps that show each preference ``epochs`` times; the last may be short."""
     return -(-round(num_preferences * epochs) // global_batch_size)
 
 
-def global_batch(prompts_N: IntArray, global_batch_size: int, epochs: float, seed: int, step: int) -> IntArray:
-    """The rows of the preferences of one optimizer step, ``[G]``.
+def rows_of_step(prompts_N: IntArray, size: int, seed: int, step: int, epochs: float | None = None) -> IntArray:
+    """Returns the rows of one step, int64 ``[G]``.
 
-    Epochs follow each other without a gap: each shows all rows once, prompt by prompt, the prompts and the rows of each
-    in an order drawn from ``(seed, epoch)``. A batch may take the end of one epoch and the beginning of the next; only
-    the very last may be shorter than ``global_batch_size``. Comparisons of the same prompt in one step, as in Ouyang et
-    al. (2022), section 3.5, share its computation.
+    Epochs follow each other without a gap. Each epoch shows all rows once, grouped by prompt. The order of the prompts
+    and of the rows within a prompt is sampled from ``(seed, epoch)``. A step may take the end of one epoch and the
+    beginning of the next. Comparisons of one prompt in the same step share its computation, as in Ouyang et al. (2022),
+    section 3.5.
 
     Args:
-        prompts_N: The number of each row's prompt: rows with the same number share it.
-        global_batch_size: Rows of a step.
-        epochs: How often each row is shown in all.
-        seed: Of the order.
-        step: From 0.
+        prompts_N: Prompt number of each row. Rows with the same number share a prompt.
+        size: Rows per step. Only the last step may have fewer.
+        seed: Seed of the data order.
+        step: Step number, from 0.
+        epochs: Number of times that each row is shown in total. None means without end.
 
     Raises:
         ValueError: ``step`` is past the end.
     """
-    num_preferences = len(prompts_N)
-    end = round(num_preferences * epochs)
-    first, last = step * global_batch_size, min((step + 1) * global_batch_size, end)
+    num_rows = len(prompts_N)
+    end = math.inf if epochs is None else round(num_rows * epochs)
+    first, last = step * size, int(min((step + 1) * size, end))
     if first >= last:
-        raise ValueError(f"step {step} is past the end: {end} preferences in batches of {global_batch_size}")
+        raise ValueError(f"step {step} is past the end: {end} rows in steps of {size}")
     positions_G = np.arange(first, last)
     rows_G = np.empty(len(positions_G), dtype=np.int64)
-    for epoch in range(first // num_preferences, (last - 1) // num_preferences + 1):
+    for epoch in range(first // num_rows, (last - 1) // num_rows + 1):
         rng = np.random.default_rng([seed, epoch])
-        place_of_prompt = rng.permutation(int(prompts_N.max()) + 1)
-        order_N = np.lexsort((rng.permutation(num_preferences), place_of_prompt[prompts_N]))
-        in_epoch_G = positions_G // num_preferences == epoch
-        rows_G[in_epoch_G] = order_N[positions_G[in_epoch_G] % num_preferences]
+        rank_of_prompt = rng.permutation(int(prompts_N.max()) + 1)
+        order_N = np.lexsort((rng.permutation(num_rows), rank_of_prompt[prompts_N]))
+        in_epoch_G = positions_G // num_rows == epoch
+        rows_G[in_epoch_G] = order_N[positions_G[in_epoch_G] % num_rows]
     return rows_G

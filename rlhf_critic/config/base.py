@@ -1,7 +1,7 @@
-"""Every option of the project: typed, documented with its unit, validated; from a YAML file and the command line.
+"""Types of options, and their parsing from a YAML file and the command line.
 
-A config file has the sections below as its top-level keys. On the command line the same options are dotted
-(``--train.learning-rate 1e-5``) and win over the file. Knows nothing of what the options do.
+A config file has the sections of a job as its top-level keys. On the command line the same options are dotted
+(``--train.learning-rate 1e-5``) and override the file. Knows nothing about what the options do.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-# USER:PASSWORD@ of any URI, and what Arrow's file systems take as parameters.
+# USER:PASSWORD@ of any URI, and the key parameters of Arrow's file systems.
 SECRET_IN_URI = re.compile(
-    r"^(?:(?:https?|ftp)://[^/?#\s]*:[^/?#\s]*@"  # and not HOST:PORT/PATH@
-    r"|(?!https?:|ftp:)[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]*:[^?#\s]*@"  # a key that nobody quoted may have a slash
+    r"^(?:(?:https?|ftp)://[^/?#\s]*:[^/?#\s]*@"  # but not HOST:PORT/PATH@
+    r"|(?!https?:|ftp:)[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s]*:[^?#\s]*@"  # an unquoted key may have a slash
     r"|[A-Za-z][A-Za-z0-9+.-]*://.*[?&](?:access|secret)_key=)"
 )
 
 
 def is_local_source(source: str) -> bool:
-    """Tells whether a source of data, without its ``:SPLIT``, is a file or directory of this machine."""
+    """Returns true if a source of data, without its ``:SPLIT``, is a file or directory of this machine."""
     return "://" not in source and (Path(source).exists() or Path(re.sub(r":\w+$", "", source)).is_dir())
 
 
@@ -88,8 +88,8 @@ def _reject_secrets(option: str, texts: Iterable[object]) -> None:
     if any(isinstance(text, str) and SECRET_IN_URI.search(text) for text in texts):
         # Not a ValueError, with which pydantic would show the value.
         raise ConfigError(
-            f"{option}: a URI with a password or key in it, which would be written into checkpoints and logs: leave it "
-            "out, and give it by the environment, as the storage's own tools take it (AWS_ACCESS_KEY_ID and "
+            f"{option}: a URI with a password or key in it, which would be written into checkpoints and logs; leave it "
+            "out and set the environment variables of the storage's own tools instead (AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY for s3://)"
         )
 
@@ -129,16 +129,16 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | None = None, prog: str = "") -> ConfigT:
-    """Reads ``--config FILE.yaml`` and dotted options into a config; options win over the file.
+    """Reads ``--config FILE.yaml`` and dotted options into a config. Options override the file.
 
     Args:
         config_class: A pydantic model of sections and options.
-        arguments: Default: the command line of this process.
+        arguments: Command-line arguments; by default those of this process.
         prog: The command as a user types it, for ``--help``.
 
     Raises:
         ConfigError: The file cannot be read, or an option in it is unknown or out of range.
-        SystemExit: tyro's, for a wrong command line (exit code 2) or ``--help``.
+        SystemExit: The command line is wrong (exit code 2) or has ``--help``; raised by tyro.
     """
     only_config = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     only_config.add_argument("--config", metavar="FILE.yaml")
@@ -149,7 +149,8 @@ def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | N
         args=remaining,
         default=load_config_file(config_class, known.config) if known.config else tyro.MISSING_NONPROP,
         prog=prog or None,
-        description=f"{purpose}\n\n--config FILE.yaml sets options from a file; those given here win.",
+        description=f"{purpose}\n\n--config FILE.yaml sets options from a file; options on the command line override "
+        f"it.",
     )
 
 
@@ -157,7 +158,7 @@ def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:
     """Reads and validates a YAML config file.
 
     Raises:
-        ConfigError: Names the file, the line and the option at fault.
+        ConfigError: The file is wrong; the message names file, line and option.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -177,14 +178,14 @@ def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:
 
 
 def _line_of(tree: yaml.Node | None, location: tuple[Any, ...]) -> int:
-    """The line (from 1) of the deepest key or entry of a list of ``location`` that the file has."""
+    """Returns the line (from 1) of the deepest key or list entry of ``location`` that the file has."""
     line, node = 1, tree
     for part in location:
         if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1
         elif isinstance(node, yaml.MappingNode):
-            # A part that is no key is pydantic's word for the member of a union that was tried.
+            # A part that is not a key names the member of a union that pydantic tried.
             for key, value in node.value:
                 if key.value == part:
                     line, node = key.start_mark.line + 1, value

@@ -1,4 +1,4 @@
-"""The options of PPO: the policy, the critic, prompts, rollouts, rewards and the algorithm. Knows nothing of Ray."""
+"""Options of ``rlhf-critic ppo``: policy, critic, prompts, rollouts, rewards and algorithm. Knows nothing about Ray."""
 
 from __future__ import annotations
 
@@ -31,149 +31,196 @@ class CriticOptimizerConfig(ConstantSchedule, OptimizerConfig):
 
 
 class PolicyConfig(Section):
-    """The policy, which is fitted, and its reference, which stays."""
+    """The trained policy and its frozen reference."""
 
     model: BodyConfig = BodyConfig()
     optimizer: PolicyOptimizerConfig = PolicyOptimizerConfig()
     chat_template: ChatTemplate = Field(
-        "auto", description="How it reads prompts: 'auto' (the tokenizer's own, else plain), 'plain' or a Jinja file."
+        "auto",
+        description="Chat template of prompts: 'auto' (the tokenizer's own, else plain), 'plain' or a Jinja file.",
     )
-    shards: PositiveInt = Field(1, description="Actors that it is sharded over.")
-    cpus_per_shard: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each; torch threads if no GPU.")
+    shards: PositiveInt = Field(1, description="Number of actors that the policy is sharded over.")
+    cpus_per_shard: PositiveFloat = Field(
+        1.0, description="CPUs that Ray reserves per policy shard; also its number of torch threads without a GPU."
+    )
 
 
 class CriticConfig(Section):
-    """The online critic, which is fitted to returns."""
+    """The online critic, which is trained on returns."""
 
     model: ModelConfig = Field(
-        ModelConfig(), description="path: a critic directory, or empty: the policy's base model with a head of zeros."
+        ModelConfig(),
+        description="Critic to start from: a critic directory as path, or by default the policy's base model with a "
+        "zero head.",
     )
     optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
-    shards: PositiveInt = Field(1, description="Actors that it is sharded over.")
-    cpus_per_shard: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each; torch threads if no GPU.")
+    shards: PositiveInt = Field(1, description="Number of actors that the critic is sharded over.")
+    cpus_per_shard: PositiveFloat = Field(
+        1.0, description="CPUs that Ray reserves per critic shard; also its number of torch threads without a GPU."
+    )
     offload: bool = Field(
         False,
-        description="Take its state out of the devices while rollouts are made, for those who share them. Of this job "
-        "that is nobody with use_gpu, where each actor has a GPU of its own.",
+        description="Offload the critic's parameters and optimizer state during rollouts. Has no benefit with "
+        "run.use_gpu, "
+        "where every actor has its own GPU.",
     )
 
 
 class PromptConfig(Section):
-    """What the policy is to answer."""
+    """Sources of the prompts that the policy answers."""
 
     train: Sources = Field(
-        (), description="Sources of prompts: files, directories that datasets saved, or hub ids; rows have a prompt."
+        (),
+        description="Training prompts (required): files, directories that datasets saved, or hub ids, whose rows have "
+        "a "
+        "prompt.",
     )
-    validation: Sources = Field((), description="Sources of held-out prompts; none: see validation_fraction.")
-    validation_fraction: Decay = Field(0.0, description="Instead: hold out this fraction of the prompts.")
-    fields: dict[str, str] = Field({}, description="Another name of the field: --prompts.fields prompt instruction.")
-    max_tokens: PositiveInt = Field(256, description="Most tokens of a prompt; longer ones lose their beginning.")
+    validation: Sources = Field(
+        (), description="Held-out prompts, sources as in prompts.train; an alternative to prompts.validation_fraction."
+    )
+    validation_fraction: Decay = Field(0.0, description="Fraction of the training prompts to hold out.")
+    fields: dict[str, str] = Field(
+        {}, description="Field name of prompts in your data: --prompts.fields prompt instruction."
+    )
+    max_tokens: PositiveInt = Field(
+        256, description="Maximum prompt length in tokens. Longer prompts are truncated from the left."
+    )
 
 
 class RolloutConfig(Section):
-    """How rollouts are made."""
+    """Sampling of responses by rollout workers."""
 
-    workers: PositiveInt = Field(1, description="Actors that draw responses, each with the whole policy.")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each; torch threads if no GPU.")
-    prompts_per_iteration: PositiveInt = Field(32, description="Prompts of an iteration.")
+    workers: PositiveInt = Field(1, description="Number of actors that sample responses, each with the full policy.")
+    cpus_per_worker: PositiveFloat = Field(
+        1.0, description="CPUs that Ray reserves per rollout worker; also its number of torch threads without a GPU."
+    )
+    prompts_per_iteration: PositiveInt = Field(32, description="Number of prompts per iteration.")
     samples_per_prompt: PositiveInt = Field(
-        1, description="Responses to each; they share the prompt's computation in critic and policy."
+        1, description="Responses sampled per prompt, which share the prompt's computation in critic and policy."
     )
     prompts_per_task: PositiveInt = Field(
         4,
-        description="Prompts that a worker takes at once; with several tasks it draws one while the last is judged. "
-        "What is drawn depends on it, but not on the workers.",
+        description="Prompts per task of a worker. With several tasks, sampling overlaps the scoring of the previous "
+        "task. Samples depend on this number, not on the number of workers.",
     )
-    max_new_tokens: PositiveInt = Field(64, description="Most tokens of a response; longer ones are cut.")
-    temperature: PositiveFloat = Field(1.0, description="With which tokens are drawn.")
-    timeout_s: PositiveFloat = Field(3600.0, description="Seconds to wait for an iteration's rollouts.")
+    max_new_tokens: PositiveInt = Field(
+        64, description="Maximum response length in tokens; longer responses are truncated."
+    )
+    temperature: PositiveFloat = Field(1.0, description="Sampling temperature of response tokens.")
+    timeout_s: PositiveFloat = Field(3600.0, description="Seconds to wait for the rollouts of an iteration.")
 
 
 class RewardConfig(Section):
-    """What judges responses."""
+    """The scorers of responses, and the treatment of their rewards."""
 
-    app: str = Field("scorers", description="The pool of scorers, as python -m jobs.serve --app names it.")
+    app: str = Field("scorers", description="Name of the scorer pool, as in rlhf-critic serve --app.")
     checkpoint: PathOrUri | None = Field(
-        None, description="A critic directory for a pool that the job runs itself and ends; None uses a running one."
+        None,
+        description="Critic directory for a scorer pool that lives as long as the job; None uses a running pool.",
     )
-    components: PathOrUri | None = Field(None, description="Of that pool: see --components of jobs.serve.")
-    normalize: bool = Field(False, description="Of that pool: see --normalize of jobs.serve.")
-    min_replicas: PositiveInt = Field(1, description="Of that pool: fewest replicas.")
-    max_replicas: PositiveInt = Field(1, description="Of that pool: most replicas.")
-    cpus_per_replica: PositiveFloat = Field(1.0, description="Of that pool: CPUs of each.")
+    components: PathOrUri | None = Field(
+        None,
+        description="YAML file with the components of a reward, as in rlhf-critic serve (only with reward.checkpoint).",
+    )
+    normalize: bool = Field(
+        False,
+        description="Normalise rewards with the critic's reference mean and deviation (only with reward.checkpoint).",
+    )
+    min_replicas: PositiveInt = Field(1, description="Minimum number of scorer replicas (only with reward.checkpoint).")
+    max_replicas: PositiveInt = Field(1, description="Maximum number of scorer replicas (only with reward.checkpoint).")
+    cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs per scorer replica (only with reward.checkpoint).")
     deadline_s: PositiveFloat = Field(600.0, description="Seconds to wait for rewards, retries included.")
     missing_eos_penalty: NonNegativeFloat = Field(
-        0.0, description="Taken off the reward of a response that was cut at rollout.max_new_tokens."
+        0.0, description="Penalty subtracted from the reward of a response truncated at rollout.max_new_tokens."
     )
     scaling: Literal["none", "running"] = Field(
-        "none", description="running divides rewards by the standard deviation of all rewards so far."
+        "none", description="Reward scaling. running divides rewards by the standard deviation of all rewards so far."
     )
-    clip: PositiveFloat | None = Field(None, description="Rewards are brought into [-clip, clip], after scaling.")
+    clip: PositiveFloat | None = Field(
+        None, description="Limit of scaled rewards, which are clipped to [-clip, clip]; None does not clip."
+    )
     allow_mixed_versions: bool = Field(
         False,
-        description="Whether an iteration may hold rewards of two versions while a new reward model is published; if "
-        "not, such an iteration is scored again by one.",
+        description="Allow rewards of two reward-model versions in one iteration during a publication. If off, such an "
+        "iteration is scored again by one version.",
     )
 
 
 class AlgorithmConfig(Section):
-    """PPO itself."""
+    """Hyperparameters of the PPO algorithm."""
 
-    iterations: PositiveInt = Field(100, description="Rounds of rollouts and updates.")
-    epochs: PositiveInt = Field(1, description="How often an iteration's rollouts are gone through.")
-    minibatches: PositiveInt = Field(1, description="Optimizer steps of an epoch.")
-    gamma: Fraction = Field(1.0, description="Discount of a token.")
-    gae_lambda: Fraction = Field(0.95, description="GAE: 0 trusts the critic's next value, 1 the rewards that came.")
-    clip: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="How far the policy's ratio may move.")
-    value_clip: PositiveFloat | None = Field(0.2, description="How far a value may move; None does not clip.")
-    kl_coefficient: NonNegativeFloat = Field(0.05, description="What a nat of KL from the reference costs.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Schulman's estimators of the KL divergence.")
-    entropy_coefficient: NonNegativeFloat = Field(0.0, description="What a nat of entropy is worth.")
-    whiten_advantages: bool = Field(True, description="Advantages get mean 0 and variance 1 over the iteration.")
+    iterations: PositiveInt = Field(100, description="Number of rounds of rollouts and updates.")
+    epochs: PositiveInt = Field(1, description="Passes over the rollouts of an iteration.")
+    minibatches: PositiveInt = Field(1, description="Number of optimizer steps per epoch.")
+    gamma: Fraction = Field(1.0, description="Discount factor per token.")
+    gae_lambda: Fraction = Field(
+        0.95, description="Lambda of GAE: 0 relies on the critic's next value, 1 on the observed rewards."
+    )
+    clip: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="Clip range of the policy's probability ratio: [1 - clip, 1 + clip]."
+    )
+    value_clip: PositiveFloat | None = Field(
+        0.2, description="Maximum change of a value from its old value; None does not clip."
+    )
+    kl_coefficient: NonNegativeFloat = Field(0.05, description="Penalty per nat of KL divergence from the reference.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="Estimator of the KL divergence, named as by Schulman."
+    )
+    entropy_coefficient: NonNegativeFloat = Field(0.0, description="Bonus per nat of the policy's entropy.")
+    whiten_advantages: bool = Field(
+        True, description="Normalise advantages to mean 0 and variance 1 over the iteration."
+    )
     bootstrap_truncated: bool = Field(
         False,
-        description="A response that was cut is not judged: its return goes on with the critic's value. If not, it is "
-        "judged as it stands, and ends there.",
+        description="Leave truncated responses unscored and continue their return with the critic's value. If off, "
+        "they "
+        "are scored as they are and end there.",
     )
     value_warmup_iterations: NonNegativeInt = Field(
-        0, description="First iterations in which the critic is fitted and the policy stays."
+        0, description="Number of first iterations that train the critic and leave the policy unchanged."
     )
     max_kl: PositiveFloat = Field(
-        50.0, description="The run stops where the mean KL of a response from the reference exceeds this, in nats."
+        50.0, description="Maximum mean KL of a response from the reference, in nats; above it the run stops."
     )
-    seed: NonNegativeInt = Field(0, description="Of the order of prompts, of what is drawn, and of minibatches.")
+    seed: NonNegativeInt = Field(0, description="Random seed for prompt order, sampling and minibatches.")
 
 
 class PPORunConfig(Section):
-    """Where and on what the job runs."""
+    """Name, storage, hardware and checkpoints of the run."""
 
-    name: RunName = Field("ppo", description="Name of the run; its directory is STORAGE_PATH/NAME.")
-    storage_path: PathOrUri = Field("runs", description="Local path; with several nodes, one that all of them share.")
-    use_gpu: bool = Field(False, description="One GPU for each shard, worker and replica (not yet run on a GPU).")
-    checkpoint_every: NonNegativeInt = Field(10, description="Iterations between checkpoints; 0: at the end only.")
-    keep_checkpoints: PositiveInt = Field(2, description="How many checkpoints the run's directory keeps.")
+    name: RunName = Field("ppo", description="Name of the run. Its directory is STORAGE_PATH/NAME.")
+    storage_path: PathOrUri = Field(
+        "runs", description="Directory of all runs: a local path, which all nodes must share."
+    )
+    use_gpu: bool = Field(False, description="Use one GPU for each shard, worker and replica.")
+    checkpoint_every: NonNegativeInt = Field(10, description="Iterations between checkpoints; 0 saves at the end only.")
+    keep_checkpoints: PositiveInt = Field(2, description="Number of checkpoints to keep in the run's directory.")
     evaluate_every: NonNegativeInt = Field(
-        0, description="Iterations between evaluations on held-out prompts; 0: before the first and after the last."
+        0,
+        description="Iterations between evaluations on held-out prompts; 0 evaluates before the first and after the "
+        "last.",
     )
     max_failures: NonNegativeInt = Field(
-        3, description="How often a lost critic or policy is restored from the last checkpoint before the job gives up."
+        3,
+        description="Maximum number of times that a lost critic or policy is restored before the job fails.",
     )
     start_timeout_s: PositiveFloat = Field(
-        1800.0, description="Seconds to wait for actors to be placed and started (an autoscaler may have to add nodes)."
+        1800.0,
+        description="Seconds to wait for actors to start, including the time an autoscaler needs to add nodes.",
     )
 
     @field_validator("storage_path")
     @classmethod
     def _a_path(cls, path: str) -> str:
         if "://" in path:
-            raise ValueError("must be a path: shards write their checkpoints there themselves; mount the store")
+            raise ValueError("must be a path, because shards write their checkpoints there; mount the store")
         return path
 
 
 class PPOJobConfig(Section):
-    """Fits a policy by PPO: workers draw responses, scorers judge them, a sharded critic gives values and learns.
+    """Trains a policy with PPO: workers sample responses, scorers score them, and a sharded critic estimates values.
 
-    For example: python -m jobs.ppo --policy.model.path MODEL --prompts.train prompts.jsonl --reward.checkpoint CRITIC
+    For example: rlhf-critic ppo --policy.model.path MODEL --prompts.train prompts.jsonl --reward.checkpoint CRITIC
     """
 
     policy: PolicyConfig = PolicyConfig()
@@ -183,21 +230,23 @@ class PPOJobConfig(Section):
     reward: RewardConfig = RewardConfig()
     ppo: AlgorithmConfig = AlgorithmConfig()
     run: PPORunConfig = Field(default_factory=PPORunConfig)
-    resume: bool = Field(False, description="Continue the run of this name from its last checkpoint.")
+    resume: bool = Field(False, description="Resume the run of this name from its last checkpoint.")
 
     @model_validator(mode="after")
     def _consistent(self) -> PPOJobConfig:
         if self.prompts.validation and self.prompts.validation_fraction:
-            raise ValueError("prompts.validation and prompts.validation_fraction: give one or the other")
+            raise ValueError("prompts.validation and prompts.validation_fraction exclude each other; give one of them")
         if self.ppo.minibatches > self.rollout.prompts_per_iteration:
-            raise ValueError("ppo.minibatches: there are fewer prompts in an iteration; rollouts of one stay together")
+            raise ValueError(
+                "ppo.minibatches exceeds rollout.prompts_per_iteration; rollouts of one prompt stay together"
+            )
         if self.ppo.bootstrap_truncated and self.reward.missing_eos_penalty:
             raise ValueError(
-                "reward.missing_eos_penalty: with ppo.bootstrap_truncated a response that was cut is not judged, and "
-                "has no reward to take it off"
+                "reward.missing_eos_penalty and ppo.bootstrap_truncated exclude each other, because bootstrapping "
+                "leaves truncated responses without a reward"
             )
         if self.ppo.value_warmup_iterations >= self.ppo.iterations:
-            raise ValueError("ppo.value_warmup_iterations: must leave the policy at least one of ppo.iterations")
+            raise ValueError("ppo.value_warmup_iterations must be less than ppo.iterations")
         if self.reward.max_replicas < self.reward.min_replicas:
             raise ValueError(
                 f"reward.max_replicas {self.reward.max_replicas} is below reward.min_replicas "
@@ -205,15 +254,15 @@ class PPOJobConfig(Section):
             )
         if self.reward.checkpoint is None and (self.reward.components or self.reward.normalize):
             raise ValueError(
-                "reward.components and reward.normalize are of a pool that the job runs: reward.checkpoint"
+                "reward.components and reward.normalize need reward.checkpoint, because they configure its pool"
             )
         return self
 
     def validate_complete(self) -> None:
-        """Checks what has no default.
+        """Checks options that have no default.
 
         Raises:
-            ConfigError: Names the option that is missing.
+            ConfigError: A required option is missing; the message names it.
         """
         required: tuple[tuple[str, object], ...] = (
             ("policy.model.path", self.policy.model.path),
@@ -226,7 +275,7 @@ class PPOJobConfig(Section):
 
     @property
     def cpus(self) -> float:
-        """CPUs that the job reserves."""
+        """Number of CPUs that the job reserves."""
         own_pool = self.reward.min_replicas * self.reward.cpus_per_replica if self.reward.checkpoint else 0.0
         return (
             self.policy.shards * self.policy.cpus_per_shard
@@ -237,5 +286,5 @@ class PPOJobConfig(Section):
 
     @property
     def updates_per_iteration(self) -> int:
-        """Optimizer steps of an iteration."""
+        """Number of optimizer steps per iteration."""
         return self.ppo.epochs * self.ppo.minibatches

@@ -1,6 +1,6 @@
-"""The options of scorers: what a replica serves, how many replicas there are, how they are reached.
+"""Options of ``rlhf-critic serve`` and ``rlhf-critic score``. Knows nothing about Ray.
 
-`ScorerConfig` is what a replica is told, at its start and whenever another critic is published. Knows nothing of Ray.
+A replica receives a `ScorerConfig` at its start and whenever another critic is published.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ COMPONENT_NAME = r"[A-Za-z_]\w*"
 
 class _Component(Section):
     name: Annotated[StrictStr, Field(pattern=rf"^{COMPONENT_NAME}$")] = Field(
-        description="What answers call this component."
+        description="Name of this component in answers."
     )
-    weight: FiniteFloat = Field(1.0, description="It is multiplied by this before components are added.")
+    weight: FiniteFloat = Field(1.0, description="Factor on this component in the sum of components.")
 
 
 class CriticComponent(_Component):
-    """The critic's reward."""
+    """The component that is the critic's reward."""
 
     kind: Literal["critic"] = "critic"
     name: str = "critic"
@@ -35,14 +35,14 @@ class LengthPenalty(_Component):
 
     kind: Literal["length_penalty"] = "length_penalty"
     name: str = "length_penalty"
-    free_tokens: NonNegativeInt = Field(0, description="Tokens of a response that cost nothing.")
+    free_tokens: NonNegativeInt = Field(0, description="Number of response tokens without a penalty.")
 
 
 class RegexComponent(_Component):
-    """One where the pattern is found in the response, else zero."""
+    """One if the pattern is found in the response, else zero."""
 
     kind: Literal["regex"] = "regex"
-    pattern: StrictStr = Field(description="A regular expression of Python's re module.")
+    pattern: StrictStr = Field(description="Regular expression of Python's re module.")
 
     @field_validator("pattern")
     @classmethod
@@ -55,12 +55,12 @@ class RegexComponent(_Component):
 
 
 class PythonComponent(_Component):
-    """What a function of the user's returns."""
+    """The result of a function that the user wrote."""
 
     kind: Literal["python"] = "python"
     function: Annotated[StrictStr, Field(pattern=rf"^{COMPONENT_NAME}(\.{COMPONENT_NAME})*:{COMPONENT_NAME}$")] = Field(
-        description="MODULE:FUNCTION, importable by replicas; called with lists of prompts and responses, it returns "
-        "a number for each."
+        description="MODULE:FUNCTION, importable by replicas. It is called with lists of prompts and responses and "
+        "returns one number per response."
     )
 
 
@@ -70,9 +70,11 @@ Component: TypeAlias = Annotated[
 
 
 class Components(Section):
-    """What a reward is the weighted sum of."""
+    """The components whose weighted sum is the reward."""
 
-    components: tuple[Component, ...] = Field((CriticComponent(),), min_length=1)
+    components: tuple[Component, ...] = Field(
+        (CriticComponent(),), min_length=1, description="Components whose weighted sum is the reward."
+    )
 
     @field_validator("components")
     @classmethod
@@ -86,94 +88,106 @@ class Components(Section):
 
 
 def load_components(path: str | None) -> tuple[Component, ...]:
-    """Reads a YAML file with a list ``components``; without one, the critic is the only component.
+    """Reads a YAML file with a list ``components``. Without a file, the critic is the only component.
 
     Raises:
-        ConfigError: Names the file, the line and what is wrong there.
+        ConfigError: The file is wrong; the message names file, line and fault.
     """
     return (load_config_file(Components, path) if path else Components()).components
 
 
 class ScoringOptions(Section):
-    """How a scorer answers, whoever runs it."""
+    """Options of every scorer."""
 
     normalize: bool = Field(
-        False, description="Put the critic's rewards on the scale of its reference responses: mean 0, deviation 1."
+        False, description="Normalise rewards to mean 0 and deviation 1 over the critic's reference responses."
     )
-    token_budget: PositiveInt = Field(4096, description="Most tokens computed at once. Changes speed and memory only.")
+    token_budget: PositiveInt = Field(
+        4096, description="Maximum number of tokens computed at once. Changes speed and memory only."
+    )
 
 
 class CallLimits(Section):
-    """What one call of a scorer may ask."""
+    """Limits of one call of a scorer."""
 
-    max_items: PositiveInt = Field(1024, description="Most items of a call; more are refused.")
-    max_text_bytes: PositiveInt = Field(512 * 1024, description="Most bytes of an item's text; longer is refused.")
+    max_items: PositiveInt = Field(1024, description="Maximum number of items per call; larger calls are rejected.")
+    max_text_bytes: PositiveInt = Field(
+        512 * 1024, description="Maximum number of bytes of an item's text; longer texts are rejected."
+    )
     max_tokens: PositiveInt = Field(
         32768,
-        description="Most tokens of an item's text; longer is refused. Down to the critic's own length limit a text "
-        "loses its beginning instead, as in training.",
+        description="Maximum number of tokens of an item's text; longer texts are rejected. Shorter texts that exceed "
+        "the critic's own length limit are truncated from the left, as in training.",
     )
 
 
 class ScorerConfig(ScoringOptions, CallLimits, Components):
-    """What a scorer serves."""
+    """The critic and the options of one scorer."""
 
-    checkpoint: PathOrUri = Field(description="A critic directory; path or URI, reachable from every replica.")
-    digest: str | None = Field(None, description="The SHA-256 its files must have; None takes any.")
+    checkpoint: PathOrUri = Field(description="Critic directory: a path or URI that every replica reaches.")
+    digest: str | None = Field(None, description="Expected SHA-256 of the critic's files; None accepts any.")
 
 
 class ServeJobConfig(ScoringOptions, CallLimits):
-    """Serves a critic's rewards from a pool of scorer replicas, or updates the pool that runs.
+    """Serves a critic's rewards from a pool of scorer replicas, or updates a running pool.
 
-    For example: python -m jobs.serve runs/first/step-000100 --min-replicas 1 --max-replicas 8
+    For example: rlhf-critic serve runs/first/step-000100 --min-replicas 1 --max-replicas 8
 
-    In a Ray cluster it sets the pool up and ends; with none to join, it starts Ray here and stays. A new critic:
-    python -m jobs.serve NEW --publish. The end of the pool: python -m jobs.serve --stop
+    In a Ray cluster this command starts the pool and exits. Without a cluster it starts Ray locally and keeps running.
+    To publish a new critic: rlhf-critic serve NEW --publish. To stop the pool: rlhf-critic serve --stop
     """
 
     checkpoint: tyro.conf.Positional[PathOrUri | None] = Field(
-        None, description="A critic directory: a checkpoint of a run, or an export; path or URI."
+        None, description="Critic directory, a checkpoint of a run or an export; path or URI."
     )
     publish: bool = Field(
-        False, description="Swap the critic of the running pool for CHECKPOINT and leave its other options as they are."
+        False, description="Replace the critic of the running pool by CHECKPOINT and keep its other options."
     )
-    stop: bool = Field(False, description="End the running pool instead.")
-    app: str = Field("scorers", description="The pool's name, which clients connect to.")
-    min_replicas: NonNegativeInt = Field(1, description="Fewest replicas. 0 lets an idle pool vanish.")
-    max_replicas: PositiveInt = Field(1, description="Most replicas.")
+    stop: bool = Field(False, description="Stop the running pool.")
+    app: str = Field("scorers", description="Name of the pool, to which clients connect.")
+    min_replicas: NonNegativeInt = Field(
+        1, description="Minimum number of replicas. With 0, an idle pool scales to zero."
+    )
+    max_replicas: PositiveInt = Field(1, description="Maximum number of replicas.")
     shards: PositiveInt = Field(
-        1, description="Devices that share one replica, by ZeRO-3, for a critic larger than one of them."
+        1, description="Devices per replica, over which ZeRO-3 shards a critic that is too large for one device."
     )
-    cpus_per_shard: PositiveFloat = Field(1.0, description="CPUs that Ray reserves per shard; torch threads if no GPU.")
-    use_gpu: bool = Field(False, description="One GPU per shard (not yet run on a GPU).")
+    cpus_per_shard: PositiveFloat = Field(
+        1.0, description="CPUs that Ray reserves per shard; also its number of torch threads without a GPU."
+    )
+    use_gpu: bool = Field(False, description="Use one GPU per shard.")
     target_ongoing_requests: PositiveFloat = Field(
-        8.0, description="Requests per replica that autoscaling aims at: more add replicas, fewer take them away."
+        8.0, description="Target number of ongoing requests per replica: more add replicas, fewer remove them."
     )
     max_ongoing_requests: PositiveInt = Field(
         32,
-        description="Most requests that a replica takes at once: some micro-batches full, so that it never waits for "
-        "work, and the rest can still go to another.",
+        description="Maximum number of ongoing requests per replica: enough for a few micro-batches, so that a replica "
+        "never idles and further requests can reach other replicas.",
     )
     max_queued_requests: PositiveInt = Field(
-        200, description="Most requests that wait at one caller for a replica; more are turned away, to be tried again."
+        200, description="Maximum number of requests that wait at one caller; more are rejected and can be retried."
     )
-    upscale_delay_s: NonNegativeFloat = Field(10.0, description="Seconds of load before replicas are added.")
-    downscale_delay_s: NonNegativeFloat = Field(300.0, description="Seconds of idleness before they are taken away.")
+    upscale_delay_s: NonNegativeFloat = Field(10.0, description="Seconds of high load before replicas are added.")
+    downscale_delay_s: NonNegativeFloat = Field(300.0, description="Seconds of low load before replicas are removed.")
     components: PathOrUri | None = Field(
-        None, description="YAML file with the components that a reward is the weighted sum of; None: the critic alone."
+        None, description="YAML file with the components of a reward; None uses the critic alone."
     )
-    host: str = Field("127.0.0.1", description="Where HTTP listens.")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="And on which port.")
+    host: str = Field("127.0.0.1", description="Address on which HTTP listens.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port on which HTTP listens.")
     auth: Literal["auto", "on", "off"] = Field(
-        "auto", description="Whether HTTP wants a bearer token; auto: everywhere but on loopback."
+        "auto", description="Require a bearer token for HTTP; auto requires it everywhere except on loopback."
     )
     token_file: str = Field(
-        "~/.config/rlhf-critic/token", description="File of the bearer token; made, for you alone, where it is missing."
+        "~/.config/rlhf-critic/token",
+        description="File with the bearer token; created, readable by you alone, if it is missing.",
     )
-    max_body_bytes: PositiveInt = Field(16 * 1024 * 1024, description="Most bytes of an HTTP request's body.")
+    max_body_bytes: PositiveInt = Field(
+        16 * 1024 * 1024, description="Maximum number of bytes of an HTTP request's body."
+    )
     deadline_s: PositiveFloat = Field(60.0, description="Seconds that an HTTP request waits for its scores.")
     start_timeout_s: PositiveFloat = Field(
-        1800.0, description="Seconds to wait for replicas (an autoscaler may have to add nodes)."
+        1800.0,
+        description="Seconds to wait for replicas, including the time an autoscaler needs to add nodes.",
     )
 
     @model_validator(mode="after")
@@ -181,16 +195,16 @@ class ServeJobConfig(ScoringOptions, CallLimits):
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         if self.stop and (self.checkpoint or self.publish):
-            raise ValueError("stop goes without a checkpoint")
+            raise ValueError("--stop takes neither a checkpoint nor --publish")
         if not self.stop and not self.checkpoint:
-            raise ValueError("a checkpoint is required: python -m jobs.serve CHECKPOINT")
+            raise ValueError("a checkpoint is required: rlhf-critic serve CHECKPOINT")
         return self
 
     def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
-        """What replicas are told.
+        """Returns the options of every replica.
 
         Raises:
-            ConfigError: The file of components cannot be read, or one of them is wrong.
+            ConfigError: The file of components cannot be read, or a component is wrong.
         """
         return ScorerConfig(
             checkpoint=checkpoint,
@@ -201,49 +215,54 @@ class ServeJobConfig(ScoringOptions, CallLimits):
 
 
 class ScoreJobConfig(ScoringOptions):
-    """Scores the responses of a data set with a critic, part by part; a run that was interrupted goes on.
+    """Scores the responses of a data set with a critic, part by part. An interrupted job resumes when it runs again.
 
-    For example: python -m jobs.score my-critic rollouts.jsonl scored --num-workers 2
+    For example: rlhf-critic score my-critic rollouts.jsonl scored --num-workers 2
 
-    Rows have prompt and response, prompt and responses (a list), messages, text (finished) or token_ids; other fields
+    Rows have prompt and response, prompt and responses (a list), messages, text (finished) or token_ids. Other fields
     are passed through.
     """
 
     checkpoint: tyro.conf.Positional[PathOrUri] = Field(
-        description="A critic directory: a checkpoint of a run, or an export; path or URI."
+        description="Critic directory, a checkpoint of a run or an export; path or URI."
     )
     data: tyro.conf.Positional[Source] = Field(
-        description="What to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory "
+        description="Data to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory "
         "that datasets saved or a hub id."
     )
     out: tyro.conf.Positional[PathOrUri] = Field(
-        description="A directory for the scored parts; a new one, or that of the same job. Reachable from every worker."
+        description="Directory for the scored parts, new or of the same job. Every worker must reach it."
     )
     fields: dict[str, str] = Field(
-        {}, description="Other field names in the data, ours to theirs: --fields response answer."
+        {}, description="Field names of your data, each after this project's name: --fields response answer."
     )
     best_of_n: bool = Field(
-        False, description="Of rows with responses, write only the best one, as response; of equals, the first."
+        False, description="Write only the best of a row's responses, as response; the first one of equals."
     )
     format: Literal["auto", "jsonl", "parquet"] = Field(
-        "auto", description="Of the parts; auto: parquet where the data is, else jsonl."
+        "auto", description="Output format. auto: Parquet for Parquet input, otherwise JSON Lines."
     )
     components: PathOrUri | None = Field(
-        None, description="YAML file with the components that a reward is the weighted sum of; None: the critic alone."
+        None, description="YAML file with the components of a reward; None uses the critic alone."
     )
-    rows_per_part: PositiveInt = Field(512, description="Rows of a part: what an interruption may cost.")
-    num_workers: PositiveInt = Field(1, description="Scorers, each an actor with the whole critic.")
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for each; torch threads if no GPU.")
-    use_gpu: bool = Field(False, description="One GPU for each (not yet run on a GPU).")
+    rows_per_part: PositiveInt = Field(
+        512, description="Number of rows per part, the unit that an interruption can lose."
+    )
+    num_workers: PositiveInt = Field(1, description="Number of scorers, each an actor with the full critic.")
+    cpus_per_worker: PositiveFloat = Field(
+        1.0, description="CPUs that Ray reserves per scorer; also its number of torch threads without a GPU."
+    )
+    use_gpu: bool = Field(False, description="Use one GPU per scorer.")
     start_timeout_s: PositiveFloat = Field(
-        1800.0, description="Seconds to wait for the workers (an autoscaler may have to add nodes)."
+        1800.0,
+        description="Seconds to wait for scorers, including the time an autoscaler needs to add nodes.",
     )
 
     def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
-        """What the scorers are told; there are no callers to be limited.
+        """Returns the options of every scorer, without limits of a call, because there are no other callers.
 
         Raises:
-            ConfigError: The file of components cannot be read, or one of them is wrong.
+            ConfigError: The file of components cannot be read, or a component is wrong.
         """
         return ScorerConfig(
             checkpoint=checkpoint,

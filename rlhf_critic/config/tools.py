@@ -1,88 +1,172 @@
-"""Options of ``jobs.inspect_data``, ``jobs.evaluate`` and ``jobs.export``."""
+"""Options of ``rlhf-critic inspect``, ``evaluate``, ``export`` and ``plan``."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import (
-    Field,
-    PositiveInt,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rlhf_critic.config.base import NonNegativeInt, Section
-from rlhf_critic.config.model import EncodingConfig
+from rlhf_critic.config.base import NonNegativeInt, PathOrUri, Section
+from rlhf_critic.config.model import ChatTemplate, EncodingConfig, OptimizerConfig
+
+SOURCE_KINDS = (
+    "a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory that datasets saved or a hub id"
+)
 
 
 class InspectJobConfig(Section):
-    """Reads preferences as a training job would, counts what is in them and shows some as the critic will see them.
+    """Reads preferences as a training job would, counts them and shows some as the critic sees them.
 
-    For example: python -m jobs.inspect_data prefs.jsonl --model MODEL
+    For example: rlhf-critic inspect prefs.jsonl --model MODEL
     """
 
     data: tyro.conf.Positional[tuple[str, ...]] = Field(
-        min_length=1, description="One or more sources of preferences; see data.train of jobs.train."
+        min_length=1, description=f"One or more sources of preferences, each {SOURCE_KINDS}."
     )
-    model: str = Field(description="The model whose tokenizer encodes them: a directory or hub id.")
+    model: str = Field(description="Model whose tokenizer encodes the preferences: a directory or hub id.")
     encoding: EncodingConfig = EncodingConfig()
-    fields: dict[str, str] = Field({}, description="See data.fields of jobs.train.")
-    overlong: Literal["truncate", "skip"] = Field("truncate", description="See data.overlong of jobs.train.")
-    examples: NonNegativeInt = Field(3, description="Preferences of each source that are shown, from first to last.")
-    cache_dir: str = Field(".cache", description="Local directory for encoded data. Safe to delete.")
+    fields: dict[str, str] = Field(
+        {},
+        description="Field names of your data, each after this project's name: --fields prompt instruction chosen "
+        "output_1.",
+    )
+    overlong: Literal["truncate", "skip"] = Field(
+        "truncate",
+        description="Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip.",
+    )
+    examples: NonNegativeInt = Field(3, description="Number of preferences to show of each source, evenly spaced.")
+    cache_dir: PathOrUri = Field(".cache", description="Local cache directory for encoded data. Safe to delete.")
 
 
 class EvaluateJobConfig(Section):
-    """Scores preferences with a critic and says how well the two agree. Runs on this machine, without Ray."""
+    """Scores preferences or best-of-n rows with a critic and measures its accuracy. Runs locally, without Ray.
 
-    checkpoint: tyro.conf.Positional[str] = Field(
-        description="A critic directory: a checkpoint of a run, or an export; path or URI."
+    For example: rlhf-critic evaluate runs/first/step-000100 heldout.jsonl --report report
+    """
+
+    checkpoint: tyro.conf.Positional[PathOrUri] = Field(
+        description="Critic directory, a checkpoint of a run or an export; path or URI."
     )
-    data: tyro.conf.Positional[str] = Field(
-        description="Preferences or best-of-n rows: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or "
-        "URI), a directory that datasets saved or a hub id."
+    data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
+    token_budget: PositiveInt = Field(
+        4096, description="Maximum number of tokens computed at once. Changes speed and memory only."
     )
-    token_budget: PositiveInt = Field(4096, description="Most tokens computed at once. Changes speed and memory only.")
-    cache_dir: str = Field(".cache", description="Local directory for encoded data. Safe to delete.")
+    cache_dir: PathOrUri = Field(".cache", description="Local cache directory for encoded data. Safe to delete.")
     json_output: bool = Field(False, description="Print one JSON object instead of a table.")
     report: str | None = Field(
-        None, description="A new or empty local directory for metrics.json and report.html, one page with plots."
+        None, description="New or empty local directory for metrics.json and report.html, one page with plots."
     )
 
 
 class ExportJobConfig(Section):
-    """Copies a critic out of a run, without what only a resumed run needs, or converts another system's reward model.
+    """Copies a critic out of a run, without its resume state, or converts another system's reward model.
 
-    For example: python -m jobs.export deepspeed-chat-output my-critic --base facebook/opt-350m
+    For example: rlhf-critic export deepspeed-chat-output my-critic --base facebook/opt-350m
     """
 
-    checkpoint: tyro.conf.Positional[str] = Field(
-        description="A critic directory, such as a checkpoint of a run, or another system's; path or URI."
+    checkpoint: tyro.conf.Positional[PathOrUri] = Field(
+        description="Critic directory, such as a checkpoint of a run, or another system's; path or URI."
     )
-    out: tyro.conf.Positional[str] = Field(description="The directory to make.")
+    out: tyro.conf.Positional[str] = Field(description="New directory for the exported critic.")
     auto_map: bool = Field(
-        False, description="Ship a modeling file: trust_remote_code=True then gives a value at every token too."
+        False,
+        description="Add a modeling file, so that trust_remote_code=True gives a value at every token as well.",
     )
     source_format: Annotated[
         Literal["auto", "deepspeed-chat", "trlx", "article", "native"], tyro.conf.arg(name="from")
     ] = Field(
         "auto",
-        description="Whose names the weights have; auto takes a directory with critic.json as it is and recognises "
-        "others by their keys. native is a sequence-classification model, such as TRL's and OpenRLHF's.",
+        description="Format of the weights. auto copies a directory with critic.json and recognises other formats by "
+        "their keys. native is a sequence-classification model, such as those of TRL and OpenRLHF.",
     )
     base: str | None = Field(
         None,
-        description="Another system's only: the base model, a directory or hub id, for the config or tokenizer that "
-        "the checkpoint lacks.",
+        description="Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks. Only for "
+        "another system's checkpoint.",
     )
     max_length: PositiveInt | None = Field(
-        None, description="Another system's only: see encoding.max_length of jobs.train; default 1024 at most."
-    )
-    chat_template: str | None = Field(
         None,
-        description="Another system's only: see encoding.chat_template of jobs.train; default plain, for native auto.",
+        description="Maximum sequence length in tokens, by default at most 1024. Only for another system's checkpoint.",
+    )
+    chat_template: ChatTemplate | None = Field(
+        None,
+        description="Chat template: auto, plain or the path of a Jinja file; by default plain, and auto for native. "
+        "Only "
+        "for another system's checkpoint.",
     )
     head_bias: Literal["refuse", "reward-mean"] = Field(
         "refuse",
-        description="Another system's only: what becomes of a head's bias, which a critic has not. reward-mean puts "
-        "its negative into critic.json, and the bias, which added to a reward is the other system's score.",
+        description="Treatment of a head's bias, which a critic does not have: reject it, or store it in critic.json "
+        "as "
+        "bias and as negative reward mean. The other system's score is the reward plus the bias. Only for another "
+        "system's checkpoint.",
     )
+
+
+Dtype = Literal["float32", "bfloat16"]
+GpuName = Literal["a10g", "l4", "l40s", "a100-40g", "a100-80g", "h100", "h200"]
+SizeNames = "0.1B, 0.5B, 1B, 3B, 8B, 14B, 32B, 70B"
+
+
+class PlanJobConfig(Section):
+    """Calculates the memory of a critic's shard in training, whether it fits a GPU, and changes that make it fit.
+
+    For example, 8B on two nodes of 8 GPUs:
+    rlhf-critic plan --model 8B --world-size 16 --zero-stage 3 --gradient-checkpointing --cluster cluster/gcp.yaml
+    """
+
+    model: str = Field(
+        "8B", description=f"Model size ({SizeNames}), or a config.json, model directory or hub id; needs no weights."
+    )
+    world_size: PositiveInt = Field(8, description="Number of ranks with one GPU each, as run.num_workers in training.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="ZeRO stage: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."
+    )
+    dtype: Dtype = Field("bfloat16", description="Dtype of parameters and activations.")
+    token_budget: PositiveInt = Field(4096, description="Maximum number of tokens computed per micro-batch.")
+    max_length: PositiveInt = Field(1024, description="Maximum sequence length in tokens.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass instead of keeping them."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimizer state in CPU memory; needs zero_stage 1 to 3.")
+    offload_parameters: bool = Field(
+        False, description="Keep parameters in CPU memory until they are used; needs zero_stage 3."
+    )
+    freeze_layers: NonNegativeInt = Field(
+        0, description="Number of first layers that stay frozen, with the embeddings."
+    )
+    lora_rank: NonNegativeInt = Field(0, description="Rank of low-rank adapters; 0 trains all weights.")
+    gpu: GpuName = Field("a100-80g", description="GPU model of each rank.")
+    cluster: str | None = Field(
+        None,
+        description="Cluster YAML for `ray up`, such as cluster/aws.yaml, to count the nodes of each group with GPUs. "
+        "Assumes that they have the GPU of --gpu.",
+    )
+    tokens_per_step: PositiveInt = Field(
+        65_536, description="Tokens per global batch, counted as `tokens` in a run's history."
+    )
+    tokens_per_second: PositiveFloat | None = Field(
+        None,
+        description="Measured tokens per second of one GPU, for the time of a step: `tokens_per_second` in a run's "
+        "history/metrics.jsonl, divided by its workers.",
+    )
+    utilisation: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.35, description="Assumed fraction of the GPU's peak that computes the model, without tokens_per_second."
+    )
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(
+        False, description="Print one JSON object, in bytes and seconds, instead of a table."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanJobConfig:
+        assert self.optimizer  # its own rules
+        return self
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The options of the optimizer that decide memory."""
+        return OptimizerConfig(**{name: getattr(self, name) for name in MEMORY_OPTIONS})
+
+
+MEMORY_OPTIONS = ("zero_stage", "gradient_checkpointing", "offload_optimizer", "offload_parameters", "token_budget")

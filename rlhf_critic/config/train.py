@@ -1,4 +1,4 @@
-"""Options of ``jobs.train``."""
+"""Options of ``rlhf-critic train``."""
 
 from __future__ import annotations
 
@@ -26,35 +26,40 @@ from rlhf_critic.errors import ConfigError
 
 
 class DataConfig(Section):
-    """Where preferences come from."""
+    """Sources of preferences for training and validation."""
 
     train: Sources = Field(
         (),
-        description="Preferences to fit: one or more files (.jsonl, .json, .parquet, .csv, each also .gz; paths or "
-        "URIs), directories that datasets saved, or hub ids, the last two with an optional :SPLIT (required).",
+        description="Training preferences (required): one or more files (.jsonl, .json, .parquet, .csv, each also .gz; "
+        "paths or URIs), directories that datasets saved, or hub ids. The last two take an optional :SPLIT.",
     )
     train_weights: tuple[NonNegativeFloat, ...] | None = Field(
         None,
-        description="For each source of data.train, how often an epoch shows its preferences; None shows each once.",
+        description="How often an epoch shows the preferences of each source of data.train; None shows each once.",
     )
-    validation: Sources = Field((), description="Preferences to validate on, likewise; none skips validation.")
+    validation: Sources = Field(
+        (), description="Validation preferences: sources as in data.train. Without any, validation is skipped."
+    )
     validation_fraction: Decay = Field(
         0.0,
-        description="Instead of data.validation: hold out this fraction of the prompts, with all that is said of them.",
+        description="Fraction of the prompts to hold out for validation, with all their preferences; an alternative to "
+        "data.validation.",
     )
     fields: dict[str, str] = Field(
         {},
-        description="Other field names in the data, ours to theirs: --data.fields prompt instruction chosen output_1.",
+        description="Field names of your data, each after this project's name: --data.fields prompt instruction chosen "
+        "output_1.",
     )
     overlong: Literal["truncate", "skip"] = Field(
         "truncate",
-        description="What becomes of a preference with a side over encoding.max_length: it loses its beginning, or is "
-        "left out. Both are counted and reported.",
+        description="Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. "
+        "Both "
+        "are counted and reported.",
     )
     seed: NonNegativeInt = Field(
-        0, description="Of what is drawn from the data: the prompts held out, the part of a source with a weight."
+        0, description="Random seed for held-out prompts and for the sampled part of a weighted source."
     )
-    cache_dir: PathOrUri = Field(".cache", description="Local directory for encoded data. Safe to delete.")
+    cache_dir: PathOrUri = Field(".cache", description="Local cache directory for encoded data. Safe to delete.")
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -63,100 +68,112 @@ class DataConfig(Section):
         ):
             raise ValueError("data.train_weights needs one weight for each source of data.train, not all 0")
         if self.validation and self.validation_fraction:
-            raise ValueError("data.validation and data.validation_fraction: give one or the other")
+            raise ValueError("data.validation and data.validation_fraction exclude each other; give one of them")
         return self
 
 
 class TrainConfig(OptimizerConfig):
-    """The optimization."""
+    """Optimization of the critic: batches, loss and schedule of checkpoints."""
 
-    global_batch_size: PositiveInt = Field(64, description="Preferences per optimizer step, over all ranks together.")
-    epochs: PositiveFloat = Field(1.0, description="How often each preference is seen; fractions are fine.")
+    global_batch_size: PositiveInt = Field(64, description="Preferences per optimizer step, summed over all ranks.")
+    epochs: PositiveFloat = Field(1.0, description="Number of passes over the preferences; may be a fraction.")
     max_steps: PositiveInt | None = Field(
-        None, description="Stop after this many optimizer steps, whatever epochs say."
+        None, description="Maximum number of optimizer steps; None leaves it to train.epochs."
     )
     loss: Literal["sequence", "per_token"] = Field(
         "sequence",
-        description="sequence compares rewards (Bradley-Terry; Plackett-Luce for rankings); per_token compares values "
-        "at every token from where a pair parts, as DeepSpeed-Chat does.",
+        description="Loss function. sequence compares rewards (Bradley-Terry; Plackett-Luce for rankings); per_token "
+        "compares values at every token after the common prefix of a pair, as DeepSpeed-Chat does.",
     )
     margin_scale: NonNegativeFloat = Field(
-        0.0, description="The chosen reward must win by this times the preference's margin; 0 leaves margins out."
+        0.0, description="Factor on a preference's margin, by which the chosen reward must win; 0 ignores margins."
     )
     centering_coefficient: NonNegativeFloat = Field(
         0.0,
-        description="Weight of the squared sum of a preference's rewards, which keeps them near 0; TRL suggests 0.01.",
+        description="Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests "
+        "0.01.",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="The share of judgements taken to be the wrong way round."
+        0.0, description="Label smoothing: assumed probability that a preference label is flipped."
     )
     early_stopping_patience: NonNegativeInt = Field(
-        0, description="Stop after this many validations in a row without a lower log-loss; 0 goes on to the end."
+        0, description="Stop after this many consecutive validations without a lower log-loss; 0 never stops early."
     )
     reference: Literal["validation", "train"] = Field(
         "validation",
-        description="The responses whose rewards give critic.json its mean and standard deviation: of the validation "
-        "data whenever it is evaluated, or of up to 1,000 training preferences at the end.",
+        description="Responses whose rewards give critic.json its mean and standard deviation. validation uses the "
+        "validation data at every evaluation; train uses up to 1,000 training preferences at the end.",
     )
-    seed: NonNegativeInt = Field(0, description="Of data order, a new head, adapters and dropout.")
-    validate_every: NonNegativeInt = Field(0, description="Steps between validations; 0 validates at the end only.")
-    checkpoint_every: NonNegativeInt = Field(100, description="Steps between checkpoints; 0 saves at the end only.")
+    seed: NonNegativeInt = Field(
+        0, description="Random seed for data order, head and adapter initialisation, and dropout."
+    )
+    validate_every: NonNegativeInt = Field(
+        0, description="Optimizer steps between validations; 0 validates at the end only."
+    )
+    checkpoint_every: NonNegativeInt = Field(
+        100, description="Optimizer steps between checkpoints; 0 saves at the end only."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.loss == "per_token" and self.margin_scale:
-            raise ValueError("train.margin_scale is defined for train.loss sequence, not for per_token: set it to 0")
+            raise ValueError("train.margin_scale is defined for train.loss sequence only; with per_token set it to 0")
         if self.early_stopping_patience and not self.validate_every:
-            raise ValueError("train.early_stopping_patience needs train.validate_every: validations to count")
+            raise ValueError("train.early_stopping_patience counts validations; set train.validate_every above 0")
         return self
 
 
 class RunConfig(Section):
-    """Where and on what the job runs."""
+    """Name, storage, hardware and checkpoints of the run."""
 
-    name: RunName = Field("critic", description="Name of the run; its directory is STORAGE_PATH/NAME.")
+    name: RunName = Field("critic", description="Name of the run. Its directory is STORAGE_PATH/NAME.")
     storage_path: PathOrUri = Field(
-        "runs", description="Local path, shared path or URI (s3://, gs://) for checkpoints."
+        "runs", description="Directory of all runs: a local path, shared path or URI (s3://, gs://)."
     )
     num_workers: PositiveInt = Field(
         1,
-        description="Ray Train workers, each holding one shard of the critic; a resumed run may have another number.",
+        description="Number of Ray Train workers, each with one shard of the critic. A resumed run may have another "
+        "number.",
     )
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest workers to go on with when nodes go; up to num_workers when they come (Ray Train's elastic "
-        "training). Each change goes back to the last checkpoint. Only where nothing else uses those nodes: Ray Train "
-        "counts what they have, not what is free. None keeps num_workers.",
+        description="Minimum number of workers after nodes are lost (elastic training); the group grows up to "
+        "num_workers "
+        "again. Each change restarts from the last checkpoint. Use it only on nodes without other work, because Ray "
+        "Train counts all resources of a node as free. None keeps num_workers.",
     )
-    use_gpu: bool = Field(False, description="One GPU per worker and NCCL, instead of CPUs and Gloo.")
+    use_gpu: bool = Field(False, description="Use one GPU per worker and NCCL, instead of CPUs and Gloo.")
     cpus_per_worker: PositiveInt = Field(
-        1, description="CPUs that Ray reserves per worker, and torch threads if no GPU."
+        1, description="CPUs that Ray reserves per worker; also its number of torch threads without a GPU."
     )
-    max_failures: NonNegativeInt = Field(3, description="How often lost workers are replaced before the job gives up.")
-    keep_checkpoints: PositiveInt = Field(2, description="How many checkpoints the run's directory keeps.")
+    max_failures: NonNegativeInt = Field(
+        3, description="Maximum number of times that lost workers are replaced before the job fails."
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Number of checkpoints to keep in the run's directory.")
     keep: Literal["newest", "best"] = Field(
         "newest",
-        description="Which: the newest; or those with the lowest validation log-loss and, beside them, the newest. "
-        "best validates at every checkpoint.",
+        description="Checkpoints to keep. newest keeps the newest ones; best keeps those with the lowest validation "
+        "log-loss and the newest one, and validates at every checkpoint.",
     )
     wandb_project: str | None = Field(
-        None, description="Send the history to this project of Weights & Biases too; needs the wandb package."
+        None, description="Project of Weights & Biases that also receives the history; needs the wandb package."
     )
     start_timeout_s: PositiveFloat = Field(
-        1800.0, description="Seconds to wait for workers to be placed (an autoscaler may have to add nodes)."
+        1800.0,
+        description="Seconds to wait for workers to be placed, including the time an autoscaler needs to add nodes.",
     )
 
     @model_validator(mode="after")
-    def _fewest_and_most(self) -> RunConfig:
+    def _minimum_and_maximum(self) -> RunConfig:
         if self.min_workers is not None and self.min_workers > self.num_workers:
-            raise ValueError("run.min_workers is more than run.num_workers")
+            raise ValueError("run.min_workers is greater than run.num_workers")
         return self
 
 
 class TrainJobConfig(Section):
-    """Fits a critic to preferences with Ray Train and DeepSpeed.
+    """Trains a critic on preferences with Ray Train and DeepSpeed.
 
-    For example: python -m jobs.train --model.path MODEL --data.train prefs.jsonl --run.num-workers 2
+    For example: rlhf-critic train --model.path MODEL --data.train prefs.jsonl --run.num-workers 2
     """
 
     model: ModelConfig = ModelConfig()
@@ -164,24 +181,26 @@ class TrainJobConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = TrainConfig()
     run: RunConfig = Field(default_factory=RunConfig)
-    resume: bool = Field(False, description="Continue the run of this name from its last checkpoint.")
+    resume: bool = Field(False, description="Resume the run of this name from its last checkpoint.")
     seeds: tuple[NonNegativeInt, ...] = Field(
-        (), description="Fit once with each of these seeds, in runs NAME-seed-N, and compare; none: train.seed alone."
+        (),
+        description="Train once with each of these seeds, in runs NAME-seed-N, and compare. Empty uses train.seed "
+        "alone.",
     )
-    dry_run: bool = Field(False, description="Print the plan (steps, tokens, memory of a shard) and stop.")
+    dry_run: bool = Field(False, description="Print the plan (steps, tokens, memory per shard) without training.")
 
     @field_validator("seeds")
     @classmethod
     def _different_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("names a seed twice: both runs would be the same")
+            raise ValueError("names a seed twice; both runs would be the same")
         return seeds
 
     def validate_complete(self) -> None:
-        """Checks what has no default.
+        """Checks options that have no default.
 
         Raises:
-            ConfigError: Names the option that is missing.
+            ConfigError: A required option is missing; the message names it.
         """
         required: tuple[tuple[str, object], ...] = (("model.path", self.model.path), ("data.train", self.data.train))
         for option, value in required:
@@ -194,4 +213,6 @@ class TrainJobConfig(Section):
             ("run.keep best", self.run.keep == "best"),
         ):
             if wanted and not validates:
-                raise ConfigError(f"{option} needs data to validate on: give --data.validation or a fraction of it")
+                raise ConfigError(
+                    f"{option} needs data to validate on; give --data.validation or --data.validation-fraction"
+                )

@@ -1,8 +1,8 @@
-"""The memory-mapped table of encoded preferences that training and evaluation read, and what is made of such tables.
+"""Memory-mapped table of encoded preferences for training and evaluation, and operations on such tables.
 
-Knows nothing of files, texts, ranks or models.
+Knows nothing about files, texts, ranks or models.
 
-Shape legend: N preferences, R responses of all of them, P comparisons (pairs of responses to one prompt).
+Shape legend: N preferences, R responses of all preferences, P comparisons (pairs of responses to one prompt).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf_critic.errors import DataError
 
 IdArray = NDArray[np.int32]
 
-# The columns of a table; a row is a preference.
+# Columns of a table. A row is a preference.
 FEATURES = datasets.Features(
     {
         "responses": datasets.List(datasets.List(datasets.Value("int32"))),
@@ -36,19 +36,19 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class EncodingReport:
-    """What happened to the rows of one source on their way to token ids.
+    """Counts of the rows of one source during encoding.
 
     Attributes:
-        rows: How many were read.
-        preferences: How many of them are in the table: neither too long nor identical.
-        truncated: How many of those had a response whose text lost its beginning to the length limit.
-        skipped_overlong: How many were left out because a response with its prompt is longer than the limit.
-        identical: How many were left out because two of their responses have the same ids: they teach nothing.
-        duplicates: How many in the table say what an earlier one says.
-        contradictions: How many in the table say the opposite of another one.
-        tokens: Tokens of all responses with their prompts together.
-        longest: Tokens of the longest.
-        shapes: How many rows were written in which way.
+        rows: Number of rows read.
+        preferences: Number of rows in the table.
+        truncated: Number of preferences with a response that was truncated from the left.
+        skipped_overlong: Number of rows skipped because a response with its prompt exceeds the maximum length.
+        identical: Number of rows skipped because two of their responses have the same ids.
+        duplicates: Number of preferences that repeat an earlier one.
+        contradictions: Number of preferences that reverse an earlier one.
+        tokens: Tokens of all responses with their prompts.
+        longest: Tokens of the longest response with its prompt.
+        shapes: Number of rows of each shape.
     """
 
     rows: int
@@ -79,25 +79,25 @@ class EncodedPreference:
 
     @property
     def chosen_ids(self) -> IdArray:
-        """The best."""
+        """Token ids of the best response."""
         return self.responses[0]
 
     @property
     def rejected_ids(self) -> IdArray:
-        """The worst."""
+        """Token ids of the worst response."""
         return self.responses[-1]
 
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
-    """All pairs of responses that preferences order; a plain preference is one.
+    """All pairs of responses that preferences order. A plain preference has one pair.
 
     Attributes:
-        rows_P: The preference of each pair, int64.
-        better_P: The position of the better response among all responses of all preferences, int64.
-        worse_P: That of the worse.
-        lengths_P2: Tokens of the better and the worse, int64.
-        subsets_P: The preference's subset.
+        rows_P: Preference of each pair, int64.
+        better_P: Position of the better response among all responses of all preferences, int64.
+        worse_P: Position of the worse response, likewise.
+        lengths_P2: Lengths of the better and the worse response in tokens, int64.
+        subsets_P: Subset of the preference.
     """
 
     rows_P: NDArray[np.int64]
@@ -108,19 +108,19 @@ class Comparisons:
 
 
 class EncodedPreferences:
-    """A memory-mapped table of encoded preferences; ranks of a node share its pages.
+    """A memory-mapped table of encoded preferences. Ranks of a node share its pages.
 
     Attributes:
-        fingerprint: Of the sources' contents, the encoder and the choice of rows: the same ids in the same order.
-        reports: For each source what was counted while encoding it.
-        sizes_N: How many responses each preference orders, int64.
-        tokens_N: Tokens of all its responses with the prompt, int64.
-        prompt_keys_N: A number for each preference's prompt, int64: the same where the prompts are, in any table. An
-            empty prompt is like no other.
-        prompts_N: The same counted from 0 in this table.
-        margins_N: By how much the best is better than the worst, float32; NaN where that is not known.
-        subsets_N: The tag to report by; empty where there is none.
-        sources_N: Which of the sources, in the order of ``reports``, each preference comes from.
+        fingerprint: Hash of source contents, encoder and selected rows. Equal hashes mean equal ids in equal order.
+        reports: Encoding report of each source.
+        sizes_N: Number of responses of each preference, int64.
+        tokens_N: Tokens of all responses of each preference with the prompt, int64.
+        prompt_keys_N: Hash of each prompt, int64. Equal prompts have equal hashes in all tables; an empty prompt equals
+            no other.
+        prompts_N: Number of each prompt in this table, from 0.
+        margins_N: Margin between the best and the worst response, float32; NaN if unknown.
+        subsets_N: Tag for reports by subset; empty if absent.
+        sources_N: Index of the source of each preference, in the order of ``reports``.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class EncodedPreferences:
         return "\n".join(f"{source}: {report}" for source, report in self.reports.items())
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> list[EncodedPreference]:
-        """The preferences of some rows, in their order."""
+        """Returns the preferences of some rows, in the order of the rows."""
         rows = np.asarray(rows, dtype=np.int64)
         sequences = _split(self._table[self._rows_N[rows]]["responses"].combine_chunks().flatten())
         sizes = self.sizes_N[rows]
@@ -174,20 +174,20 @@ class EncodedPreferences:
         ]
 
     def responses(self) -> list[IdArray]:
-        """All responses with their prompts, preference by preference, the best of each first; ``R`` of them."""
+        """Returns all ``R`` responses with their prompts, preference by preference, the best first."""
         return [ids for preference in self.take(np.arange(len(self))) for ids in preference.responses]
 
     def origin(self, row: int) -> str:
-        """Where a preference comes from, as ``file:line``."""
+        """Returns the origin of a preference, as ``file:line``."""
         return f"{list(self.reports)[self.sources_N[row]]}:{self._lines_N[row]}"
 
     def select(self, rows_M: NDArray[np.int64]) -> EncodedPreferences:
-        """The table of some rows, in their order; a row may be there more than once."""
+        """Returns the table of some rows, in the order of the rows. A row may be repeated."""
         fingerprint = digest(self.fingerprint, rows_M.tobytes())
         return EncodedPreferences(self._table, self.reports, fingerprint, self._rows_N[rows_M])
 
     def comparisons(self) -> Comparisons:
-        """Every pair of responses that a preference orders, preference by preference."""
+        """Returns every ordered pair of responses, preference by preference."""
         rows, better, worse = [], [], []
         for size in np.unique(self.sizes_N):
             of_size = np.flatnonzero(self.sizes_N == size)
@@ -204,7 +204,7 @@ class EncodedPreferences:
 
 
 def concatenate(tables: Sequence[EncodedPreferences]) -> EncodedPreferences:
-    """One table of several, of which each was loaded from another source."""
+    """Joins tables that were loaded from different sources."""
     if len(tables) == 1:
         return tables[0]
     reports = {source: report for table in tables for source, report in table.reports.items()}
@@ -215,16 +215,16 @@ def concatenate(tables: Sequence[EncodedPreferences]) -> EncodedPreferences:
 
 
 def weigh_sources(preferences: EncodedPreferences, weights: Sequence[float], seed: int) -> EncodedPreferences:
-    """The table that shows the preferences of each source more or less often.
+    """Returns a table in which the preferences of each source are repeated or subsampled by weight.
 
     Args:
-        preferences: Of one or more sources.
-        weights: For each source how often its preferences are in the result: 1 leaves each there once, 2 repeats it,
-            and 0.5 keeps half of them, drawn once for all epochs.
-        seed: Of what is drawn.
+        preferences: Table of one or more sources.
+        weights: Weight of each source. 1 keeps each preference once, 2 repeats it, and 0.5 keeps a random half,
+            the same for all epochs.
+        seed: Seed of the random selection.
 
     Raises:
-        ValueError: There are not as many weights as sources.
+        ValueError: The numbers of weights and sources differ.
     """
     if len(weights) != len(preferences.reports):
         raise ValueError(f"{len(weights)} weights for {len(preferences.reports)} sources")
@@ -232,23 +232,23 @@ def weigh_sources(preferences: EncodedPreferences, weights: Sequence[float], see
     for source, weight in enumerate(weights):
         of_source = np.flatnonzero(preferences.sources_N == source)
         whole, part = int(weight), weight - int(weight)
-        drawn = np.random.default_rng([seed, source]).permutation(of_source)[: round(part * len(of_source))]
-        rows += [of_source] * whole + [np.sort(drawn)]
+        sampled = np.random.default_rng([seed, source]).permutation(of_source)[: round(part * len(of_source))]
+        rows += [of_source] * whole + [np.sort(sampled)]
     return preferences.select(np.concatenate(rows))
 
 
 def split_by_prompt(
     preferences: EncodedPreferences, fraction: float, seed: int
 ) -> tuple[EncodedPreferences, EncodedPreferences]:
-    """Two tables that share no prompt: most of it to train on, and about a fraction of it to validate on.
+    """Splits a table into training and validation tables that share no prompt.
 
     Args:
-        preferences: What to split.
-        fraction: Of the prompts, between 0 and 1, that go to validation with all that is said of them.
-        seed: Of the choice.
+        preferences: Table to split.
+        fraction: Fraction of the prompts, between 0 and 1, that go to validation with all their preferences.
+        seed: Seed of the random selection.
 
     Raises:
-        DataError: One of the two would be empty.
+        DataError: One table would be empty.
     """
     number_of_prompts = int(preferences.prompts_N.max()) + 1
     chosen = np.random.default_rng(seed).permutation(number_of_prompts)[: round(fraction * number_of_prompts)]
@@ -262,12 +262,12 @@ def split_by_prompt(
 
 
 def count_leaked(train: EncodedPreferences, validation: EncodedPreferences) -> int:
-    """How many validation preferences have a prompt that is trained on."""
+    """Counts the validation preferences whose prompt is also in the training table."""
     return int(np.isin(validation.prompt_keys_N, train.prompt_keys_N).sum())
 
 
 def digest(*parts: str | bytes) -> str:
-    """A digest of the digests of parts."""
+    """Hashes the hashes of parts."""
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
@@ -275,7 +275,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def _number(keys_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers equal keys alike, from 0 in the order of their first appearance."""
+    """Numbers keys from 0, in the order of their first appearance."""
     _, firsts, inverse_N = np.unique(keys_N, return_index=True, return_inverse=True)
     return firsts.argsort().argsort()[inverse_N].astype(np.int64)
 

@@ -1,7 +1,7 @@
-r"""What a row of preference data means: a prompt and its responses, the best first.
+r"""Schema of preference rows: a prompt and its responses, the best first.
 
-Recognises by their fields the four shapes of TRL (strings or turns, with or without a prompt of its own), Anthropic's
-``\n\nHuman:`` transcripts and ranked lists. Knows nothing of files, tokens or models.
+Recognises four shapes of TRL by their fields (strings or turns, with or without a separate prompt), Anthropic's
+``\n\nHuman:`` transcripts and ranked lists. Knows nothing about files, tokens or models.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Response: TypeAlias = NonEmptyText | Annotated[Turns, Field(min_length=1)]
 
 
 class Preference(BaseModel):
-    """One human judgement: responses to a prompt, from the best to the worst, and by how much if known.
+    """A human preference: responses to a prompt from best to worst, with a margin if known.
 
     Attributes:
-        prompt: A text, or the turns that all responses share.
-        responses: Texts, or the turns that end with the assistant's; at least two.
-        margin: How much better the first is than the last, where it is known.
-        subset: A tag to report by; empty where there is none.
-        shape: How the row was written, in words.
-        fields: The name of each response's field, for errors.
+        prompt: Text, or the turns that all responses share.
+        responses: At least two texts, or lists of turns that end with a turn of the assistant.
+        margin: Margin between first and last response; None if unknown.
+        subset: Tag for reports by subset; empty if absent.
+        shape: Name of the row's shape.
+        fields: Field name of each response, for errors.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,7 +44,7 @@ class Preference(BaseModel):
     fields: tuple[str, ...]
 
     def conversations(self) -> list[tuple[Prompt, str]]:
-        """What `Encoder.encode_batch` takes: for each response what comes before it, and its last text."""
+        """Returns the preceding turns and the last text of each response, for `Encoder.encode_batch`."""
         return [self._conversation(response) for response in self.responses]
 
     def _conversation(self, response: Response) -> tuple[Prompt, str]:
@@ -57,7 +57,7 @@ class Preference(BaseModel):
 
 
 class PreferenceRow(BaseModel):
-    """The fields that are read; others are left alone."""
+    """Fields that are read. Other fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     prompt: StrictStr | Turns | None = None
@@ -74,40 +74,40 @@ FIELDS = tuple(PreferenceRow.model_fields)
 
 
 def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> Preference:
-    """The preference that a row states.
+    """Parses a row into a preference.
 
     Args:
-        place: Where the row is, as ``file:line``, for errors.
+        place: Position of the row, as ``file:line``, for errors.
         row: Field names to values.
-        fields: For fields that have another name in this data, our name to theirs.
+        fields: Our field names to the names in this data, where they differ.
 
     Raises:
-        DataError: Names the place and the field that is missing or wrong.
+        DataError: A field is missing or invalid. Names place and field.
     """
     parsed = validate_row(PreferenceRow, row, place, fields)
 
-    def refuse(field: str, what: str) -> DataError:
-        return DataError(f"{place}: field {fields.get(field, field)!r}: {what}")
+    def invalid(field: str, message: str) -> DataError:
+        return DataError(f"{place}: field {fields.get(field, field)!r}: {message}")
 
     if parsed.ranked is None:
         for field in ("chosen", "rejected"):
             if getattr(parsed, field) is None:
-                raise refuse(field, "missing: a row has 'chosen' and 'rejected', or 'ranked'; see --data.fields")
+                raise invalid(field, "missing; a row needs 'chosen' and 'rejected', or 'ranked' (see --data.fields)")
     elif parsed.chosen is not None or parsed.rejected is not None:
-        raise refuse("ranked", "beside 'chosen' or 'rejected': a row states one or the other")
+        raise invalid("ranked", "given together with 'chosen' or 'rejected'; remove one of them")
     responses = parsed.ranked or (parsed.chosen, parsed.rejected)
     names = [f"ranked.{position}" for position in range(len(responses))] if parsed.ranked else ["chosen", "rejected"]
     prompt, responses, shape = _separate_prompt(parsed.prompt, responses)
     for name, response in zip(names, responses, strict=True):
         if not isinstance(response, str) and response[-1].role != "assistant":
-            raise refuse(name, f"must end with a turn of the assistant, this ends with one of {response[-1].role!r}")
+            raise invalid(name, f"must end with a turn of the assistant, not of {response[-1].role!r}")
         if not isinstance(response, str) and not response[-1].content:
-            raise refuse(name, "the last turn is empty; a response needs text")
+            raise invalid(name, "the last turn is empty; give the response a text or remove this row")
     margin = parsed.margin
     if margin is None and parsed.chosen_score is not None and parsed.rejected_score is not None:
         margin = parsed.chosen_score - parsed.rejected_score
         if margin < 0:
-            raise refuse("chosen_score", f"{parsed.chosen_score} is below rejected_score {parsed.rejected_score}")
+            raise invalid("chosen_score", f"{parsed.chosen_score} is below rejected_score {parsed.rejected_score}")
     return Preference.model_construct(
         prompt=prompt,
         responses=responses,
@@ -121,7 +121,7 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
 def _separate_prompt(
     prompt: str | Turns | None, responses: Sequence[Any]
 ) -> tuple[str | Turns, tuple[str | Turns, ...], str]:
-    """Finds the prompt where the responses contain it, and says which shape that is."""
+    """Separates a prompt from the responses that contain it, and returns the name of the shape."""
     texts = all(isinstance(response, str) for response in responses)
     if prompt is not None:
         opening = (Turn(role="user", content=prompt),) if isinstance(prompt, str) else prompt
@@ -133,7 +133,7 @@ def _separate_prompt(
                 for response in responses
             )
         ):
-            # Many data sets state the prompt by itself and again in the turns of each response.
+            # Many data sets repeat the prompt in the turns of each response.
             responses = [response[len(opening) :] for response in responses]
         kind = "standard" if texts and isinstance(prompt, str) else "conversational"
         return prompt, tuple(responses), f"{kind}, explicit prompt"
@@ -148,7 +148,7 @@ def _separate_prompt(
             for response in responses
         ]
         shape = "conversational, implicit prompt"
-    # The last turn of each is what is judged, even where all say the same.
+    # The last turn is always the response, even if all are equal.
     shared = min(len(turns) for turns in responses) - 1
     while any(turns[:shared] != responses[0][:shared] for turns in responses):
         shared -= 1
@@ -164,12 +164,12 @@ def _turns_of(transcript: str) -> Turns:
 
 
 def _shared_words(texts: Sequence[str]) -> int:
-    """Characters of the beginning that texts share, cut back to the end of a word; none is left empty."""
+    """Returns the length of the common prefix in characters, cut at the end of a word. No text is left empty."""
     shortest = min(len(text) for text in texts)
     shared = next((n for n in range(shortest) if len({text[n] for text in texts}) > 1), shortest)
     if shared == shortest and any(len(text) > shared for text in texts):
         shared -= 1
     elif shared == shortest:
-        return 0  # identical texts: nothing tells where a prompt would end
+        return 0  # identical texts give no end of the prompt
     beginning = texts[0][:shared]
     return max((beginning.rfind(space) for space in " \n\t"), default=-1) + 1 if shared else 0

@@ -1,7 +1,8 @@
-"""Preference data as token ids: a source is encoded once, counted, and cached.
+"""Encoding of preference data: each source is encoded once, counted and cached.
 
-The cache knows a source by its contents, the encoder's fingerprint and what decides which rows are kept. What a source
-is and what its rows mean is in `sources` and `records`; knows nothing of ranks, batches or models.
+The cache key covers the contents of the source, the fingerprint of the encoder and the options that select rows. For
+sources and rows see `rlhf_critic.data.sources` and `rlhf_critic.data.preference_schema`. Knows nothing about ranks,
+batches or models.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rlhf_critic.data.preference_schema import FIELDS, Preference, parse_row
 from rlhf_critic.data.sources import fingerprint_of, read_rows
 from rlhf_critic.errors import ConfigError, DataError, EncodingError
 
-CACHE_FORMAT = 4  # raise it when the cached columns change their meaning
+CACHE_FORMAT = 4  # increase it when the cached columns change their meaning
 ENCODE_CHUNK = 512
 INT64_BYTES = 8
 
@@ -43,27 +44,27 @@ def load_preferences(
     fields: Mapping[str, str] | None = None,
     overlong: Overlong = "truncate",
 ) -> EncodedPreferences:
-    """Encodes a source of preferences, or maps the cached encoding of the same contents by the same encoder.
+    """Encodes a source of preferences, or maps the cached encoding of the same contents and encoder.
 
-    Safe to call from several processes at once: a cache entry appears whole or not at all.
+    Several processes may call it at once, because a cache entry is written atomically.
 
     Args:
-        source: See `rlhf_critic.data.sources`.
-        encoder: Decides the ids.
-        cache_dir: A local directory; entries are safe to delete.
-        fields: See `rlhf_critic.data.preference_schema.parse_row`.
-        overlong: What becomes of a preference with a response that is, with its prompt, longer than the encoder's
-            limit: it loses its beginning, the response being kept, or is left out.
+        source: Path or id; see `rlhf_critic.data.sources`.
+        encoder: Encoder of the critic.
+        cache_dir: Local directory. Entries may be deleted.
+        fields: Our field names to the names in this data; see `rlhf_critic.data.preference_schema.parse_row`.
+        overlong: Treatment of a preference with a response that, with its prompt, exceeds the maximum length of the
+            encoder: ``truncate`` from the left, or ``skip``.
 
     Raises:
-        ConfigError: ``fields`` has a name that is not ours.
-        DataError: See `rlhf_critic.data.sources.read_rows` and `rlhf_critic.data.preference_schema.parse_row`; also where a text cannot be
-            encoded or nothing is left.
+        ConfigError: ``fields`` has an unknown name.
+        DataError: See `rlhf_critic.data.sources.read_rows` and `rlhf_critic.data.preference_schema.parse_row`. Also if
+            a text cannot be encoded, or no row is left.
     """
     fields = fields or {}
     unknown = sorted(fields.keys() - set(FIELDS))
     if unknown:
-        raise ConfigError(f"data.fields: {', '.join(unknown)}: preferences have the fields {', '.join(FIELDS)}")
+        raise ConfigError(f"data.fields: unknown field {', '.join(unknown)}; preferences have {', '.join(FIELDS)}")
     contents = fingerprint_of(source)
     key = digest(str(CACHE_FORMAT), contents, encoder.fingerprint, overlong, json.dumps(sorted(fields.items())))
     entry = Path(cache_dir) / "preferences" / key
@@ -74,7 +75,7 @@ def load_preferences(
             _encode_source(source, contents, encoder, fields, overlong, building)
             os.replace(building, entry)
         except OSError:
-            if not entry.is_dir():  # otherwise another process was faster, with the same result
+            if not entry.is_dir():  # otherwise another process wrote the same entry first
                 raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -94,17 +95,17 @@ def _encode_source(
         for (line, preference), encoded in zip(chunk, _encode_chunk(source, encoder, chunk), strict=True):
             responses = [one.ids for one in encoded]
             is_overlong = any(one.truncated for one in encoded)
-            said = tuple(np.asarray(ids, dtype=np.int32).tobytes() for ids in responses)
+            ids_of_row = tuple(np.asarray(ids, dtype=np.int32).tobytes() for ids in responses)
             if is_overlong and overlong == "skip":
                 counts["skipped_overlong"] += 1
                 continue
-            if len(set(said)) < len(said):
+            if len(set(ids_of_row)) < len(ids_of_row):
                 counts["identical"] += 1
                 continue
             counts["truncated"] += is_overlong
-            counts["duplicates"] += seen[said] > 0
-            counts["contradictions"] += seen[said[::-1]] > 0
-            seen[said] += 1
+            counts["duplicates"] += seen[ids_of_row] > 0
+            counts["contradictions"] += seen[ids_of_row[::-1]] > 0
+            seen[ids_of_row] += 1
             records.append(
                 {
                     "responses": responses,
@@ -117,9 +118,9 @@ def _encode_source(
             )
     if not records:
         raise DataError(
-            f"{source}: nothing is left of {len(parsed)} rows: {counts['skipped_overlong']} were longer than "
-            f"encoding.max_length {encoder.max_length} and {counts['identical']} had identical responses; raise the "
-            "limit, or let long ones lose their beginning (--data.overlong truncate)"
+            f"{source}: no row is left of {len(parsed)}: {counts['skipped_overlong']} are longer than "
+            f"encoding.max_length {encoder.max_length} and {counts['identical']} have identical responses; raise the "
+            "limit, or truncate long rows (--data.overlong truncate)"
         )
     lengths = [length for record in records for length in record["lengths"]]
     report = EncodingReport(
@@ -139,7 +140,7 @@ def _encode_source(
 
 
 def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Preference]]) -> Iterator[list[Encoded]]:
-    """The responses of each preference, encoded; the tokenizer works on many texts in parallel."""
+    """Encodes the responses of each preference in one call, because the tokenizer works in parallel."""
     conversations = [preference.conversations() for _, preference in chunk]
     try:
         encoded = iter(encoder.encode_batch([one for of_row in conversations for one in of_row]))
@@ -156,7 +157,7 @@ def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Preferen
 
 
 def _prompt_key(preference: Preference, place: str) -> int:
-    """A number that is the same where prompts are; texts without a prompt, of which each has its place, share none."""
+    """Returns a number that is equal for equal prompts. An empty prompt is hashed by its place and equals no other."""
     prompt = preference.prompt
     text = prompt if isinstance(prompt, str) else json.dumps([turn.model_dump() for turn in prompt])
     hashed = hashlib.sha256((text if prompt else f":{place}").encode("utf-8", "surrogatepass")).digest()
@@ -165,7 +166,7 @@ def _prompt_key(preference: Preference, place: str) -> int:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Without the progress bar of datasets, which would be a second one for the same work."""
+    """Hides the progress bar of datasets, which would be a second one for the same work."""
     showed_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -1,6 +1,6 @@
-"""Prompts that a policy is to answer: rows of data, and the token ids from which it goes on.
+"""Prompts for a policy: data rows, and the token ids from which the policy generates.
 
-Knows nothing of policies, rewards or Ray.
+Knows nothing about policies, rewards or Ray.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf_critic.errors import DataError, EncodingError
 
 
 class PromptRow(BaseModel):
-    """The field that is read; others are left alone."""
+    """Fields that are read. Other fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     prompt: StrictStr | Turns = Field(
@@ -31,13 +31,13 @@ class PromptRow(BaseModel):
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts, encoded.
+    """Encoded prompts.
 
     Attributes:
-        sources: Where they come from, for messages.
+        sources: Names of the sources, for messages.
         prompts: Texts, or turns with ``role`` and ``content``.
-        ids: For each the token ids that come before a response; at least one.
-        truncated: How many lost their beginning to the length limit.
+        ids: Token ids of each prompt, at least one.
+        truncated: Number of prompts that were truncated from the left.
     """
 
     sources: tuple[str, ...]
@@ -49,9 +49,9 @@ class Prompts:
         return len(self.prompts)
 
     def __str__(self) -> str:
-        """What was read, in a line."""
+        """Summary in one line."""
         lengths = [len(ids) for ids in self.ids]
-        cut = f", {self.truncated} of them lost their beginning" if self.truncated else ""
+        cut = f", {self.truncated} of them truncated from the left" if self.truncated else ""
         return (
             f"{', '.join(self.sources)}: {len(self)} prompts of {min(lengths)} to {max(lengths)} tokens (median "
             f"{np.median(lengths):g}){cut}"
@@ -59,11 +59,11 @@ class Prompts:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the token ids, by which a resumed run knows its data again."""
+        """Hash of the token ids. A resumed run compares it to recognise its data."""
         return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
 
     def select(self, rows: Sequence[int]) -> Prompts:
-        """Some of them."""
+        """Returns the prompts of some rows."""
         return Prompts(
             self.sources,
             tuple(self.prompts[row] for row in rows),
@@ -75,16 +75,16 @@ class Prompts:
 def load_prompts(
     sources: Sequence[str], encoder: Encoder, max_tokens: int, fields: Mapping[str, str] | None = None
 ) -> Prompts:
-    """Reads the prompts of some sources; see `rlhf_critic.data.sources.read_rows` for what a source may be.
+    """Reads and encodes the prompts of sources; `rlhf_critic.data.sources` lists the kinds of source.
 
     Args:
-        sources: At least one; rows have a field ``prompt``, a text or turns.
-        encoder: With the policy's tokenizer and template.
-        max_tokens: The most tokens of a prompt; longer ones lose their beginning, and are counted.
-        fields: Another name of the field in this data: ``{"prompt": theirs}``.
+        sources: At least one source. Rows have a field ``prompt``, a text or turns.
+        encoder: Encoder with the tokenizer and template of the policy.
+        max_tokens: Maximum prompt length in tokens. Longer prompts are truncated from the left and counted.
+        fields: Name of the prompt field in this data, as ``{"prompt": NAME}``.
 
     Raises:
-        DataError: Names the file, line and field at fault, such as a prompt that the template refuses.
+        DataError: Names the file, line and field at fault, such as a prompt that the template rejects.
     """
     name = (fields or {}).get("prompt", "prompt")
     prompts: list[Prompt] = []
@@ -96,14 +96,14 @@ def load_prompts(
             prompt = to_prompt(validate_row(PromptRow, row, place, fields or {}).prompt)
             try:
                 opening = encoder.open(prompt)
-                opening.encode("utf-8")  # which half of a surrogate pair, as JSON may hold it, has not
+                opening.encode("utf-8")  # fails on half of a surrogate pair, which JSON may contain
             except (EncodingError, UnicodeEncodeError) as error:
                 raise DataError(f"{source}:{number}: field {name!r}: {error}") from error
             ids = encoder.tokenizer(opening, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
                 raise DataError(
-                    f"{source}:{number}: field {name!r}: has no token, and a policy draws its first one after reading "
-                    "one: leave the row out, or use a chat template that begins with a token"
+                    f"{source}:{number}: field {name!r}: has no token, but a policy must read one before it samples; "
+                    "remove this row, or use a chat template that begins with a token"
                 )
             truncated += len(ids) > max_tokens
             prompts.append(prompt)
@@ -112,20 +112,20 @@ def load_prompts(
 
 
 def split_prompts(prompts: Prompts, fraction: float, seed: int) -> tuple[Prompts, Prompts]:
-    """Prompts to train on and prompts held out, none in both: equal ones stay together.
+    """Splits prompts into training and held-out prompts. Equal prompts stay together.
 
     Raises:
-        DataError: One of the two would be empty.
+        DataError: One part would be empty.
     """
-    of_ids: dict[tuple[int, ...], list[int]] = {}
+    rows_of_ids: dict[tuple[int, ...], list[int]] = {}
     for row, ids in enumerate(prompts.ids):
-        of_ids.setdefault(ids, []).append(row)
-    groups = list(of_ids.values())
+        rows_of_ids.setdefault(ids, []).append(row)
+    groups = list(rows_of_ids.values())
     chosen = set(np.random.default_rng(seed).permutation(len(groups))[: round(fraction * len(groups))].tolist())
     if not 0 < len(chosen) < len(groups):
         raise DataError(
             f"{', '.join(prompts.sources)}: a fraction of {fraction} of {len(groups)} different prompts leaves nothing "
-            "to train or nothing to hold out: give more prompts or another --prompts.validation-fraction"
+            "to train on or nothing to hold out; give more prompts or another --prompts.validation-fraction"
         )
     parts: tuple[list[int], list[int]] = ([], [])
     for group, rows in enumerate(groups):

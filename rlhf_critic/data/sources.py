@@ -1,13 +1,13 @@
-"""Rows of data, from wherever they are kept: files, a saved dataset or a hub id.
+"""Sources of data rows: files, saved datasets and hub ids.
 
-A source is one of
+A source is one of:
 
-- a path or URI of a file: ``.jsonl``, ``.json`` (a list of objects), ``.parquet`` or ``.csv``, each also with ``.gz``;
+- a file path or URI: ``.jsonl``, ``.json`` (a list of objects), ``.parquet`` or ``.csv``, each also with ``.gz``;
 - a directory that ``datasets.Dataset.save_to_disk`` wrote;
-- a hub id, ``OWNER/NAME``;
+- a hub id, ``OWNER/NAME``.
 
-the last two also with a split behind a colon (``OWNER/NAME:test``), which is ``train`` unless told. Knows nothing of
-what a row means.
+The last two accept a split after a colon (``OWNER/NAME:test``); the default is ``train``. Knows nothing about the
+meaning of a row.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ Row: TypeAlias = dict[str, Any]
 DEFAULT_SPLIT = "train"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 READ_BYTES = 1 << 20
-# Missing or broken files; archives that are cut or damaged; a protocol that is unknown or whose package is missing.
+# Missing or broken files; truncated or damaged archives; a protocol that is unknown or whose package is missing.
 UNREADABLE = (OSError, EOFError, zlib.error, ValueError, ImportError)
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Row]]:
-    """Reads rows one at a time, each with the number (from 1) of its line, or of its row where there are no lines.
+    """Reads rows one at a time, each with its line number (from 1), or its row number in formats without lines.
 
     Raises:
-        DataError: The source is missing, empty, damaged, of an unknown kind or not what its name says; or a line is not
-            UTF-8, not JSON or not an object.
+        DataError: The source is missing, empty, damaged, of an unknown kind or different from what its name says; or a
+            line is not UTF-8, not JSON or not an object.
     """
     found = False
     for number, row in _read_dataset(source) if _is_dataset(source) else _read_file(source):
         if not isinstance(row, dict):
-            raise DataError(f"{source}:{number}: must be an object with named fields, this is a {type(row).__name__}")
+            raise DataError(f"{source}:{number}: must be an object with named fields, not {type(row).__name__}")
         found = True
         yield number, row
     if not found:
-        raise DataError(f"{source}: there is nothing in it; give a source with at least one preference")
+        raise DataError(f"{source}: has no rows; give a source with at least one row")
 
 
 def fingerprint_of(source: str) -> str:
-    """A hash of a source's contents, without decoding them.
+    """Hashes the contents of a source without decoding them.
 
     Raises:
         DataError: The source is missing or cannot be read.
@@ -65,8 +65,8 @@ def fingerprint_of(source: str) -> str:
     if _is_dataset(source):
         loaded = _load_dataset(source)
         if not Path(_without_split(source)[0]).is_dir():
-            return str(loaded._fingerprint)  # of the hub's files
-        # The fingerprint in a saved dataset is of how it was made, and knows of a function that made it only the name.
+            return str(loaded._fingerprint)  # hash of the hub files
+        # The fingerprint of a saved dataset covers how it was made, not its rows, and covers functions only by name.
         files = [file["filename"] for file in loaded.cache_files]
     digest = hashlib.sha256(_suffix(files[0] if files else "").encode())
     try:
@@ -84,8 +84,8 @@ def _read_file(source: str) -> Iterator[tuple[int, Row]]:
     if read is None:
         known = ", ".join(_READERS)
         raise DataError(
-            f"{source}: not a kind of file that can be read ({known}, each also .gz), nor a directory that datasets "
-            "saved, nor a hub id like OWNER/NAME"
+            f"{source}: unknown kind of source; give a file ({known}, each also .gz), a directory that datasets "
+            "saved, or a hub id like OWNER/NAME"
         )
     try:
         with fsspec.open(source, "rb", compression="infer") as file:
@@ -105,7 +105,7 @@ def _read_json_lines(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
 def _read_json(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
     rows = _parse_json(source, file.read())
     if not isinstance(rows, list):
-        raise DataError(f"{source}: a .json file must hold a list of objects; one object a line is a .jsonl file")
+        raise DataError(f"{source}: a .json file must be a list of objects; use .jsonl for one object per line")
     yield from enumerate(rows, start=1)
 
 
@@ -127,8 +127,8 @@ def _read_csv(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
     lines = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
     for row in lines:
         if None in row or None in row.values():
-            raise DataError(f"{source}:{lines.line_num}: has not as many fields as the header; fix or remove this line")
-        # An empty cell is how this format says that there is nothing.
+            raise DataError(f"{source}:{lines.line_num}: has more or fewer fields than the header; fix this line")
+        # An empty cell means that the field is absent.
         yield lines.line_num, {name: cell for name, cell in row.items() if cell != ""}
 
 
@@ -149,22 +149,22 @@ def _load_dataset(source: str) -> datasets.Dataset:
     try:
         if not Path(name).is_dir():
             return datasets.load_dataset(name, split=split or DEFAULT_SPLIT)
-        loaded = datasets.load_from_disk(name, keep_in_memory=False)  # or a setting of datasets' would hide its files
+        loaded = datasets.load_from_disk(name, keep_in_memory=False)  # else a setting of datasets could hide its files
     except (*UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError) as error:
         advice = (
-            "is it a directory that save_to_disk wrote?"
+            "not a directory that save_to_disk wrote"
             if Path(name).is_dir()
-            else "no such file, and as a hub id it could not be loaded: check the spelling and whether the hub can be "
-            "reached (HF_HUB_OFFLINE forbids it), or download it and give the file"
+            else "no such file, and it could not be loaded as a hub id; check the spelling and whether the hub can be "
+            "reached (HF_HUB_OFFLINE prevents it), or download it and give the file"
         )
         raise DataError(f"{source}: {advice} ({type(error).__name__}: {error})") from error
     if isinstance(loaded, datasets.DatasetDict):
         wanted = split or DEFAULT_SPLIT
         if wanted not in loaded:
-            raise DataError(f"{source}: has no split {wanted!r}: give one of {', '.join(loaded)} as {name}:SPLIT")
+            raise DataError(f"{source}: has no split {wanted!r}; give one of {', '.join(loaded)} as {name}:SPLIT")
         return loaded[wanted]
     if split is not None:
-        raise DataError(f"{source}: this dataset has no splits: give {name}")
+        raise DataError(f"{source}: this dataset has no splits; give {name}")
     return loaded
 
 

@@ -15,7 +15,7 @@ def seen(tmp_path_factory):
 def test_training_waits_for_nodes_runs_to_its_end_and_gives_them_back(seen):
     training = seen["training"]
     assert training["code"] == 0, training["output"]
-    assert "fitted 4 steps" in training["output"]
+    assert "trained 4 steps" in training["output"]
     assert training["checkpoints"] == ["step-000004"]
     nodes = training["nodes"]
     assert nodes["before"] == nodes["when idle"] == 0

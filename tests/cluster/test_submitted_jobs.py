@@ -17,7 +17,7 @@ def test_training_spans_nodes_and_tells_the_user(seen):
     assert job["code"] == 0, job["output"]
     assert "succeeded" in job["output"]
     assert "train.jsonl: 24 preferences" in job["output"]
-    assert "fitted 4 steps" in job["output"]
+    assert "trained 4 steps" in job["output"]
     assert "Error in training function" not in job["output"]
     assert {"critic.json", "model.safetensors", "manifest-0-of-2.json", "manifest-1-of-2.json"} <= set(job["files"])
 

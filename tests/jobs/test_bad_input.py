@@ -23,7 +23,7 @@ GOOD = {"prompt": "please", "chosen": "of course", "rejected": "no"}
 
 DATA = {
     "a missing file": ("nowhere.jsonl", None, "nowhere.jsonl: cannot be read", "check the path"),
-    "an empty file": ("empty.jsonl", b"", "empty.jsonl: there is nothing in it", "give a source"),
+    "an empty file": ("empty.jsonl", b"", "empty.jsonl: has no rows", "give a source"),
     "broken JSON": ("broken.jsonl", b'{"prompt": "a", ', "broken.jsonl:2: not JSON", "fix or remove this line"),
     "a missing field": (
         "field.jsonl",
@@ -69,7 +69,7 @@ DATA = {
         "surrogates not allowed",
     ),
     "a hub id without network": ("nobody/nothing", None, "nobody/nothing: no such file", "download it"),
-    "an unknown kind of file": ("notes.txt", b"a", "notes.txt: not a kind of file", ".jsonl, .json"),
+    "an unknown kind of file": ("notes.txt", b"a", "notes.txt: unknown kind of source", ".jsonl, .json"),
 }
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] not in ['user', 'assistant'] %}"
@@ -108,7 +108,7 @@ def test_nothing_left_of_long_pairs(tiny_model, tmp_path, monkeypatch, capsys):
     ]
     code, _, message = run(inspect_data.main, [*arguments, "--cache-dir", str(tmp_path)], monkeypatch, capsys)
     assert code == EXIT_REFUSED
-    assert "long.jsonl: nothing is left of 1 rows: 1 were longer" in message
+    assert "long.jsonl: no row is left of 1: 1 are longer" in message
     assert "raise the limit" in message
 
 
@@ -121,7 +121,7 @@ OPTIONS = {
     "no data": (["--model.path", "x"], "give --data.train VALUE"),
     "two ways to validate": (
         ["--data.validation", "v.jsonl", "--data.validation-fraction", "0.1"],
-        "give one or the other",
+        "exclude each other; give one of them",
     ),
     "weights for other sources": (["--data.train", "a.jsonl", "--data.train-weights", "1", "2"], "one weight for each"),
     "a seed twice": (["--seeds", "0", "0"], "names a seed twice"),

@@ -3,19 +3,24 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from jobs import plan as plan_job
-from jobs.plan import Plan, PlanJobConfig, Planner, markdown_table
+from jobs.plan import _gb, changes_that_fit, plan_values, planner_of
 from jobs.plan_catalog import GPUS, SHAPES, NodeGroup, model_config, node_groups
+from rlhf_critic.config.tools import GpuName, PlanJobConfig, SizeNames
 from rlhf_critic.errors import ConfigError
+from rlhf_critic.training.memory_planner import USABLE, Planner
 from tests.jobs.command_line import run
 
 TOP = Path(__file__).parents[2]
 README = TOP / "cluster" / "README.md"
+WORLD_SIZES = (1, 8, 64, 256, 1024)
 BEGIN, END = "<!-- plan:begin -->", "<!-- plan:end -->"
 CLUSTER = {
     "max_workers": 12,
@@ -28,8 +33,8 @@ CLUSTER = {
 }
 
 
-def plan_of(**options) -> Plan:
-    return Plan.of(PlanJobConfig(**options), [])
+def plan_of(**options) -> Planner:
+    return planner_of(PlanJobConfig(**options))
 
 
 @pytest.fixture
@@ -42,13 +47,13 @@ def cluster(tmp_path) -> str:
 @pytest.mark.parametrize(("size", "parameters"), [("0.1B", 134.5e6), ("0.5B", 494e6), ("8B", 7.5e9), ("70B", 69.5e9)])
 def test_known_sizes_are_those_of_the_models_they_are_named_after(size, parameters):
     """As published; Llama-3.1 less its output layer of 128,256 rows, which a critic has not."""
-    assert Planner(PlanJobConfig(model=size)).count.parameters == pytest.approx(parameters, rel=0.005)
+    assert plan_of(model=size).count.parameters == pytest.approx(parameters, rel=0.005)
 
 
 def test_a_model_directory_and_its_config_file_count_what_the_model_has(tiny_model):
-    whole = Planner(PlanJobConfig(model=tiny_model)).count
-    assert whole == Planner(PlanJobConfig(model=f"{tiny_model}/config.json")).count
-    adapted = Planner(PlanJobConfig(model=tiny_model, lora_rank=2)).count
+    whole = plan_of(model=tiny_model).count
+    assert whole == plan_of(model=f"{tiny_model}/config.json").count
+    adapted = plan_of(model=tiny_model, lora_rank=2).count
     assert sum(adapted.frozen) == whole.parameters - 32  # all but the head
     assert sum(adapted.trained) < adapted.parameters / 2
 
@@ -78,20 +83,20 @@ def test_what_does_not_fit_fits_as_advised(monkeypatch, capsys, asked):
 
 
 def test_the_smallest_stage_fits_and_the_one_below_does_not():
-    plan = plan_of(model="3B", world_size=8, zero_stage=3, gpu="l40s", gradient_checkpointing=True)
-    stage = plan.planner.smallest_stage(plan.config.setup)
+    planner = plan_of(model="3B", world_size=8, zero_stage=3, gpu="l40s", gradient_checkpointing=True)
+    stage = planner.smallest_stage(planner.setup)
     assert stage in {1, 2, 3}
-    assert plan.planner.fits(plan.config.setup.changed(zero_stage=stage))
-    assert not plan.planner.fits(plan.config.setup.changed(zero_stage=stage - 1))
-    assert plan.fits
-    assert plan.way_out() == []
+    assert planner.fits(planner.setup.changed(zero_stage=stage))
+    assert not planner.fits(planner.setup.changed(zero_stage=stage - 1))
+    assert planner.fits(planner.setup)
+    assert changes_that_fit(planner) == []
 
 
-def test_what_fits_nowhere_is_said_to():
-    plan = plan_of(model="70B", world_size=1024, zero_stage=3, gpu="l4", token_budget=1024, gradient_checkpointing=True)
-    assert plan.planner.enough_ranks(plan.config.setup) is None
-    tiny = Plan.of(PlanJobConfig(model="70B", world_size=1), [])
-    assert tiny.planner.smallest_stage(tiny.config.setup) is None
+def test_no_number_of_ranks_and_no_stage_may_fit():
+    large = {"model": "70B", "zero_stage": 3, "token_budget": 1024, "gradient_checkpointing": True}
+    assert plan_of(**large, world_size=1024, gpu="l4").enough_ranks() is None
+    alone = plan_of(model="70B", world_size=1)
+    assert alone.smallest_stage(alone.setup) is None
 
 
 def test_offloading_at_the_wrong_stage_is_refused():
@@ -114,8 +119,8 @@ def test_nodes_are_counted_for_each_group_with_gpus(cluster, monkeypatch, capsys
     ("content", "message"),
     [
         (None, "cannot be read"),
-        ("a: [", "could be read in it"),
-        ("cluster_name: x", "could be read in it"),
+        ("a: [", "has no readable available_node_types"),
+        ("cluster_name: x", "has no readable available_node_types"),
         (yaml.safe_dump({"available_node_types": {"head": {"resources": {"CPU": 1}}}}), "no node type has a GPU"),
     ],
 )
@@ -129,14 +134,14 @@ def test_a_cluster_file_without_gpus_is_refused(tmp_path, content, message):
 
 def test_the_time_of_a_step_is_that_of_the_measured_or_the_assumed_rate():
     options = {"model": "0.1B", "world_size": 16, "tokens_per_step": 80_000}
-    measured = plan_of(**options, tokens_per_second=1000)
-    assert measured.planner.step_seconds(measured.config.setup) == pytest.approx(5)
-    assumed = plan_of(**options, utilisation=0.5, gpu="h100", max_length=512)
-    multiplied = assumed.planner.count.parameters - 49_152 * 576
+    assert plan_of(**options, tokens_per_second=1000).step_seconds() == pytest.approx(5)
+    config = PlanJobConfig(**options, utilisation=0.5, gpu="h100", max_length=512)
+    assumed = planner_of(config)
+    multiplied = assumed.count.parameters - 49_152 * 576
     operations = 6 * multiplied + 6 * 30 * 576 * 512
     expected = 80_000 * operations / (0.5 * 989e12 * 16)
-    assert assumed.planner.step_seconds(assumed.config.setup) == pytest.approx(expected)
-    assert assumed.to_dict()["step_seconds_are"] == "assumed"
+    assert assumed.step_seconds() == pytest.approx(expected)
+    assert plan_values(config, assumed, [])["step_seconds_are"] == "assumed"
 
 
 def test_it_neither_starts_nor_imports_ray():
@@ -144,16 +149,47 @@ def test_it_neither_starts_nor_imports_ray():
     assert subprocess.run([sys.executable, "-c", code], cwd=TOP, check=False, timeout=120).returncode == 0
 
 
+def markdown_table(config: PlanJobConfig) -> str:
+    """For all known sizes and some numbers of GPUs, the lowest ZeRO stage that fits and its memory."""
+    gpu = GPUS[config.gpu]
+    ranks = " | ".join(f"{n:,} GPU{'s' * (n > 1)}" for n in WORLD_SIZES)
+    lines = [
+        f"Calculated, not measured: the lowest ZeRO stage at which a shard fits an {gpu.name}, of which {USABLE:.0%}",
+        f"is used, and the memory that it takes. {config.dtype}, gradient checkpointing, micro-batches of",
+        f'{config.token_budget:,} tokens in sequences of up to {config.max_length:,}. "offload" keeps parameters and',
+        "optimizer state in the memory of the CPUs, of which it takes the second number for each GPU.",
+        "",
+        f"| model | parameters of the critic | {ranks} |",
+        "|---|---|" + "---|" * len(WORLD_SIZES),
+    ]
+    for size in SHAPES:
+        planner = planner_of(config.model_copy(update={"model": size}))
+        cells = " | ".join(cell(planner, world_size) for world_size in WORLD_SIZES)
+        lines.append(f"| {size} | {planner.count.parameters / 1e9:.2f} billion | {cells} |")
+    return "\n".join(lines)
+
+
+def cell(planner: Planner, world_size: int) -> str:
+    setup = replace(planner.setup, world_size=world_size).changed(gradient_checkpointing=True)
+    stage = planner.smallest_stage(setup)
+    if stage is not None:
+        return f"ZeRO-{stage}, {_gb(planner.memory(setup.changed(zero_stage=stage)).peak)}"
+    setup = setup.changed(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    memory = planner.memory(setup)
+    return f"offload, {_gb(memory.peak)} and {_gb(memory.host)}" if planner.fits(setup) else "no"
+
+
 @pytest.mark.skipif(not README.exists(), reason="there is no cluster/README.md")
-def test_the_table_in_the_cluster_guide_is_what_the_command_prints():
+def test_the_table_in_the_cluster_guide_is_what_the_planner_calculates():
     text = README.read_text(encoding="utf-8")
     written = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     table = markdown_table(PlanJobConfig())
-    assert written == table, f"paste between {BEGIN} and {END}:\n{table}"
-    rows = [line.split(" |")[0][2:] for line in table.splitlines() if line[0:1] == "|"]
-    assert rows[2:] == list(SHAPES)
+    numbers, expected = ([line for line in page.splitlines() if line[:1] == "|"] for page in (written, table))
+    assert numbers == expected, f"paste between {BEGIN} and {END}:\n{table}"
 
 
 def test_sizes_and_gpus_are_what_their_makers_say():
     assert {model_config(size).model_type for size in SHAPES} == {"llama", "qwen2"}
     assert GPUS["l4"].memory == 24 * 10**9
+    assert set(get_args(GpuName)) == set(GPUS)
+    assert SizeNames.split(", ") == list(SHAPES)

@@ -270,26 +270,21 @@ def test_while_values_warm_up_the_policy_stays_and_the_critic_learns_and_another
 
 
 @pytest.mark.slow
-def test_a_critic_shard_that_is_killed_changes_nothing(options, undisturbed, capsys):
-    """The job goes on by itself: from its start while there is no checkpoint, and then from the last one."""
+def test_a_critic_shard_that_is_killed_changes_nothing(options, undisturbed, caplog):
+    """The job resumes alone: from its start while there is no checkpoint, and then from the last one."""
     run = directory_of(options, "shard-killed")
     finished: list[PPOOutcome] = []
-    heard: list[str] = []
-
-    def said() -> str:
-        heard.append(capsys.readouterr().out)
-        return "".join(heard)
-
     job = threading.Thread(target=lambda: finished.append(ppo.run(config_of(options, run.name, ppo=of_length(SHORT)))))
+    resumed = "rank lost, resuming from the last checkpoint"
     job.start()
     for number, iterations in enumerate((1, 4), 1):
         wait_until(lambda at_least=iterations: len(history_of(run)) >= at_least, f"iteration {iterations}", 240)
         actors_of("CriticShard")[-1].send_signal(signal.SIGKILL)
-        wait_until(lambda times=number: said().count("going on from the last checkpoint") == times, "the job to notice")
+        wait_until(lambda times=number: caplog.text.count(resumed) == times, "the job to notice")
     job.join(400)
     assert finished, "the job did not survive a killed shard"
-    assert len(re.findall(r"critic rank \d (?:was lost while it was|failed) to ", said())) == 2
-    assert "going on from the last checkpoint (2 of 3)" in said()
+    assert len(re.findall(r"critic rank \d (?:was lost while it was|failed) to ", caplog.text)) == 2
+    assert f"{resumed} failures=2/3" in caplog.text
     assert_same_beginning(run, undisturbed, SHORT)
     for name, tensor in weights_of(checkpoints(run)[-1] / "policy").items():
         assert torch.isfinite(tensor).all(), name
@@ -454,7 +449,7 @@ def test_responses_that_look_like_markup_are_shown_as_they_are(tmp_path):
     judged_by_another = [dataclasses.replace(sample, model_version="n") for sample in samples(4.0, 4.0)]
     ppo.show(console, PPOOutcome(tmp_path, tmp_path, samples(1.0, 3.0), judged_by_another))
     shown = console.export_text()
-    assert "they are on different scales: m judged before, n after" in shown
+    assert "the scales differ: m scored before, n after" in shown
     assert "a rise of" not in shown
 
 

@@ -33,26 +33,26 @@ OPTIONS = {
     "an unknown estimator": (["--ppo.kl-estimator", "k4"], "k4"),
     "more minibatches than prompts": (
         ["--rollout.prompts-per-iteration", "4", "--ppo.minibatches", "5"],
-        "ppo.minibatches: there are fewer prompts in an iteration",
+        "ppo.minibatches exceeds rollout.prompts_per_iteration",
     ),
     "two ways to hold out": (
         ["--prompts.validation", "v.jsonl", "--prompts.validation-fraction", "0.1"],
-        "give one or the other",
+        "exclude each other; give one of them",
     ),
     "components of a pool that is not the job's": (["--reward.components", "c.yaml"], "reward.checkpoint"),
     "fewer replicas at most than at least": (
         ["--reward.checkpoint", "critic", "--reward.min-replicas", "2"],
         "reward.max_replicas 1 is below reward.min_replicas 2",
     ),
-    "a penalty on what is not judged": (
+    "a penalty on unscored responses": (
         ["--ppo.bootstrap-truncated", "--reward.missing-eos-penalty", "1"],
-        "with ppo.bootstrap_truncated a response that was cut is not judged",
+        "reward.missing_eos_penalty and ppo.bootstrap_truncated exclude each other",
     ),
     "nothing but warm-up": (
         ["--ppo.iterations", "3", "--ppo.value-warmup-iterations", "3"],
-        "ppo.value_warmup_iterations: must leave the policy at least one of ppo.iterations",
+        "ppo.value_warmup_iterations must be less than ppo.iterations",
     ),
-    "storage that is a URI": (["--run.storage-path", "s3://bucket/runs"], "must be a path: shards write"),
+    "storage that is a URI": (["--run.storage-path", "s3://bucket/runs"], "must be a path, because shards write"),
     "a name that is a path": (["--run.name", "a/b"], "must be a single directory name"),
     "a config file that is not there": (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     "an unknown key in a config file": (["--config", "typo.yaml"], "rollout.worker"),
@@ -72,7 +72,7 @@ def test_bad_options(what, tmp_path, monkeypatch, capsys):
 
 DATA = {
     "a missing file": (None, "prompts.jsonl: cannot be read"),
-    "an empty file": ("", "prompts.jsonl: there is nothing in it"),
+    "an empty file": ("", "prompts.jsonl: has no rows"),
     "not JSON": ('{"prompt": "a"', "prompts.jsonl:2: not JSON"),
     "no such field": ('{"text": "a"}', "prompts.jsonl:2: field 'prompt': must be a text, or a list of turns"),
     "an empty text under a plain template": ('{"prompt": ""}', "prompts.jsonl:2: field 'prompt': has no token"),
@@ -132,7 +132,7 @@ def test_a_checkpoint_whose_state_is_damaged_is_refused(arguments, monkeypatch, 
 def test_no_pool_of_scorers_is_refused(arguments, ray_address, monkeypatch, capsys):
     said = refusal([*arguments, "--reward.app", "absent"], monkeypatch, capsys)
     assert "there is no pool of scorers 'absent': give --reward.checkpoint CRITIC" in said
-    assert "python -m jobs.serve CRITIC" in said
+    assert "rlhf-critic serve CRITIC" in said
     assert not any(path.is_dir() for path in Path("runs").iterdir())
 
 

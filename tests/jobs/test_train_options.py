@@ -63,10 +63,10 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tiny_model, preference_fil
     assert plan["optimizer steps"] == "23 of 8 preferences"  # 2 x 90 preferences in batches of 8
     assert plan["shards"] == "1, ZeRO-2, float32"
     tokens, different = (
-        int(plan[what].replace(",", "")) for what in ("tokens of a step", "different ones, if computed together")
+        int(plan[what].replace(",", "")) for what in ("tokens per step", "computed tokens, with shared prefixes once")
     )
     assert 8 * 2 * 10 < different < tokens <= 8 * 2 * 64
-    assert float(plan["micro-batches of a step"].split()[0]) >= different / 300
+    assert float(plan["micro-batches per step"].split()[0]) >= different / 300
     assert float(plan["memory of a shard (calculated)"].split()[0]) > 0
     sparing = ["--model.freeze-layers", "1", "--train.offload-optimizer", "--model.dtype", "bfloat16"]
     code, output, _ = run(train_job.main, [*arguments, *options, *sparing], monkeypatch, capsys)
@@ -75,7 +75,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tiny_model, preference_fil
         int(words.split()[-1].replace(",", "")) for words in dict(rows)["parameters"].replace(",  ", ", ").split(", ")
     )
     assert trained < parameters - embedding
-    assert "beside it in the memory of the CPUs" in dict(rows)
+    assert "CPU memory of a shard" in dict(rows)
     assert not (tmp_path / "runs").exists()
 
 

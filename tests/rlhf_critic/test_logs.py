@@ -48,3 +48,12 @@ def test_the_level_comes_from_the_environment():
 def test_an_unknown_level_is_rejected():
     with pytest.raises(ValueError, match="log level 'LOUD' is unknown; use one of DEBUG, INFO, WARNING, ERROR"):
         configure_logging("loud")
+
+
+def test_a_library_that_sets_its_own_level_later_stays_quiet(caplog):
+    configure_logging()
+    library = logging.getLogger("DeepSpeed")
+    library.setLevel(logging.WARNING)  # as DeepSpeed does when it is imported
+    library.warning("start-up noise")
+    library.error("a failure")
+    assert [record.message for record in caplog.records] == ["a failure"]

@@ -196,7 +196,7 @@ def test_an_explained_variance_that_is_not_defined_is_left_out():
 @pytest.mark.parametrize("options", [{}, {"clip": 1.0}, {"scaling": "running"}])
 def test_a_reward_that_is_not_finite_is_refused_and_named(bad, options):
     judged = replace(two_rollouts(), rewards_S=floats(1.0, bad))
-    with pytest.raises(NonFiniteRewardError, match="1 of 2 rewards are NaN or infinite, those of rollouts 1"):
+    with pytest.raises(NonFiniteRewardError, match="1 of 2 rewards are NaN or infinite, in rollouts 1"):
         compute_advantages(judged, PLAIN, RewardConfig(**options), RunningMoments())
 
 

@@ -109,7 +109,7 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 BAD = [
     ({"prompt": "p", "chosen": "a"}, "'rejected': missing"),
     ({"prompt": "p"}, "'chosen': missing"),
-    ({**GOOD, "ranked": ["a", "b"]}, "'ranked': beside"),
+    ({**GOOD, "ranked": ["a", "b"]}, "'ranked': given together with"),
     ({"prompt": "p", "ranked": ["a"]}, "'ranked': .*at least 2"),
     ({**GOOD, "prompt": 3}, "'prompt.*'"),
     ({**GOOD, "chosen": ""}, "'chosen.*': .*at least 1"),

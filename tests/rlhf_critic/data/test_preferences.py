@@ -65,7 +65,7 @@ def test_rows_that_teach_nothing_are_counted_and_left_out(encoder, tmp_path):
     assert (report.duplicates, report.contradictions, report.truncated) == (1, 1, 0)
     cut = load_preferences(str(tmp_path / "all.jsonl"), encoder, str(tmp_path / "cache"))  # not what is cached of it
     assert len(cut) == 5
-    with pytest.raises(DataError, match=r"nothing is left of 2 rows: 1 were longer than encoding.max_length 64 and 1"):
+    with pytest.raises(DataError, match=r"no row is left of 2: 1 are longer than encoding.max_length 64 and 1"):
         load_preferences(write(tmp_path / "no.jsonl", [long, rows[1]]), encoder, str(tmp_path), overlong="skip")
 
 
@@ -132,7 +132,7 @@ def test_other_field_names_are_told(encoder, tmp_path):
     source = write(tmp_path / "named.jsonl", [{"question": "please", "chosen": "glad", "rejected": "no"}])
     preferences = load_preferences(source, encoder, str(tmp_path / "cache"), fields={"prompt": "question"})
     assert preferences[0].chosen_ids.tolist() == encoder.encode("please", "glad").ids
-    with pytest.raises(ConfigError, match=r"data\.fields: question: preferences have the fields prompt, chosen"):
+    with pytest.raises(ConfigError, match=r"data\.fields: unknown field question; preferences have prompt, chosen"):
         load_preferences(source, encoder, str(tmp_path / "cache"), fields={"question": "prompt"})
 
 

@@ -68,7 +68,7 @@ def test_long_prompts_lose_their_beginning_and_are_counted(encoder, tmp_path):
     assert (whole.truncated, cut.truncated) == (0, 2)
     assert [ids[-30:] for ids in whole.ids] == list(cut.ids)
     assert cut.prompts == whole.prompts
-    assert "2 of them lost their beginning" in str(cut)
+    assert "2 of them truncated from the left" in str(cut)
     assert "lost" not in str(whole)
     exact = max(len(ids) for ids in whole.ids)
     assert load_prompts([source], encoder, exact).truncated == 0

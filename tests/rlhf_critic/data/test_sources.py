@@ -51,7 +51,7 @@ def test_saved_datasets_are_read_with_and_without_splits(tmp_path):
     assert [row for _, row in read_rows(str(tmp_path / "several"))] == ROWS
     assert [row for _, row in read_rows(f"{tmp_path}/several:test")] == ROWS[1:]
     assert fingerprint_of(f"{tmp_path}/several:test") != fingerprint_of(f"{tmp_path}/several")
-    with pytest.raises(DataError, match="no split 'dev': give one of train, test"):
+    with pytest.raises(DataError, match="no split 'dev'; give one of train, test"):
         list(read_rows(f"{tmp_path}/several:dev"))
     with pytest.raises(DataError, match="has no splits"):
         list(read_rows(f"{tmp_path}/one:test"))
@@ -90,22 +90,22 @@ def test_the_fingerprint_of_a_saved_dataset_is_of_its_contents_however_they_were
 BAD = {
     "missing.jsonl": (None, "cannot be read .*No such file"),
     "missing.parquet": (None, "cannot be read .*No such file"),
-    "empty.jsonl": (b"\n", "nothing in it"),
-    "empty.json": (b"[]", "nothing in it"),
-    "empty.csv": (b"", "nothing in it"),
+    "empty.jsonl": (b"\n", "has no rows"),
+    "empty.json": (b"[]", "has no rows"),
+    "empty.csv": (b"", "has no rows"),
     "empty.parquet": (b"", "cannot be read"),
     "broken.jsonl": (b'{"a": 1}\n{"a": ', r"broken.jsonl:2: not JSON"),
     "broken.json": (b'[{"a": 1}', "not JSON"),
-    "object.json": (b'{"a": 1}', "one object a line is a .jsonl file"),
+    "object.json": (b'{"a": 1}', "use .jsonl for one object per line"),
     "list.jsonl": (b"[1]", r"list.jsonl:1: must be an object"),
     "latin.jsonl": (b'{"a": "\xe9"}', r"latin.jsonl:1: not UTF-8"),
     "latin.json": (b'["\xe9"]', "not UTF-8"),
     "latin.csv": (b"a\n\xe9\n", "not UTF-8"),
-    "short.csv": (b"a,b\n1\n", r"short.csv:2: has not as many fields"),
-    "long.csv": (b"a,b\n1,2,3\n", r"long.csv:2: has not as many fields"),
+    "short.csv": (b"a,b\n1\n", r"short.csv:2: has more or fewer fields"),
+    "long.csv": (b"a,b\n1,2,3\n", r"long.csv:2: has more or fewer fields"),
     "cut.jsonl.gz": (gzip.compress(b'{"a": 1}')[:-9], "cannot be read"),
     "cut.parquet": (b"PAR1abc", "cannot be read"),
-    "notes.txt": (b"a", "not a kind of file that can be read"),
+    "notes.txt": (b"a", "unknown kind of source"),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rlhf_critic.batching.sampler import global_batch
+from rlhf_critic.batching.sampler import rows_of_step
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -73,7 +73,7 @@ def measure(source: str, data: str, cache: str, model: ModelConfig, train: Train
         if index == 2:
             deepspeed_engine.step = look_and_step
             engine.critic.model.score.register_forward_hook(look_at_gathered)
-        rows = global_batch(preferences.prompts_N, train.global_batch_size, 10.0, 0, engine.step)
+        rows = rows_of_step(preferences.prompts_N, train.global_batch_size, 0, engine.step, 10.0)
         micro_batches = engine.train_step(preferences, rows).micro_batches
     held["after a step"] = held_bytes(deepspeed_engine)
     return {**held, "gathered": max(gathered), "micro_batches": micro_batches}
@@ -157,7 +157,7 @@ def peak_of_a_step(
     preferences = load_preferences(data, encoder, cache)
 
     def step() -> None:
-        engine.train_step(preferences, global_batch(preferences.prompts_N, 12, 10.0, 0, engine.step))
+        engine.train_step(preferences, rows_of_step(preferences.prompts_N, 12, 0, engine.step, 10.0))
 
     step()
     step()
