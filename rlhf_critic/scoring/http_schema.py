@@ -28,9 +28,6 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-
-
-
 class ConversationModel(_Message):
     """A prompt and the response to score. The response may be empty."""
 
