@@ -8,7 +8,6 @@ from __future__ import annotations
 import pkgutil
 from typing import Any
 
-AUTHENTICATION_LOGGER = "ray._private.authentication"  # warns at every start that tokens are on
 LOCATIONS = {
     "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME": "ray.train.v2._internal.constants:CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",
     "TorchBackend": "ray.train.torch.config:_TorchBackend",

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from typing import Any
 
 import ray
 
-from actors.runtime.ray_internals import (
-    AUTHENTICATION_LOGGER,
-    add_port_to_grpc_server,
-    build_address,
-    find_bootstrap_address,
-    ray_constants,
-)
+from actors.runtime.ray_internals import add_port_to_grpc_server, build_address, find_bootstrap_address, ray_constants
+from rlhf_critic.logs import level_of_libraries
 
 ANSWER_TIMEOUT_S = 5.0
 
@@ -53,8 +47,8 @@ def init_ray(**options: Any) -> None:
     Raises:
         ConnectionError: There is no Ray to join; from ``ray.init``.
     """
-    logging.getLogger(AUTHENTICATION_LOGGER).setLevel(logging.ERROR)
     options.setdefault("address", address_to_join() or "local")
+    options.setdefault("logging_level", level_of_libraries())
     usual = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
