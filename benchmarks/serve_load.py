@@ -112,8 +112,8 @@ def texts_of(profile: str, prompts: int, n: int) -> list[str]:
 def put_under_load(ask: Ask, texts: list[str], callers: int) -> Load:
     """Scores all texts with callers that take the next 16 texts after each answer.
 
-    The rate is taken up to when the first caller finds nothing left: what comes after says how a server runs empty,
-    which for few calls a caller would be most of what is measured.
+    The rate covers the time until the first caller finds no text left. After that the server runs empty, which would
+    dominate the measurement with few calls per caller.
     """
     calls = [texts[start : start + SEQUENCES_A_CALL] for start in range(0, len(texts), SEQUENCES_A_CALL)]
     rewards: dict[int, Any] = {}

@@ -62,7 +62,7 @@ def build_engine(specification: Specification) -> CriticEngine:
 
 
 def table_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> EncodedPreferences:
-    """Writes pairs of token ids as a table of encoded preferences."""
+    """Returns pairs of token ids as a table of encoded preferences."""
     columns = {
         "responses": [[chosen, rejected] for chosen, rejected in pairs],
         "lengths": [[len(chosen), len(rejected)] for chosen, rejected in pairs],

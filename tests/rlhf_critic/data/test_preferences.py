@@ -1,4 +1,4 @@
-"""Preference files become token ids whole, once, or not at all; bad input is named by file, line and field."""
+"""Preference files are encoded atomically and once; errors name file, line and field of bad input."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_rows_that_teach_nothing_are_counted_and_left_out(encoder, tmp_path):
     (report,) = kept.reports.values()
     assert (report.rows, report.preferences, report.identical, report.skipped_overlong) == (6, 4, 1, 1)
     assert (report.duplicates, report.contradictions, report.truncated) == (1, 1, 0)
-    cut = load_preferences(str(tmp_path / "all.jsonl"), encoder, str(tmp_path / "cache"))  # not what is cached of it
+    cut = load_preferences(str(tmp_path / "all.jsonl"), encoder, str(tmp_path / "cache"))
     assert len(cut) == 5
     with pytest.raises(DataError, match=r"no row is left of 2: 1 are longer than encoding.max_length 64 and 1"):
         load_preferences(write(tmp_path / "no.jsonl", [long, rows[1]]), encoder, str(tmp_path), overlong="skip")
@@ -167,7 +167,7 @@ def test_a_file_is_encoded_once_per_content_and_encoder(tokenizer_dir, tmp_path,
     load_preferences(str(path), Encoder(tokenizer, 3), cache)
     path.write_text(json.dumps({**GOOD, "chosen": "glad"}))
     assert load_preferences(str(path), encoder, cache)[0].chosen_ids.tolist() == encoder.encode("please", "glad").ids
-    assert len(calls) == 4  # three encodings, and the one just above
+    assert len(calls) == 4  # three encodings, plus the one just above
     assert not list(Path(cache).glob("preferences/.building-*"))
 
 
