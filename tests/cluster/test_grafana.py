@@ -63,7 +63,7 @@ def defined_metrics():
 
 
 def test_every_metric_that_is_defined_is_asked_for_as_what_it_is():
-    """Covers metrics that a short run does not export; `test_every_metric_of_a_pool_is_on_the_dashboard` covers names."""
+    """Covers metrics that a short run omits; `test_every_metric_of_a_pool_is_on_the_dashboard` covers names."""
     defined = defined_metrics()
     queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     unused = dict(defined)
