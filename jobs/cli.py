@@ -70,11 +70,11 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
     The exit code is 0 after success, 2 after an error of this project, whose message says what to change, and 1 after
     an expected failure of the system below (``also_expected``). Anything else is a bug and keeps its traceback.
     """
-    configure_logging()
     # Ray, transformers and datasets report usage by default; a training job should not phone home.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        configure_logging()
         main()
     except CriticError as error:
         print(f"error: {error}", file=sys.stderr)

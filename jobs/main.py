@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union
 
 import rlhf_critic
 from jobs.cli import COMMANDS, EXIT_REFUSED, SCRIPT
+from rlhf_critic.logs import LEVEL_VARIABLE
 
 SHELLS = ("bash", "zsh")
 USAGE = f"""usage: {SCRIPT} COMMAND [OPTIONS]
@@ -23,6 +24,7 @@ USAGE = f"""usage: {SCRIPT} COMMAND [OPTIONS]
   {SCRIPT} --version                  print the version
   {SCRIPT} --print-completion SHELL   print a completion script for {" or ".join(SHELLS)}, for example
                                         source <({SCRIPT} --print-completion bash)
+  {LEVEL_VARIABLE}=WARNING       environment variable: show fewer log lines, or more with DEBUG
 """
 
 

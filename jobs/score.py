@@ -28,7 +28,7 @@ from actors.runtime.storage import local_directory
 from actors.serving.offline import ChunkScorer, ScoringJob, added_fields, json_line, read_rewards, schema_of
 from actors.serving.scorer import version_name
 from jobs.cli import command, run_job, validate_outside_package
-from rlhf_critic.checkpoint.critic_directory import check_critic, weights_digest
+from rlhf_critic.checkpoint.critic_directory import check_critic
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
 from rlhf_critic.data.sources import fingerprint_of, read_rows
@@ -72,10 +72,9 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         raise ConfigError(f"OUT {config.out!r} must be a path, because workers write files there; mount the store")
     validate_outside_package("OUT", config.out)
     with local_directory(config.checkpoint) as directory:
-        card = check_critic(directory)
+        card, digest = check_critic(directory)
         if config.normalize:
             card.reward_scale()
-        digest = weights_digest(directory)
     scorer = config.scorer_config(config.checkpoint, digest)
     data = config.data
     version = version_name(card.version, digest, scorer)

@@ -1,11 +1,12 @@
-"""``python -m jobs.serve CHECKPOINT``: rewards from a pool of scorers on Ray Serve.
+"""``python -m jobs.serve CHECKPOINT``: serves rewards from a pool of scorers on Ray Serve.
 
-Runs alone (it starts a local Ray and stays) or against a cluster, by ``ray job submit`` or ``RAY_ADDRESS``.
+Joins a Ray cluster (``ray job submit``, ``RAY_ADDRESS``), or starts a local Ray and runs until it is interrupted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import time
@@ -24,17 +25,19 @@ from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.errors import ConfigError
 
-SHORTEST_TOKEN = 16
+logger = logging.getLogger(__name__)
+
+MIN_TOKEN_LENGTH = 16
 
 
 def main() -> None:
-    """Does what the options say, and says what runs where."""
+    """Starts, changes or stops a pool, and reports its URL and version."""
     config = parse_command_line(ServeJobConfig, prog=command("serve"))
     console = Console(stderr=True)
     started_ray = join_ray(may_start=not (config.stop or config.publish))
     if config.stop:
         control.stop(config.app)
-        console.print(f"the pool {config.app!r} has ended")
+        console.print(f"stopped the pool {config.app!r}")
         return
     with console.status("checking the critic") as status:
         if config.publish:
@@ -45,15 +48,15 @@ def main() -> None:
     console.print(f"[bold]{config.app}[/bold] serves {version} at {url}", highlight=False)
     console.print(how_to_call(config, url, authenticated), markup=False, highlight=False, soft_wrap=True)
     if started_ray:
-        console.print("Ctrl-C ends it.")
+        console.print("Press Ctrl-C to stop it.")
         wait_for_end(config.app)
 
 
 def join_ray(may_start: bool) -> bool:
-    """Joins the Ray cluster that is there, or starts a Ray of its own; returns whether it did.
+    """Joins a running Ray cluster, or starts a local one; returns whether it started one.
 
     Raises:
-        ConfigError: There is none, and none may be started.
+        ConfigError: No cluster can be joined, and ``may_start`` is False.
     """
     if ray.is_initialized():
         return False
@@ -62,7 +65,7 @@ def join_ray(may_start: bool) -> bool:
         init_ray(address="local", logging_level="WARNING", log_to_driver=False)
         return True
     try:
-        # A pool that runs alone has a Ray that nobody else knows of; Ray finds it among the processes of this machine.
+        # "auto" finds the local Ray of another jobs.serve among the processes of this machine.
         init_ray(address=address or "auto", logging_level="WARNING", log_to_driver=False)
     except ConnectionError as error:
         raise ConfigError(
@@ -72,10 +75,10 @@ def join_ray(may_start: bool) -> bool:
 
 
 def run_pool(config: ServeJobConfig, progress: control.Progress) -> tuple[str, str, bool]:
-    """Runs the pool, or changes the one that runs.
+    """Starts the pool, or changes the running one.
 
     Returns:
-        Its URL, the version it serves and whether callers must show a token.
+        The pool's URL, the version it serves, and whether callers must send a token.
 
     Raises:
         CriticError: See `actors.serving.control`.
@@ -88,43 +91,43 @@ def run_pool(config: ServeJobConfig, progress: control.Progress) -> tuple[str, s
 
 
 def read_token(path: str) -> str:
-    """The bearer token of a file, which is made where it is missing: for its owner alone.
+    """Returns the bearer token in a file. Creates a missing file, readable by its owner only.
 
     Raises:
-        ConfigError: The file cannot be read or made, others may read it, or the token is too short to be one.
+        ConfigError: The file cannot be read or created, other users can read it, or the token is too short.
     """
     file = Path(path).expanduser()
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
-                made.write(secrets.token_urlsafe(32) + "\n")
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as created:
+                created.write(secrets.token_urlsafe(32) + "\n")
         if file.stat().st_mode & 0o077:
-            raise ConfigError(f"{file}: others may read this token: chmod 600 {file}")
+            raise ConfigError(f"{file}: other users can read this token: run chmod 600 {file}")
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: no token can be read or made there: {error}; give another --token-file") from error
-    if len(token) < SHORTEST_TOKEN:
+        raise ConfigError(f"{file}: cannot read or create the token: {error}; use another --token-file") from error
+    if len(token) < MIN_TOKEN_LENGTH:
         raise ConfigError(
-            f"{file}: a token of fewer than {SHORTEST_TOKEN} characters can be guessed; delete the file and one is made"
+            f"{file}: a token of fewer than {MIN_TOKEN_LENGTH} characters can be guessed; delete the file for a new one"
         )
     return token
 
 
 def how_to_call(config: ServeJobConfig, url: str, authenticated: bool) -> str:
-    """A call to try."""
+    """Returns a command that calls the pool."""
     token = f' -H "Authorization: Bearer $(cat {config.token_file})"' if authenticated else ""
     body = '{"items": [{"prompt": "Name a prime.", "response": "7 is prime."}]}'
     return f"try: curl {url}/score{token} -H 'Content-Type: application/json' -d '{body}'"
 
 
 def wait_for_end(app: str) -> None:
-    """Stays until the pool is gone or the user has had enough; then ends it in order."""
+    """Waits until the pool is stopped or the user presses Ctrl-C, then shuts down Serve and Ray."""
     try:
         while control.is_running(app):
             time.sleep(1)
     except KeyboardInterrupt:
-        print("ending the pool")
+        logger.info("interrupted; stopping the pool app=%s", app)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -1,32 +1,49 @@
-"""Files written atomically, and manifests of checksums. Knows nothing of what is in a file."""
+"""Atomic writes of files and directories, and manifests of checksums. Knows nothing about what a file holds."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from rlhf_critic.errors import CheckpointError
 
-TRY_ANOTHER_CHECKPOINT = "Take another checkpoint of the run, or another copy of this one"
-
-
+TRY_ANOTHER_CHECKPOINT = "Use another checkpoint of the run, or another copy of this one"
 MANIFEST_PATTERN = "manifest-{node}-of-{nodes}.json"
+BLOCK_BYTES = 1 << 24
+
+
+class FileRecord(NamedTuple):
+    """One file in a manifest.
+
+    Attributes:
+        bytes: Size of the file.
+        checksum: SHA-256 in hexadecimal. An integer is a CRC-32, from a manifest of version 0.1.
+    """
+
+    bytes: int
+    checksum: str | int
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A directory that appears at ``path`` when the block ends well, and never otherwise.
+def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """Yields a temporary directory that becomes ``path`` when the block ends without an error.
+
+    Args:
+        path: The directory to create.
+        keep_existing: Whether a directory that another process created meanwhile is kept instead of this one.
 
     Raises:
-        CheckpointError: There is something at ``path`` already, or it cannot be written.
+        CheckpointError: ``path`` exists already, or cannot be written.
     """
     path = Path(path)
-    if path.exists():
+    if path.exists() and not keep_existing:
         raise CheckpointError(f"{path} exists already; give a new directory or remove it first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,32 +51,46 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             building = Path(name)
             yield building
             building.chmod(0o755)
-            os.rename(building, path)
+            try:
+                os.rename(building, path)
+            except OSError:
+                if not (keep_existing and path.is_dir()):
+                    raise
     except OSError as error:
         raise CheckpointError(
-            f"{path}: could not be written ({error}); nothing was left there. Free some space, or give another place"
+            f"{path}: could not be written ({error}); nothing was left there. Free some space, or give another path"
         ) from error
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file that readers see whole, old or new."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; the file written there replaces ``path`` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8. Readers see the old content or the new, never a part of it."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_manifest(directory: str | Path, node: int, nodes: int, pattern: str = "**/*") -> None:
-    """Records the size and CRC-32 of every file this node wrote into a checkpoint; the last thing to be written.
+    """Records the size and SHA-256 of every file that this node wrote into a checkpoint. Call it last.
 
     Args:
         directory: The checkpoint.
         node: Number of this node.
-        nodes: How many write a manifest.
-        pattern: Of the files to record; what has a manifest of its own need not be read again.
+        nodes: Number of nodes that write a manifest.
+        pattern: Glob of the files to record. Files that have a manifest of their own can be left out.
     """
     directory = Path(directory)
     files = {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(directory.glob(pattern))
         if path.is_file()
     }
@@ -67,50 +98,77 @@ def write_manifest(directory: str | Path, node: int, nodes: int, pattern: str = 
 
 
 def verify_manifest(directory: str | Path) -> None:
-    """Checks a checkpoint against its manifests.
+    """Checks that a checkpoint has all its manifests, and every file that they record.
 
     Raises:
-        CheckpointError: A manifest is missing or damaged, or a file is missing, cut short or changed.
+        CheckpointError: A manifest is missing or damaged, or a file is missing, truncated or changed.
     """
-    directory = Path(directory)
-    manifests, nodes = _manifests(directory)
-    if len(manifests) != nodes:
+    found, nodes = _manifests(Path(directory))
+    if len(found) != nodes:
         raise CheckpointError(
-            f"{directory}: {len(manifests)} of {nodes} manifests: this checkpoint was not written whole. {TRY_ANOTHER_CHECKPOINT}"
+            f"{directory}: incomplete, {len(found)} of {nodes} manifests found: writing it was interrupted. "
+            f"{TRY_ANOTHER_CHECKPOINT}"
         )
-    for manifest in manifests:
-        _verify_files(directory, _read_manifest(manifest))
+    verify_files(directory, read_manifests(directory))
+
+
+def read_manifests(directory: str | Path) -> dict[str, FileRecord]:
+    """Returns the record of each file by its path below ``directory``, from the manifests that are there.
+
+    Raises:
+        CheckpointError: A manifest is damaged, or two of them disagree.
+    """
+    records: dict[str, FileRecord] = {}
+    for path in _manifests(Path(directory))[0]:
+        try:
+            for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
+                record = FileRecord(entry["bytes"], entry["sha256"] if "sha256" in entry else entry["crc32"])
+                if records.setdefault(name, record) != record:
+                    raise ValueError(f"another manifest records {name} differently")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged (not a manifest: {error}). {TRY_ANOTHER_CHECKPOINT}") from error
+    return records
+
+
+def verify_files(directory: str | Path, records: Mapping[str, FileRecord]) -> None:
+    """Reads each file once and compares it with its record.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or changed.
+    """
+    for name, record in records.items():
+        path = Path(directory) / name
+        checksum = _crc32 if isinstance(record.checksum, int) else _sha256
+        try:
+            intact = path.stat().st_size == record.bytes and checksum(path) == record.checksum
+        except OSError as error:
+            raise CheckpointError(f"{path}: missing or unreadable ({error}). {TRY_ANOTHER_CHECKPOINT}") from error
+        if not intact:
+            raise CheckpointError(f"{path}: damaged (size or checksum differs). {TRY_ANOTHER_CHECKPOINT}")
+
+
+def file_blocks(path: Path) -> Iterator[bytes]:
+    """Yields the content of a file block by block."""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
 def _manifests(directory: Path) -> tuple[list[Path], int]:
-    """The manifests that are there, and how many there should be."""
+    """Returns the manifests found, and the number expected."""
     found = sorted(directory.glob(MANIFEST_PATTERN.format(node="*", nodes="*")))
     return found, int(found[0].stem.rsplit("-", 1)[1]) if found else 1
 
 
-def _read_manifest(path: Path) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of each file."""
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))
-        return {name: (recorded["bytes"], recorded["crc32"]) for name, recorded in files.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged (no manifest: {error}). {TRY_ANOTHER_CHECKPOINT}") from error
-
-
-def _verify_files(directory: Path, files: dict[str, tuple[int, int]]) -> None:
-    for name, (size, checksum) in files.items():
-        path = directory / name
-        try:
-            whole = path.stat().st_size == size and _crc32(path) == checksum
-        except OSError as error:
-            raise CheckpointError(f"{path}: missing, or not to be read ({error}). {TRY_ANOTHER_CHECKPOINT}") from error
-        if not whole:
-            raise CheckpointError(f"{path}: damaged (size or checksum differs). {TRY_ANOTHER_CHECKPOINT}")
+def _sha256(path: Path) -> str:
+    hashed = hashlib.sha256()
+    for block in file_blocks(path):
+        hashed.update(block)
+    return hashed.hexdigest()
 
 
 def _crc32(path: Path) -> int:
     checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            checksum = zlib.crc32(block, checksum)
+    for block in file_blocks(path):
+        checksum = zlib.crc32(block, checksum)
     return checksum

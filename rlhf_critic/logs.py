@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TextIO
 
+from rlhf_critic.errors import ConfigError
+
 LEVEL_VARIABLE = "RLHF_CRITIC_LOG_LEVEL"
 PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -23,7 +25,7 @@ class _StandardError(logging.StreamHandler[TextIO]):
     """A handler that writes to the standard error of the moment, which tests and notebooks replace."""
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter
@@ -35,25 +37,26 @@ def _errors_only(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def configure_logging(level: str | None = None) -> None:
+def configure_logging(level: str | None = None, *, quiet_libraries: bool = True) -> None:
     """Sends the log records of this project to standard error. Repeated calls only change the level.
 
     Args:
         level: Name of the lowest level that is shown, such as ``DEBUG``. Default: the environment variable
             ``RLHF_CRITIC_LOG_LEVEL``, else ``INFO``. With ``DEBUG``, libraries are shown as well.
+        quiet_libraries: Whether libraries log errors only. A Serve replica passes False, to keep Serve's access log.
 
     Raises:
-        ValueError: There is no such level.
+        ConfigError: There is no such level.
     """
     name = (level or os.environ.get(LEVEL_VARIABLE) or "INFO").upper()
     if name not in LEVELS:
-        raise ValueError(f"log level {name!r} is unknown; use one of {', '.join(LEVELS)}")
+        raise ConfigError(f"log level {name!r} is unknown; use one of {', '.join(LEVELS)}")
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(name)
         if not logger.handlers:
             logger.addHandler(_handler())
-    if name != "DEBUG":
+    if quiet_libraries and name != "DEBUG":
         for library in NOISY_LIBRARIES:
             logging.getLogger(library).setLevel(logging.ERROR)
             logging.getLogger(library).addFilter(_errors_only)  # DeepSpeed sets its own level when it is imported

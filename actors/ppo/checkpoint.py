@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from actors.runtime.storage import REWRITTEN_SUFFIX
 from rlhf_critic.algorithms.ppo import RunningMoments
-from rlhf_critic.checkpoint.critic_directory import weights_digest
+from rlhf_critic.checkpoint.critic_directory import weights_hash
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.data.prompts import Prompts
 from rlhf_critic.errors import CheckpointError, ConfigError
@@ -136,7 +136,7 @@ def reference_digest(config: PPOJobConfig) -> str:
 
 @cache
 def _digest_of_model(name_or_path: str) -> str:
-    return weights_digest(name_or_path, safetensors_only=False) if Path(name_or_path).is_dir() else name_or_path
+    return weights_hash(name_or_path, safetensors_only=False) if Path(name_or_path).is_dir() else name_or_path
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

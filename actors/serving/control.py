@@ -1,8 +1,8 @@
-"""Starting, changing and ending a pool of scorers: what to tell Ray Serve, and how to see that it was done.
+"""Starts, changes and stops a pool of scorers: writes Ray Serve's configuration and waits until replicas follow it.
 
-A pool is deployed as a Serve config, the declarative way of Ray's own ``serve deploy``: a config that differs only in
-options or in what is served reaches running replicas without restarting them, which Serve's Python API cannot do. The
-config is handed to Serve's controller as ``serve run CONFIG`` does. Knows nothing of command lines.
+A pool is deployed as a Serve config, like ``serve deploy``: a config that differs only in options or in the critic
+reaches running replicas without restarting them, which Serve's Python API cannot do. The config is passed to Serve's
+controller as ``serve run CONFIG`` does it. Knows nothing about command lines.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
-from actors.serving.deployment import digest_of
+from actors.serving.deployment import deployment_hash
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
-from actors.serving.replica_status import read_board, remove_board
+from actors.serving.replica_status import read_status, remove_status
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 
+IMPORT_PATH = "actors.serving.deployment:app"
 POLL_S = 0.2
 SEQUENCER_CPUS = 0.1
-# What replicas need of the environment of whoever starts them.
+# Environment variables and runtime_env entries that replicas take over from the process that starts them.
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM")
 REMOTE_ENVIRONMENT = ("working_dir", "py_modules")
 
@@ -38,7 +39,7 @@ Progress = Callable[[str], None]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host that one listens on can be reached from this machine only."""
+    """Returns whether only this machine can connect to a server that listens on ``host``."""
     if host == "localhost":
         return True
     try:
@@ -48,59 +49,58 @@ def is_loopback(host: str) -> bool:
 
 
 def route_of(app: str) -> str:
-    """Where a pool's endpoints are: at the root, or, where there are several pools, under their names."""
+    """Returns the route of a pool's endpoints: the root for the default pool, its name for any other."""
     return "/" if app == DEFAULT_APP else f"/{app}"
 
 
 def start_serve(config: ServeJobConfig, authenticated: bool) -> str:
-    """Makes sure that Serve runs, and says where the pool's HTTP will be.
+    """Starts Serve if it is not running, and returns the URL of the pool.
 
     Raises:
-        ConfigError: Serve runs already, reachable from other machines, and no token is wanted.
+        ConfigError: Serve is already reachable from other machines, and the pool requires no token.
     """
-    # Not `http_options.host` alone: Serve takes the options of whoever starts it first.
     serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-    actual = _client().http_config
+    actual = _client().http_config  # the options of the process that started Serve first
     if not is_loopback(actual.host) and not authenticated and config.auth != "off":
         raise ConfigError(
-            f"Ray Serve listens on {actual.host}, which other machines reach, so callers must show a token: --auth on "
-            "(or --auth off, if something before it asks for one)"
+            f"Ray Serve listens on {actual.host}, which other machines can reach: require a token with --auth on (or "
+            "use --auth off if a proxy in front of it authenticates callers)"
         )
     return f"http://{actual.host}:{actual.port}{route_of(config.app)}".rstrip("/")
 
 
 def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
-    """What replicas are to serve, once it is known to be whole.
+    """Checks the critic and returns the configuration of a replica.
 
     Raises:
-        CheckpointError: The critic is not whole, or lacks what the options need.
-        ConfigError: The components are wrong.
+        CheckpointError: The critic is incomplete or damaged, or lacks what the options need.
+        ConfigError: The components are not valid.
     """
     scorer = config.scorer_config(checkpoint, "")
     return _with_digest(scorer)
 
 
 def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None, progress: Progress) -> str:
-    """Runs the pool, or changes the one that runs, which goes on with what it had where that cannot be done.
+    """Starts the pool, or changes the running one. A running pool keeps its configuration if the change fails.
 
     Returns:
-        The version that every replica serves now.
+        The version that every replica serves.
 
     Raises:
         CheckpointError: The critic cannot be served.
         PlacementError: Not every replica served it in time.
-        ConfigError: Somebody else changed the pool meanwhile.
+        ConfigError: Another process changed the pool meanwhile.
     """
     after = {**application(config, scorer, token_sha256), "runtime_env": _runtime_environment(config.use_gpu)}
     return _change(config.app, _deployed(config.app), after, config.start_timeout_s, progress)
 
 
 def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None) -> dict[str, Any]:
-    """The pool as Ray Serve's configuration has it, less what depends on who starts it.
+    """Returns the pool's entry in Ray Serve's configuration, without the ``runtime_env`` of the process that starts it.
 
     Args:
-        config: What the user wants.
-        scorer: What replicas are told to serve.
+        config: The user's options.
+        scorer: The configuration of a replica.
         token_sha256: See `actors.serving.http_api.HttpSettings`.
     """
     user_config = {
@@ -142,25 +142,31 @@ def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str 
     return {
         "name": config.app,
         "route_prefix": route_of(config.app),
-        "import_path": "actors.serving.deployment:app",
+        "import_path": IMPORT_PATH,
         "deployments": [replicas, gateway],
     }
 
 
 def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> str:
-    """Swaps the critic of a running pool; the other options stay.
+    """Swaps the critic of a running pool and keeps its other options.
 
     Returns:
-        The version that every replica serves now.
+        The version that every replica serves.
 
     Raises:
-        ConfigError: There is no such pool, or somebody else changed it meanwhile.
-        CheckpointError: The critic cannot be served; the pool goes on with what it had.
-        PlacementError: Not every replica served it in time; the pool goes on with what it had.
+        ConfigError: There is no such pool, it runs another version of this package, or another process changed it
+            meanwhile.
+        CheckpointError: The critic cannot be served; the pool keeps the previous one.
+        PlacementError: Not every replica served it in time; the pool returns to the previous one.
     """
     before = _deployed(app)
     if before is None:
         raise ConfigError(f"there is no pool {app!r} to publish to: start it with python -m jobs.serve {checkpoint}")
+    if before["import_path"] != IMPORT_PATH:
+        raise ConfigError(
+            f"the pool {app!r} was started by another version of rlhf-critic: stop it (python -m jobs.serve --stop) "
+            f"and start it again with python -m jobs.serve {checkpoint}"
+        )
     after = copy.deepcopy(before)
     user_config = _replicas(after)["user_config"]
     scorer = ScorerConfig(**{**user_config["scorer"], "checkpoint": checkpoint})
@@ -169,38 +175,38 @@ def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> 
 
 
 def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: str | None = None) -> str:
-    """Waits until every replica of a pool serves what it was told to.
+    """Waits until every replica of a pool serves the published configuration.
 
-    A replica that was being started when it was told is not waited for: it comes with what was there before, names
-    that in its answers, and swaps then.
+    A replica that is still starting at the time of publishing is not waited for. It starts with the previous
+    configuration, names that version in its answers, and then swaps.
 
     Args:
         app: The pool's name.
-        timeout_s: For how long.
-        progress: Is told how far it is.
-        wanted: The digest of what it was told to serve; None takes what it was told last.
+        timeout_s: Maximum time to wait, in seconds.
+        progress: Called with a line of text about the replicas that serve it so far.
+        wanted: Hash of the published configuration; None takes the latest one.
 
     Returns:
-        The version.
+        The version that every replica serves.
 
     Raises:
-        CheckpointError: One cannot.
-        PlacementError: They did not in time.
-        ConfigError: It was told to serve something else meanwhile.
+        CheckpointError: A replica cannot serve it.
+        PlacementError: Not every replica served it in time.
+        ConfigError: Another process changed or stopped the pool meanwhile.
     """
     deadline = time.monotonic() + timeout_s
     wanted = wanted or _published(app)
     while True:
         if (published := _published(app)) != wanted:
-            what = "ended" if published is None else "changed"
-            raise ConfigError(f"the pool {app!r} was {what} by somebody else meanwhile")
+            what = "stopped" if published is None else "changed"
+            raise ConfigError(f"the pool {app!r} was {what} by another process meanwhile")
         status, message, running, target = _state(app)
-        reports = [report for report in read_board(app) if report.replica in running and report.published == wanted]
+        reports = [report for report in read_status(app) if report.replica in running and report.published == wanted]
         for report in reports:
             if report.error:
-                raise CheckpointError(f"a replica cannot serve what was published: {report.error}")
+                raise CheckpointError(f"a replica cannot serve the published critic: {report.error}")
         current = [report for report in reports if report.is_current]
-        progress(f"{len(current)} of {max(len(running), target)} replicas serve it ({status})")
+        progress(f"{len(current)} of {max(len(running), target)} replicas serve the critic ({status})")
         if status == "DEPLOY_FAILED":
             raise CheckpointError(f"the pool could not be started: {_last_line(message)}")
         if status == "RUNNING" and running and len(current) == len(running):
@@ -208,49 +214,49 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: st
         if time.monotonic() > deadline:
             why = f"{status}: {_last_line(message)}" if message else status
             raise PlacementError(
-                f"waited {timeout_s:g} s for the replicas of {app!r} to serve what was published, and {len(current)} "
-                f"of {max(len(running), target)} do ({why}): give the cluster more room, the pool fewer replicas, or "
-                "wait longer (--start-timeout-s)"
+                f"{len(current)} of {max(len(running), target)} replicas of {app!r} serve the published critic after "
+                f"{timeout_s:g} s ({why}): add nodes, lower --min-replicas, or raise --start-timeout-s"
             )
         time.sleep(POLL_S)
 
 
 def stop(app: str) -> None:
-    """Ends a pool, when its replicas have answered what they had.
+    """Stops a pool after its replicas have answered the calls they accepted.
 
     Raises:
         ConfigError: There is no such pool.
     """
     if _deployed(app) is None:
         raise ConfigError(f"there is no pool {app!r} to stop")
-    remove_board(app)  # first: if this is killed in between, there still is a pool to be stopped, and not a board alone
+    # First, so that an interrupted stop leaves a pool that can be stopped again, not a status actor alone.
+    remove_status(app)
     serve.delete(app)
 
 
 def is_running(app: str) -> bool:
-    """Whether there is such a pool."""
+    """Returns whether there is such a pool."""
     return _deployed(app) is not None
 
 
 def _change(
     app: str, before: dict[str, Any] | None, after: dict[str, Any], timeout_s: float, progress: Progress
 ) -> str:
-    """Gives a pool a config and waits until it is served; where it comes to nothing, gives back the one before."""
-    # A name of its own, so that what replicas said of the same critic earlier is not taken for their answer to this.
+    """Applies a config to a pool and waits until it is served. Restores the previous config if that fails."""
+    # A unique name, so that earlier reports about the same critic are not taken for reports about this publication.
     _replicas(after)["user_config"]["publication"] = uuid.uuid4().hex
-    wanted = digest_of(_replicas(after)["user_config"])
+    wanted = deployment_hash(_replicas(after)["user_config"])
     before = None if before is None else _at_its_size(app, before)
     _apply(app, _at_its_size(app, after))
     try:
         return wait_until_served(app, timeout_s, progress, wanted)
-    except BaseException:  # an interrupt, too: half of the replicas would serve the one and half the other
+    except BaseException:  # also an interrupt, which would leave replicas with different critics
         if before is not None and _published(app) == wanted:
             _apply(app, before)
         raise
 
 
 def _at_its_size(app: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A pool's config that leaves it as many replicas as it has: Serve goes back to the initial number with each."""
+    """Returns a config that keeps the number of replicas. Serve applies the initial number at every deployment."""
     config = copy.deepcopy(config)
     scaling = _replicas(config)["autoscaling_config"]
     *_, target = _state(app)
@@ -259,26 +265,23 @@ def _at_its_size(app: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published(app: str) -> str | None:
-    """The digest of what a pool was told to serve."""
+    """Returns the hash of the configuration that a pool was given last, None if there is no pool."""
     deployed = _deployed(app)
-    return None if deployed is None else digest_of(_replicas(deployed)["user_config"])
+    return None if deployed is None else deployment_hash(_replicas(deployed)["user_config"])
 
 
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
-    from rlhf_critic.checkpoint.critic_directory import (  # torch and transformers, for this alone
-        check_critic,
-        weights_digest,
-    )
+    from rlhf_critic.checkpoint.critic_directory import check_critic  # imports torch and transformers
 
     with local_directory(scorer.checkpoint) as directory:
-        card = check_critic(directory)
+        card, digest = check_critic(directory)
         if scorer.normalize:
             card.reward_scale()
-        return scorer.model_copy(update={"digest": weights_digest(directory)})
+    return scorer.model_copy(update={"digest": digest})
 
 
 def _runtime_environment(use_gpu: bool) -> dict[str, Any]:
-    """The environment of whoever starts the pool, as far as replicas need it: a submitted job's code comes along."""
+    """Returns the ``runtime_env`` of replicas: this process's variables and, in a submitted job, its code."""
     mine = ray.get_runtime_context().runtime_env
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if not use_gpu:
@@ -291,12 +294,12 @@ def _client() -> Any:
 
 
 def _deployed(app: str) -> dict[str, Any] | None:
-    """The config that a pool was deployed with."""
+    """Returns the config that a pool was deployed with, None if there is no pool."""
     return _configs().get(app)
 
 
 def _configs() -> dict[str, dict[str, Any]]:
-    """The configs of all applications that were deployed by config."""
+    """Returns the configs of all applications that were deployed by config."""
     client = get_serve_client(raise_if_no_controller_running=False)
     if client is None:
         return {}
@@ -309,7 +312,7 @@ def _configs() -> dict[str, dict[str, Any]]:
 
 
 def _apply(app: str, config: dict[str, Any]) -> None:
-    """Replaces one application's config; Serve would end those that a config does not name."""
+    """Replaces one application's config. Serve stops applications that a config does not name, so all are passed."""
     configs = {**_configs(), app: config}
     client = _client()
     client.deploy_apps(
@@ -326,7 +329,7 @@ def _replicas(application: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(app: str) -> tuple[str, str, set[str], int]:
-    """An application's status and message, its replicas that answer, and how many there are to be."""
+    """Returns an application's status and message, its running replicas, and their target number."""
     details = _client().get_serve_details()["applications"].get(app, {})
     scorers = details.get("deployments", {}).get(SCORER_DEPLOYMENT, {})
     answering = {"RUNNING", "UPDATING"}
@@ -337,6 +340,6 @@ def _state(app: str) -> tuple[str, str, set[str], int]:
 
 
 def _last_line(message: str) -> str:
-    """Of a traceback, what went wrong."""
+    """Returns the last line of a traceback, which names the error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason was given; see the replicas' logs"
+    return lines[-1] if lines else "no reason given; see the replicas' logs"

@@ -1,8 +1,8 @@
-"""The pool on Ray Serve: scorer replicas and, before them, the HTTP endpoints.
+"""The pool on Ray Serve: scorer replicas, and the gateway with the HTTP endpoints in front of them.
 
-`app` is what a Serve config names as ``import_path: actors.serving.deployment:app``. All that may differ between pools comes with
-the config, as options and ``user_config`` of the deployments (`actors.serving.control` writes them). Serve starts, scales, heals
-and routes; what a replica does is `actors.serving.scorer`.
+A Serve config names `app` as ``import_path: actors.serving.deployment:app``. Everything that may differ between pools
+is in the config: options and ``user_config`` of the deployments, written by `actors.serving.control`. Serve starts,
+scales, restarts and routes; `actors.serving.scorer` scores.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from actors.runtime.session import listen_at_node_address
 from actors.serving.handle import SCORER_DEPLOYMENT, HandleTransport
 from actors.serving.http_api import HttpSettings, build_app
 from actors.serving.metrics import ScorerMetrics, http_refusals
-from actors.serving.replica_status import ON_HEAD, ReplicaReport, board_of
+from actors.serving.replica_status import ON_HEAD, ReplicaReport, status_of
 from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable
+from rlhf_critic.logs import configure_logging
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Item, ScorerInfo, Scores
 
 if TYPE_CHECKING:
     from actors.serving.scorer import Scorer
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 INFO_TIMEOUT_S = 5.0
 REPORT_EVERY_S = 2.0
-SILENCE_S = 30.0  # a replica that has said nothing for so long is not taken for ready
+SILENCE_S = 30.0  # a replica without a report for so long does not count as ready
 CONCURRENT_HTTP_CALLS = 1000
 
 
-def digest_of(user_config: dict[str, Any]) -> str:
-    """Names a configuration."""
+def deployment_hash(user_config: dict[str, Any]) -> str:
+    """Returns a SHA-256 that names a replica's configuration."""
     return hashlib.sha256(json.dumps(user_config, sort_keys=True).encode()).hexdigest()
 
 
@@ -53,14 +54,15 @@ def digest_of(user_config: dict[str, Any]) -> str:
     graceful_shutdown_timeout_s=60,
 )
 class ScorerReplica:
-    """One replica: a `Scorer`, told by Serve what to serve."""
+    """One replica: a `Scorer` that Serve configures."""
 
     def __init__(self) -> None:
+        configure_logging(quiet_libraries=False)
         listen_at_node_address()
         context = serve.get_replica_context()
         self._app, self._replica = context.app_name, context.replica_id.unique_id
         self._metrics = ScorerMetrics(self._app, self._replica)
-        self._board = board_of(self._app)
+        self._status = status_of(self._app)
         self._scorer: Scorer | None = None
         self._wanted: dict[str, Any] = {}
         self._serving: dict[str, Any] = {}
@@ -68,10 +70,10 @@ class ScorerReplica:
         self._swapping: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes a configuration from Serve. The first is loaded before any call is answered.
+        """Takes a configuration from Serve. The first one is loaded before any call is answered.
 
-        Later ones are loaded beside what is served, while this returns at once, because Serve sends no calls to a
-        replica that is being configured. One that cannot be loaded changes nothing; the board tells.
+        A later one is loaded in the background while this method returns at once, because Serve sends no calls to a
+        replica that is being configured. If it cannot be loaded, the replica keeps the previous one and reports why.
         """
         self._wanted = user_config
         if self._scorer is None:
@@ -83,7 +85,7 @@ class ScorerReplica:
             self._swapping = asyncio.create_task(self._swap())
 
     async def score(self, items: list[Item], values: bool, version: str | None) -> Scores | CriticError:
-        """See `Scorer.score`; its errors are returned, because what is raised here Serve logs as a failure of ours."""
+        """See `Scorer.score`. Errors are returned, because Serve would log a raised one as a failure of the replica."""
         assert self._scorer is not None
         started = time.perf_counter()
         try:
@@ -95,13 +97,13 @@ class ScorerReplica:
         return scores
 
     def check_health(self) -> None:
-        """Serve asks now and then, and replaces a replica that raises."""
+        """Called by Serve periodically; Serve replaces a replica that raises."""
         if self._scorer is not None:
             self._scorer.check_healthy()
             self._report()
 
     async def _swap(self) -> None:
-        """Loads what was published last, until that is what is served or cannot be."""
+        """Loads the latest configuration, until it is served or fails to load."""
         assert self._scorer is not None
         while self._wanted != self._serving:
             wanted = self._wanted
@@ -110,7 +112,7 @@ class ScorerReplica:
                 self._serving, self._error = wanted, ""
                 self._metrics.on_version(self._scorer.info().model_version)
             except Exception as error:
-                logger.exception("the published critic cannot be served; the one before stays")
+                logger.exception("cannot serve the published critic; keeping the previous one")
                 self._error = str(error)
                 if self._wanted == wanted:
                     break
@@ -123,16 +125,16 @@ class ScorerReplica:
             replica=self._replica,
             pid=os.getpid(),
             info=self._scorer.info(),
-            published=digest_of(self._wanted),
+            published=deployment_hash(self._wanted),
             is_current=self._wanted == self._serving,
             error=self._error if self._wanted != self._serving else "",
         )
-        self._board.report.remote(report)  # not waited for: it is said again at the next health check
+        self._status.report.remote(report)  # not awaited: the next health check reports again
 
 
 def _make_scorer(user_config: dict[str, Any], metrics: ScorerMetrics) -> Scorer:
     from actors.serving.scorer import (
-        Scorer,  # only replicas need torch and transformers: seconds, and memory on the head
+        Scorer,  # imports torch and transformers, which only replicas need
     )
 
     return Scorer(
@@ -157,27 +159,28 @@ def _http_app() -> Any:
 )
 @serve.ingress(_http_app)
 class Gateway:
-    """The HTTP endpoints; a `actors.serving.http_api.ScoringService`."""
+    """The HTTP endpoints; an `actors.serving.http_api.ScoringService`."""
 
-    def __init__(self, _: DeploymentHandle) -> None:  # by which Serve knows that replicas come first
+    def __init__(self, _: DeploymentHandle) -> None:  # tells Serve to start the replicas first
+        configure_logging(quiet_libraries=False)
         listen_at_node_address()
         app = serve.get_replica_context().app_name
-        self._board = board_of(app)
+        self._status = status_of(app)
         self._refusals = http_refusals(app)
         self.settings = HttpSettings()
         self._max_items = 0
         self._client = ScorerClient(HandleTransport(app), max_in_flight=CONCURRENT_HTTP_CALLS)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes the limits from Serve."""
+        """Takes the limits from Serve's configuration."""
         self._max_items = user_config["max_items"]
         self.settings = HttpSettings(**user_config["http"])
 
     async def score(self, items: list[Item], values: bool, version: str | None) -> Scores:
         """See `actors.serving.http_api.ScoringService`."""
-        if len(items) > self._max_items:  # the client would split the call
+        if len(items) > self._max_items:  # the client below would split the call
             raise ScorerRejected(
-                "too_many_items", f"{len(items)} items in one call, at most {self._max_items} are taken: split the call"
+                "too_many_items", f"{len(items)} items in one call, the maximum is {self._max_items}: split the call"
             )
         return await self._client.score_items_async(
             items, values=values, version=version, deadline_s=self.settings.deadline_s
@@ -186,18 +189,18 @@ class Gateway:
     async def info(self) -> ScorerInfo:
         """See `actors.serving.http_api.ScoringService`.
 
-        Asks the board, because a call would wait behind those that are scored. A pool that has vanished for want of
-        callers (``min_replicas: 0``) therefore looks as if it were not ready, until somebody scores.
+        Reads the replicas' reports, because a call to a replica would wait behind its queue. An idle pool that has
+        scaled to zero (``min_replicas: 0``) therefore counts as not ready until the next call.
         """
         try:
-            reports = await asyncio.wait_for(self._board.reports.remote(SILENCE_S), INFO_TIMEOUT_S)
+            reports = await asyncio.wait_for(self._status.reports.remote(SILENCE_S), INFO_TIMEOUT_S)
         except (asyncio.TimeoutError, RayError):
             reports = []
-        # While a critic is being published, what is served next.
-        told = next((one for one in reports if one.is_current), reports[0] if reports else None)
-        if told is None:
-            raise ScorerUnavailable("no scorer is ready yet: wait, or look at the pool with `serve status`")
-        return told.info
+        # During a swap, the critic that is being published.
+        report = next((one for one in reports if one.is_current), reports[0] if reports else None)
+        if report is None:
+            raise ScorerUnavailable("no scorer is ready: wait, or check the pool with `serve status`")
+        return report.info
 
     def on_refusal(self, kind: str) -> None:
         """See `actors.serving.http_api.ScoringService`."""

@@ -1,4 +1,4 @@
-"""The way to scorers inside a Ray cluster: a Ray Serve handle under a `ScorerClient`."""
+"""Access to scorers inside a Ray cluster: a `ScorerClient` over a Ray Serve handle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HandleTransport:
     """Calls replicas through Serve's router.
 
     Args:
-        app: The pool's name, as ``python -m jobs.serve --app`` has it.
+        app: The pool's name, the ``--app`` of ``python -m jobs.serve``.
     """
 
     def __init__(self, app: str) -> None:
@@ -43,15 +43,15 @@ class HandleTransport:
             response = self._handle.score.remote(items, values, version)
             answer: Scores | CriticError = await asyncio.wait_for(_answer(response), timeout_s)
         except asyncio.TimeoutError as error:
-            _take_back(response)
+            _cancel(response)
             raise ScorerUnavailable(f"no replica answered within {timeout_s:.1f} s") from error
         except asyncio.CancelledError:
-            _take_back(response)
+            _cancel(response)
             raise
         except RayTaskError as error:
             raise ScorerFailed(f"a scorer failed: {type(error.cause).__name__}: {error.cause}") from error
         except BackPressureError as error:
-            raise ScorerUnavailable("more calls are waiting than the pool allows") from error
+            raise ScorerUnavailable("the pool's queue is full") from error
         except (RayError, RayServeException, TaskCancelledError) as error:
             raise ScorerUnavailable(f"{type(error).__name__}: {error}") from error
         if isinstance(answer, CriticError):
@@ -59,11 +59,11 @@ class HandleTransport:
         return answer
 
     async def close(self) -> None:
-        """A handle has nothing to close."""
+        """Does nothing: a handle holds no resources."""
 
 
-def _take_back(response: Any) -> None:
-    """Cancels a call for which nobody waits any more; that it failed meanwhile, as where its pool went, is no news."""
+def _cancel(response: Any) -> None:
+    """Cancels a call that nobody waits for. A failure meanwhile, such as the end of its pool, does not matter."""
     if response is not None:
         with contextlib.suppress(RayError, RayServeException):
             response.cancel()
@@ -74,11 +74,11 @@ async def _answer(response: Any) -> Any:
 
 
 def connect(app: str = DEFAULT_APP, **options: Any) -> ScorerClient:
-    """A client of the pool that ``python -m jobs.serve`` runs in this Ray cluster.
+    """Returns a client of the pool that ``python -m jobs.serve`` runs in this Ray cluster.
 
     Args:
         app: The pool's name.
-        **options: Of `rlhf_critic.scoring.client.ScorerClient`.
+        **options: Options of `rlhf_critic.scoring.client.ScorerClient`.
     """
     if not ray.is_initialized():
         init_ray(logging_level="WARNING")

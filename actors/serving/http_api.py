@@ -1,7 +1,7 @@
-"""The scorers' HTTP endpoints: authentication, limits, three dialects of one question, errors that programs can read.
+"""The scorers' HTTP endpoints: authentication, limits, three request formats, and errors that programs can read.
 
-`build_app` makes a FastAPI application around anything that scores (`ScoringService`), so it also runs without Serve.
-What crosses the wire is defined in `rlhf_critic.scoring.http_schema`. Knows nothing of replicas or models.
+`build_app` creates a FastAPI application around any `ScoringService`, so it also runs without Serve.
+`rlhf_critic.scoring.http_schema` defines requests and responses. Knows nothing about replicas or models.
 """
 
 import hashlib
@@ -42,18 +42,18 @@ from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, Text
 
 HEALTH = "/health"
 RETRY_AFTER_S = "1"
-MOST_SHOWN = 200  # characters of a name that a caller made up
+MAX_SHOWN = 200  # characters of a field name chosen by the caller
 KIND_OF_STATUS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}
 
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """What the endpoints allow.
+    """The limits of the endpoints.
 
     Attributes:
-        token_sha256: Hex digest of the bearer token that callers must show; None lets everyone in.
-        max_body_bytes: Most bytes of a request's body.
-        deadline_s: Seconds that a request waits for its scores.
+        token_sha256: SHA-256 of the bearer token that callers must send, in hexadecimal; None disables authentication.
+        max_body_bytes: Maximum size of a request's body in bytes.
+        deadline_s: Maximum time that a request waits for its scores, in seconds.
     """
 
     token_sha256: str | None = None
@@ -62,37 +62,37 @@ class HttpSettings:
 
 
 class ScoringService(Protocol):
-    """What the endpoints stand before."""
+    """A scorer behind the endpoints."""
 
     settings: HttpSettings
 
     async def score(self, items: list[Item], values: bool, version: str | None) -> Scores:
-        """Scores; raises the errors of `rlhf_critic.scoring.client.ScorerClient`."""
+        """Scores items; raises the errors of `rlhf_critic.scoring.client.ScorerClient`."""
 
     async def info(self) -> ScorerInfo:
-        """What is served; raises `ScorerUnavailable` where nothing is ready."""
+        """Describes the served version; raises `ScorerUnavailable` if no scorer is ready."""
 
     def on_refusal(self, kind: str) -> None:
-        """Is told of every request that gets no scores, and why."""
+        """Called for every request that gets no scores, with the kind of its error."""
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The body is not JSON."},
     401: {"model": ErrorResponse, "description": "The bearer token is missing or wrong."},
-    409: {"model": ErrorResponse, "description": "Another version is served than the one asked for."},
+    409: {"model": ErrorResponse, "description": "The pool serves another version than the requested one."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
-    422: {"model": ErrorResponse, "description": "The request says something that cannot be scored."},
+    422: {"model": ErrorResponse, "description": "The request has an invalid field, or an item that cannot be scored."},
     500: {"model": ErrorResponse, "description": "A scorer failed."},
-    503: {"model": ErrorResponse, "description": "No scorer answered in time: try again."},
+    503: {"model": ErrorResponse, "description": "No scorer answered in time. Try again."},
 }
 
 
 class _StrictRequest(Request):
-    """Reads JSON as its standard has it: Python's reader also takes NaN and Infinity."""
+    """A request whose JSON follows the standard. Python's parser also accepts NaN and Infinity."""
 
     async def json(self) -> Any:
         try:
-            return json.loads(await self.body(), parse_constant=_refuse_constant)
+            return json.loads(await self.body(), parse_constant=_reject_constant)
         except (UnicodeDecodeError, RecursionError, ValueError) as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from error
 
@@ -108,7 +108,7 @@ class _StrictRoute(APIRoute):
 
 
 class _Gate:
-    """Looks at a token before it reads a body, and stops reading one that is too large, whatever its headers say."""
+    """Checks the token before reading the body, and stops reading a body that is too large, despite its headers."""
 
     def __init__(self, app: ASGIApp, service: Callable[[], ScoringService]) -> None:
         self._app, self._service = app, service
@@ -120,8 +120,8 @@ class _Gate:
         settings = self._service().settings
         request = Request(scope)
         is_open = scope["path"].removeprefix(scope.get("root_path", "")) == HEALTH
-        if settings.token_sha256 and not is_open and not _shows_token(request, settings.token_sha256):
-            message = "show the pool's token: Authorization: Bearer TOKEN"
+        if settings.token_sha256 and not is_open and not _has_token(request, settings.token_sha256):
+            message = "the bearer token is missing or wrong: send the header Authorization: Bearer TOKEN"
             refusal = _error(request, 401, KIND_OF_STATUS[401], message, {"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
             return
@@ -140,14 +140,14 @@ class _Gate:
 
 
 def build_app(service: Callable[[], ScoringService]) -> FastAPI:
-    """The application.
+    """Creates the application.
 
     Args:
-        service: Gives what answers, when a request comes.
+        service: Returns the service that answers; called for every request.
     """
     app = FastAPI(
         title="rlhf-critic scorers",
-        description="Rewards of a critic. One text has one reward, whichever endpoint is asked.",
+        description="Rewards of a critic. A text has the same reward at every endpoint.",
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -158,8 +158,8 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
     app.add_exception_handler(StarletteHTTPException, _on_http_exception)
     app.add_exception_handler(CriticError, _on_critic_error)
     app.add_exception_handler(Exception, _on_bug)
-    # Says in the OpenAPI document what `_Gate` does.
-    bearer = HTTPBearer(auto_error=False, description="The pool's token, if it wants one.")
+    # Documents the authentication of `_Gate` in the OpenAPI document.
+    bearer = HTTPBearer(auto_error=False, description="The pool's token, if authentication is on.")
     router = APIRouter(route_class=_StrictRoute, dependencies=[Depends(bearer)])
 
     @router.post("/score", responses=ERRORS)
@@ -175,13 +175,15 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
 
     @router.post("/get_reward", responses=ERRORS)
     async def get_reward(request: GetRewardRequest) -> GetRewardResponse:
-        """Answers OpenRLHF's ``remote_rm_url`` clients. A query's end is put right: the critic's own ending."""
+        """Answers OpenRLHF's ``remote_rm_url`` clients. Replaces the end of each query by the critic's own ending."""
         queries = [request.query] if isinstance(request.query, str) else request.query
         prompts: Sequence[str | None] | None = (
             [request.prompts] if isinstance(request.prompts, str) else request.prompts
         )
         if prompts is not None and len(prompts) != len(queries):
-            raise ScorerRejected("unequal_lengths", f"{len(queries)} queries and {len(prompts)} prompts: send as many")
+            raise ScorerRejected(
+                "unequal_lengths", f"{len(queries)} queries and {len(prompts)} prompts: send one prompt per query"
+            )
         items: list[Item] = [
             Text(query, _response_of(query, prompt), finish=True)
             for query, prompt in zip(queries, prompts if prompts is not None else [None] * len(queries), strict=True)
@@ -193,7 +195,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
 
     @router.post("/classify", responses=ERRORS)
     async def classify(request: ClassifyRequest) -> ClassifyResponse:
-        """Answers in the shape of vLLM's classification endpoint: the raw reward is the only entry of ``probs``."""
+        """Answers in the format of vLLM's classification endpoint. The raw reward is the only entry of ``probs``."""
         scores = await service().score(_classified(request), False, request.model)
         tokens = int(scores.tokens_S.sum())
         return ClassifyResponse(
@@ -209,20 +211,20 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
 
     @router.get("/info", responses={status: ERRORS[status] for status in (401, 500, 503)})
     async def info() -> InfoResponse:
-        """Says what is served and what a call may ask."""
-        told = await service().info()
+        """Describes the served critic and the limits of a call."""
+        served = await service().info()
         limits = LimitsModel(
-            max_items=told.limits.max_items,
-            max_text_bytes=told.limits.max_text_bytes,
-            max_tokens=told.limits.max_tokens,
+            max_items=served.limits.max_items,
+            max_text_bytes=served.limits.max_text_bytes,
+            max_tokens=served.limits.max_tokens,
             max_body_bytes=service().settings.max_body_bytes,
         )
         return InfoResponse(
-            model_version=told.model_version,
-            fingerprint=told.fingerprint,
-            max_length=told.max_length,
-            normalized=told.normalized,
-            components=told.components,
+            model_version=served.model_version,
+            fingerprint=served.fingerprint,
+            max_length=served.max_length,
+            normalized=served.normalized,
+            components=served.components,
             limits=limits,
         )
 
@@ -234,20 +236,20 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
 
     @app.get(HEALTH, responses={status: ERRORS[status] for status in (500, 503)})
     async def health() -> HealthResponse:
-        """Says whether a warm scorer is there; the one endpoint that needs no token."""
+        """Reports whether a scorer is ready. This is the only endpoint that needs no token."""
         return HealthResponse(model_version=(await service().info()).model_version)
 
     return app
 
 
 def _response_of(query: str, prompt: str | None) -> str | None:
-    """What a query adds to its prompt, if it begins with it."""
+    """Returns the part of a query after its prompt, None if the query does not begin with the prompt."""
     return query[len(prompt) :] if prompt is not None and query.startswith(prompt) else None
 
 
 def _classified(request: ClassifyRequest) -> list[Item]:
     if (request.input is None) == (request.messages is None):
-        raise ScorerRejected("no_items", "give input or messages, one of them")
+        raise ScorerRejected("no_items", "give either input or messages")
     if request.messages is not None:
         return [conversation_of(request.messages)]
     if isinstance(request.input, str):
@@ -258,14 +260,14 @@ def _classified(request: ClassifyRequest) -> list[Item]:
     return [Text(entry) if isinstance(entry, str) else entry for entry in request.input]  # type: ignore[misc]
 
 
-def _refuse_constant(constant: str) -> NoReturn:
+def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _shows_token(request: Request, sha256: str) -> bool:
+def _has_token(request: Request, sha256: str) -> bool:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    shown = hashlib.sha256(token.strip().encode()).hexdigest()
-    return scheme.lower() == "bearer" and hmac.compare_digest(shown, sha256)
+    sent = hashlib.sha256(token.strip().encode()).hexdigest()
+    return scheme.lower() == "bearer" and hmac.compare_digest(sent, sha256)
 
 
 def _error(
@@ -282,10 +284,10 @@ def _error(
 
 
 async def _on_invalid(request: Request, error: Any) -> JSONResponse:
-    # Of the alternatives of a union, the one that got furthest is what the caller meant.
+    # For a union, reports the alternative that matched furthest, which is probably the intended one.
     first = max(error.errors(), key=lambda found: len(found["loc"]))
     place = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Model"))
-    return _error(request, 422, "invalid_request", f"{place[:MOST_SHOWN]}: {first['msg']}")
+    return _error(request, 422, "invalid_request", f"{place[:MAX_SHOWN]}: {first['msg']}")
 
 
 async def _on_http_exception(request: Request, error: Any) -> JSONResponse:
@@ -304,4 +306,4 @@ async def _on_critic_error(request: Request, error: Any) -> JSONResponse:
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    return _error(request, 500, "failed", f"an internal error: {type(error).__name__}")
+    return _error(request, 500, "failed", f"internal error: {type(error).__name__}")

@@ -1,7 +1,7 @@
-"""Ends a pool of scorers with the job that runs it for itself, however that job ends.
+"""Stops a job's own pool of scorers when the job ends, however it ends.
 
-What a job starts in Ray Serve outlives it, and a job may be killed before it can tidy up: ``ray job stop`` gives it
-three seconds. So an actor that outlives the job, too, looks whether it is still there. Knows nothing of what it does.
+Ray Serve outlives the job that starts it, and a job may be killed before it can clean up: ``ray job stop`` gives it
+three seconds. A detached actor therefore watches the job and stops the pool. Knows nothing about what the job does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POLL_S = 2.0
 
 
 class JobCleanup:
-    """The actor.
+    """The actor that watches the job that created it.
 
     Args:
         app: The pool's name.
@@ -30,10 +30,10 @@ class JobCleanup:
 
     def __init__(self, app: str) -> None:
         self._app = app
-        # Not a call that waits: that would be one of the job, and end with it.
-        threading.Thread(target=self._keep, daemon=True).start()
+        # A thread, not an actor call that waits: Ray would cancel the job's call together with the job.
+        threading.Thread(target=self._watch, daemon=True).start()
 
-    def _keep(self) -> None:
+    def _watch(self) -> None:
         context = ray.get_runtime_context()
         try:
             while _runs(context.get_job_id()):
@@ -44,21 +44,21 @@ class JobCleanup:
             ray.kill(context.current_actor)
 
 
-_Keeper: Any = ray.remote(JobCleanup)
+_Actor: Any = ray.remote(JobCleanup)
 
 
 @contextmanager
 def ends_with_this_job(app: str) -> Iterator[None]:
-    """Sees to it that a pool which is started and stopped inside the block does not outlive the job."""
-    keeper = _Keeper.options(
+    """Guarantees that a pool started and stopped inside the block does not outlive the job."""
+    cleanup = _Actor.options(
         name=f"pool-keeper-{app}", namespace=NAMESPACE, lifetime="detached", num_cpus=0, resources=ON_HEAD
     ).remote(app)
     try:
         yield
     finally:
-        ray.kill(keeper)
+        ray.kill(cleanup)
 
 
 def _runs(job: str) -> bool:
-    """Whether a job's driver is there; Ray's public way to ask needs a dashboard."""
+    """Returns whether a job's driver is alive. Ray's public API for this needs the dashboard."""
     return any(one["JobID"] == job and not one["IsDead"] for one in ray_state.jobs())

@@ -1,6 +1,6 @@
-"""What a scorer replica reports of itself to Ray's metrics, for Prometheus and the dashboard in cluster/grafana.
+"""Metrics of a scorer replica for Ray's exporter: Prometheus, and the dashboard in cluster/grafana.
 
-Prometheus knows every name below with ``ray_`` before it.
+Prometheus prefixes every name below with ``ray_``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TOKEN_BOUNDS = [64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 
 
 class ScorerMetrics:
-    """Counts what one replica does.
+    """The metrics of one replica.
 
     Args:
         app: The pool's name.
-        replica: The replica's.
+        replica: The replica's id.
     """
 
     def __init__(self, app: str, replica: str) -> None:
@@ -40,23 +40,23 @@ class ScorerMetrics:
         def histogram(name: str, description: str, bounds: list[float]) -> Histogram:
             return Histogram(f"rlhf_critic_{name}", description, bounds, names).set_default_tags(tags)
 
-        self._latency = histogram("score_seconds", "From a call's arrival to its answer.", LATENCY_BOUNDS_S)
+        self._latency = histogram("score_seconds", "Seconds from a call's arrival to its answer.", LATENCY_BOUNDS_S)
         self._batch_tokens = histogram("batch_tokens", "Tokens computed for a micro-batch.", list(TOKEN_BOUNDS))
-        self._batch_seconds = histogram("batch_seconds", "Time of a micro-batch.", LATENCY_BOUNDS_S)
-        self._tokens = counter("tokens_total", "Tokens of scored sequences, each by itself.")
-        self._computed_tokens = counter("computed_tokens_total", "Tokens computed for them: the shared ones once.")
-        self._shared = gauge("shared_token_ratio", "Share of a micro-batch's tokens that another one computed.")
-        self._queue = gauge("queue_depth", "Calls that waited when a micro-batch was done.")
+        self._batch_seconds = histogram("batch_seconds", "Seconds to compute a micro-batch.", LATENCY_BOUNDS_S)
+        self._tokens = counter("tokens_total", "Tokens of scored sequences, each counted separately.")
+        self._computed_tokens = counter("computed_tokens_total", "Tokens computed, shared prefixes counted once.")
+        self._shared = gauge("shared_token_ratio", "Fraction of a micro-batch's tokens saved by shared prefixes.")
+        self._queue = gauge("queue_depth", "Calls waiting when a micro-batch was done.")
         self._items = counter("items_total", "Scored items.", "model_version")
-        self._truncated = counter("truncated_items_total", "Items that lost their beginning to the length limit.")
-        self._refusals = counter("refusals_total", "Calls that were refused or failed, by kind.", "kind")
-        self._mean = gauge("reward_mean", "Mean reward of the last call.", "model_version")
-        self._std = gauge("reward_std", "Standard deviation of the rewards of the last call.", "model_version")
-        self._version = gauge("version", "1 for the version that is served.", "model_version")
+        self._truncated = counter("truncated_items_total", "Items truncated to the length limit.")
+        self._refusals = counter("refusals_total", "Rejected or failed calls, by kind.", "kind")
+        self._mean = gauge("reward_mean", "Mean reward in the last call.", "model_version")
+        self._std = gauge("reward_std", "Standard deviation of rewards in the last call.", "model_version")
+        self._version = gauge("version", "1 for the served version, 0 for a previous one.", "model_version")
         self._served = ""
 
     def on_batch(self, batch: BatchRecord) -> None:
-        """Of every micro-batch."""
+        """Records a micro-batch."""
         self._batch_tokens.observe(batch.computed_tokens)
         self._batch_seconds.observe(batch.seconds)
         self._tokens.inc(batch.tokens)
@@ -65,7 +65,7 @@ class ScorerMetrics:
         self._queue.set(batch.queue)
 
     def on_scores(self, scores: Scores, seconds: float) -> None:
-        """Of every answer."""
+        """Records an answer."""
         tags = {"model_version": scores.model_version}
         self._latency.observe(seconds)
         self._items.inc(len(scores.rewards_S), tags)
@@ -75,11 +75,11 @@ class ScorerMetrics:
         self._std.set(float(np.std(scores.rewards_S)), tags)
 
     def on_refusal(self, kind: str) -> None:
-        """Of every call that got no scores."""
+        """Records a rejected or failed call."""
         self._refusals.inc(1, {"kind": kind})
 
     def on_version(self, model_version: str) -> None:
-        """Of every swap."""
+        """Records the version that is served from now on."""
         if self._served:
             self._version.set(0, {"model_version": self._served})
         self._version.set(1, {"model_version": model_version})
@@ -87,12 +87,10 @@ class ScorerMetrics:
 
 
 def http_refusals(app: str) -> Counter:
-    """Counts HTTP requests that got no scores, by the kind of the answer; those of replicas are among them.
+    """Returns the counter of HTTP requests without scores, by kind of error, including errors of replicas.
 
     Args:
         app: The pool's name.
     """
-    counter = Counter(
-        "rlhf_critic_http_refusals_total", "HTTP requests that were refused or failed, by kind.", ("app", "kind")
-    )
+    counter = Counter("rlhf_critic_http_refusals_total", "Rejected or failed HTTP requests, by kind.", ("app", "kind"))
     return counter.set_default_tags({"app": app})

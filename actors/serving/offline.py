@@ -7,7 +7,6 @@ readable source can be scored. Knows nothing about Ray Data, which distributes t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from actors.serving.scorer import Scorer
 from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.data.sources import Row, read_rows
 from rlhf_critic.errors import CriticError, DataError, ScorerRejected
+from rlhf_critic.files import atomic_file
 from rlhf_critic.scoring.items import Item, Scores
 from rlhf_critic.scoring.rows import parse_scorable
 
@@ -150,15 +150,14 @@ def schema_of(rows: list[Row]) -> pa.Schema:
 
 def write_part(path: Path, rows: list[Row], schema: pa.Schema | None) -> None:
     """Writes rows to a file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    if path.suffix == ".parquet":
-        # Every part has every field with its type in the whole data, because readers join the parts.
-        known = schema or pa.schema([])
-        added = [field for field in schema_of(rows) if field.name not in known.names]
-        parquet.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*known, *added])), temporary)
-    else:
-        temporary.write_text("".join(f"{json_line(row)}\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        if path.suffix == ".parquet":
+            # Every part has every field with its type in the whole data, because readers join the parts.
+            known = schema or pa.schema([])
+            added = [field for field in schema_of(rows) if field.name not in known.names]
+            parquet.write_table(pa.Table.from_pylist(rows, schema=pa.schema([*known, *added])), temporary)
+        else:
+            temporary.write_text("".join(f"{json_line(row)}\n" for row in rows), encoding="utf-8")
 
 
 def json_line(row: Row) -> str:

@@ -1,7 +1,7 @@
-"""Where the replicas of a pool say what they serve, so that whoever publishes a critic knows how it went.
+"""Status actor: replicas report which critic they serve, so ``publish`` can tell when a swap has finished or failed.
 
-Serve itself would replace a replica that cannot take a new configuration; ours keeps what it serves, and says so here.
-The board holds nothing that is not said again every few seconds, so its process may be lost and started again.
+Serve would replace a replica that cannot take a new configuration; ours keeps the previous critic and reports the
+error here. Replicas repeat their reports every few seconds, so this actor may be lost and restarted.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from rlhf_critic.scoring.items import ScorerInfo
 
 NAMESPACE = "rlhf-critic"
 CALL_TIMEOUT_S = 10.0
-# For what a pool keeps as long as it runs: an actor, even one without CPUs, keeps an autoscaler from taking its node.
+# Places a pool's long-lived actors on the head. An actor, even without CPUs, keeps the autoscaler off its node.
 ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """What one replica says.
+    """The report of one replica.
 
     Attributes:
-        replica: Its id, as Serve has it.
-        pid: Of its process.
-        info: What it serves.
-        published: The digest of the configuration it was told to serve last.
-        is_current: Whether that is what it serves.
-        error: Why it does not serve it; empty while it loads, and when it does.
+        replica: Serve's id of the replica.
+        pid: Process id of the replica.
+        info: The served version.
+        published: Hash of the configuration that the replica was given last.
+        is_current: Whether the replica serves that configuration.
+        error: Why the replica cannot serve it; empty while it loads and when it serves it.
     """
 
     replica: str
@@ -44,29 +44,29 @@ class ReplicaReport:
 
 
 class ReplicaStatus:
-    """The actor."""
+    """The actor that holds the latest report of each replica."""
 
     def __init__(self) -> None:
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
 
     def report(self, report: ReplicaReport) -> None:
-        """Takes what a replica says, in place of what it said before."""
+        """Replaces a replica's previous report."""
         self._reports[report.replica] = time.monotonic(), report
 
     def reports(self, within_s: float = math.inf) -> list[ReplicaReport]:
-        """What every replica said last, the latest first; those that are gone included, unless they must be recent."""
+        """Returns each replica's last report within ``within_s``, the latest first, those of lost replicas included."""
         earliest = time.monotonic() - within_s
-        latest_first = sorted(self._reports.values(), key=lambda told: told[0], reverse=True)
+        latest_first = sorted(self._reports.values(), key=lambda entry: entry[0], reverse=True)
         return [report for at, report in latest_first if at >= earliest]
 
 
-_Board: Any = ray.remote(ReplicaStatus)
+_Actor: Any = ray.remote(ReplicaStatus)
 
 
-def board_of(app: str) -> Any:
-    """The board of a pool, which is made where there is none."""
-    return _Board.options(
-        name=f"pool-board-{app}",
+def status_of(app: str) -> Any:
+    """Returns the status actor of a pool, and starts it if there is none."""
+    return _Actor.options(
+        name=f"pool-board-{app}",  # the name that running pools of earlier versions have
         namespace=NAMESPACE,
         get_if_exists=True,
         lifetime="detached",
@@ -76,15 +76,15 @@ def board_of(app: str) -> Any:
     ).remote()
 
 
-def read_board(app: str) -> list[ReplicaReport]:
-    """What the replicas of a pool said last; nothing where the board is being made anew."""
+def read_status(app: str) -> list[ReplicaReport]:
+    """Returns the last reports of a pool's replicas; none while the status actor restarts."""
     try:
-        reports: list[ReplicaReport] = ray.get(board_of(app).reports.remote(), timeout=CALL_TIMEOUT_S)
+        reports: list[ReplicaReport] = ray.get(status_of(app).reports.remote(), timeout=CALL_TIMEOUT_S)
     except RayError:
         return []
     return reports
 
 
-def remove_board(app: str) -> None:
-    """Ends a pool's board."""
-    ray.kill(board_of(app))
+def remove_status(app: str) -> None:
+    """Ends a pool's status actor."""
+    ray.kill(status_of(app))

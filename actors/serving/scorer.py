@@ -1,8 +1,9 @@
-"""One scorer: a published critic, loaded and warm, that answers many callers at once and can be swapped while it does.
+"""One scorer: loads a published critic, answers many callers at once, and swaps to another critic meanwhile.
 
-A plain class: Ray Serve makes replicas of it (`actors.serving.deployment`), Ray Data pools of it (`jobs.score`), and anyone may
-make one by hand. Each call is answered whole by one version of the critic, the one that was there when it came; a swap
-loads the next version beside the serving one and never stops it. Knows nothing of Serve, HTTP or how it is reached.
+`Scorer` is a plain class. Ray Serve makes replicas of it (`actors.serving.deployment`), Ray Data makes workers of it
+(`jobs.score`), and any process can create one. One version of the critic answers a whole call: the version served when
+the call arrived. A swap loads the next version beside the current one without interrupting it. Knows nothing about
+Serve, HTTP or how it is reached.
 
 Shape legend: S items.
 """
@@ -16,7 +17,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ import torch
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, weights_digest
+from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, weights_hash
 from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
@@ -33,21 +35,59 @@ from rlhf_critic.scoring.items import Item, Limits, ScorerInfo, Scores, encode_i
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
-if TYPE_CHECKING:
-    from actors.serving.sharded_critic import ShardedCritic
-
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 600.0
 DIGITS_OF_VERSION = 8
 
 
-class LocalCritic:
-    """A whole critic on this process's device; has the attributes and methods of `actors.serving.sharded_critic.ShardedCritic`."""
+class CriticBackend(Protocol):
+    """A loaded critic that computes micro-batches: `LocalCritic` or `actors.serving.sharded_critic.ShardedCritic`.
 
-    def __init__(self, checkpoint: str, token_budget: int, use_gpu: bool) -> None:
-        with local_directory(checkpoint) as directory:
-            loaded = load_critic(directory)
+    Attributes:
+        card: The critic's card.
+        encoder: Its encoder.
+        prefix_tree: Whether its batches are prefix trees.
+        tokens_at_once: Maximum number of tokens in a micro-batch.
+    """
+
+    card: CriticCard
+    encoder: Encoder
+    prefix_tree: bool
+    tokens_at_once: int
+
+    def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
+        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`.
+
+        Raises:
+            ScorerUnavailable: A part of the critic was lost.
+        """
+
+    def check_healthy(self) -> None:
+        """Checks that the critic can compute.
+
+        Raises:
+            ScorerUnavailable: A part of the critic was lost.
+        """
+
+    def close(self) -> None:
+        """Frees what the critic holds: weights, processes and their resources."""
+
+
+class LocalCritic:
+    """A critic on this process's device.
+
+    Args:
+        directory: A critic directory on this machine, verified by the caller.
+        token_budget: Maximum number of tokens computed at once.
+        use_gpu: Whether to use the GPU.
+
+    Raises:
+        CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
+    """
+
+    def __init__(self, directory: str | Path, token_budget: int, use_gpu: bool) -> None:
+        loaded = load_critic(directory, verify=False)
         self.card: CriticCard = loaded.card
         self.encoder: Encoder = loaded.encoder
         self._device = torch.device("cuda" if use_gpu else "cpu")
@@ -56,7 +96,7 @@ class LocalCritic:
         self.tokens_at_once = token_budget
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`."""
+        """See `CriticBackend.forward`."""
         whole = [MicroBatch(tuple(range(len(sequences))))]
         ((_, output, tokens),) = forward_micro_batches(
             self._critic,
@@ -71,21 +111,21 @@ class LocalCritic:
         return Computed([row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)], tokens)
 
     def check_healthy(self) -> None:
-        """It cannot lose a part."""
+        """Does nothing: a critic in one process cannot lose a part."""
 
     def close(self) -> None:
-        """Frees the weights at once: the model is in reference cycles, which Serve freezes out of the collector."""
+        """Frees the weights at once. Serve excludes the model's reference cycles from garbage collection."""
         for tensor in (*self._critic.parameters(), *self._critic.buffers()):
             tensor.data = tensor.new_empty(0)
 
 
 class _Version:
-    """One published critic: loaded, warm and with a queue of its own, so that no call sees two of them."""
+    """One published critic: loaded, warmed up, with its own queue, so that one version answers a whole call."""
 
     def __init__(
         self,
         config: ScorerConfig,
-        backend: LocalCritic | ShardedCritic,
+        backend: CriticBackend,
         digest: str,
         on_batch: Callable[[BatchRecord], None],
     ) -> None:
@@ -95,7 +135,7 @@ class _Version:
         self.components = RewardComponents(config.components, self._count_tokens, lambda: backend.encoder.ending)
         self.name = version_name(backend.card.version, digest, config)
         self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
-        self._encoding = threading.Lock()  # a tokenizer is not to be used by two threads at once
+        self._encoding = threading.Lock()  # two threads must not use a tokenizer at once
         if config.normalize:
             backend.card.reward_scale()
         self._warm_up()
@@ -112,11 +152,11 @@ class _Version:
 
     def close(self) -> None:
         if not self.batcher.close(DRAIN_TIMEOUT_S):
-            logger.warning("%s: calls were left unanswered after %.0f s", self.name, DRAIN_TIMEOUT_S)
+            logger.warning("shut down with unfinished calls version=%s after_s=%.0f", self.name, DRAIN_TIMEOUT_S)
         self.backend.close()
 
     def _warm_up(self) -> None:
-        """Runs both kinds of forward pass once, which allocates what they need, and looks at what comes out."""
+        """Runs both kinds of forward pass once, which allocates their memory, and checks the outputs."""
         ids = list(self.encoder.encode("warm-up", "warm-up").ids)
         for rewards_only in (True, False):
             (output,) = self.backend.forward([ids], rewards_only).outputs
@@ -128,7 +168,7 @@ class _Version:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call: what was asked of which version, and what is being computed for it."""
+    """One call: the items, the version that answers them, and the pending outputs."""
 
     served: _Version
     items: list[Item]
@@ -137,7 +177,7 @@ class _Call:
     outputs: Future[Outputs]
 
     def finish(self, outputs: Outputs) -> Scores:
-        """The answer, once the outputs are there."""
+        """Builds the answer from the critic's outputs."""
         critic_S = np.array([output[-1] for output in outputs], dtype=np.float32)
         if self.served.config.normalize:
             critic_S = self.served.backend.card.normalize(critic_S).astype(np.float32)
@@ -156,16 +196,16 @@ class Scorer:
     """One replica.
 
     Args:
-        config: What to serve.
-        shards: Actors that share the critic; 1 keeps it in this process.
-        cpus_per_shard: CPUs that Ray reserves for each of them, where there are several.
-        use_gpu: Whether to use a GPU, or one for each of them (not yet run on a GPU).
+        config: Critic and options to serve.
+        shards: Number of actors that share the critic; 1 keeps it in this process.
+        cpus_per_shard: CPUs that Ray reserves for each shard, if there are several.
+        use_gpu: Whether to use a GPU, or one per shard.
         on_batch: Called after every micro-batch, for metrics.
 
     Raises:
-        CheckpointError: The critic is not whole, not the one with ``config.digest``, has another encoding than it was
-            fitted with, holds a pickle, or lacks the mean and deviation that ``config.normalize`` needs.
-        ConfigError: A component cannot be made.
+        CheckpointError: The critic is incomplete or damaged, does not match ``config.digest``, is encoded differently
+            than in training, contains a pickle, or lacks the mean and deviation that ``config.normalize`` needs.
+        ConfigError: A component cannot be created.
     """
 
     def __init__(
@@ -182,16 +222,16 @@ class Scorer:
         self._version = self._load(config)
 
     def score(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
-        """Scores items, and answers when they are done. May be called by many threads at once.
+        """Scores items and waits for the result. Threads may call it concurrently.
 
         Args:
-            items: What to score.
-            values: Whether to give the value at every token too.
-            version: Answer only if this is the version that is served.
+            items: Items to score.
+            values: Whether to return the value at every token too.
+            version: Version that must answer; None accepts any.
 
         Raises:
             ScorerRejected: An item cannot be scored.
-            VersionMismatch: Another version is served.
+            VersionMismatch: The scorer serves another version.
             ScorerUnavailable: A shard was lost, or the scorer is shutting down.
             CriticError: The critic's output is not finite, or a component failed.
         """
@@ -199,21 +239,21 @@ class Scorer:
         return call.finish(call.outputs.result())
 
     async def score_async(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
-        """`score` for an event loop; cancelling it takes the items out of the queue."""
+        """Scores like `score`, for an event loop. Cancelling it removes the items from the queue."""
         beginning = asyncio.ensure_future(asyncio.to_thread(self._begin, items, values, version))
         try:
             call = await asyncio.shield(beginning)
         except asyncio.CancelledError:
-            beginning.add_done_callback(_give_up)  # the thread goes on, and puts them in the queue
+            beginning.add_done_callback(_cancel_call)  # the thread continues and queues the items
             raise
         outputs = await asyncio.wrap_future(call.outputs)
         return await asyncio.to_thread(call.finish, outputs)
 
     def publish(self, config: ScorerConfig) -> None:
-        """Serves ``config`` from now on. Returns when calls that came before have been answered by what was there.
+        """Switches to ``config``. Returns when the previous version has answered the calls that it had accepted.
 
         Raises:
-            CriticError: As at the start; then nothing has changed.
+            CriticError: The same errors as at the start. The scorer then continues with the previous version.
         """
         with self._publishing:
             if config == self._version.config:
@@ -222,7 +262,7 @@ class Scorer:
         previous.close()
 
     def info(self) -> ScorerInfo:
-        """What is served."""
+        """Describes the served version."""
         served = self._version
         return ScorerInfo(
             model_version=served.name,
@@ -235,7 +275,7 @@ class Scorer:
         )
 
     def check_healthy(self) -> None:
-        """Checks that it can answer.
+        """Checks that the scorer can answer.
 
         Raises:
             ScorerUnavailable: A shard was lost.
@@ -243,14 +283,14 @@ class Scorer:
         self._version.backend.check_healthy()
 
     def close(self) -> None:
-        """Answers what is waiting and lets go of the critic."""
+        """Answers the waiting calls and frees the critic."""
         self._version.close()
 
     def _begin(self, items: Sequence[Item], values: bool, version: str | None) -> _Call:
         while True:
             served = self._version
             if version is not None and version != served.name:
-                raise VersionMismatch(f"version {version} was asked for, this scorer serves {served.name}")
+                raise VersionMismatch(f"version {version} was requested, this scorer serves {served.name}")
             finished, encoded = served.encode(items)
             sequences = [np.asarray(one.ids, dtype=np.int64) for one in encoded]
             try:
@@ -259,25 +299,31 @@ class Scorer:
             except ScorerUnavailable:
                 if served is self._version:
                     raise
-                # It was replaced since: ask its successor.
+                # The version was replaced meanwhile: submit to its successor.
 
     def _load(self, config: ScorerConfig) -> _Version:
+        # One download and one verification; the backend reads the weights from this directory.
         with local_directory(config.checkpoint) as directory:
-            digest = weights_digest(directory)
-        if config.digest not in {None, digest}:
-            raise CheckpointError(
-                f"{config.checkpoint}: its files are not those that were published (SHA-256 {digest[:12]} instead of "
-                f"{str(config.digest)[:12]}): do not change a published critic, publish the new one under another path"
-            )
-        backend: LocalCritic | ShardedCritic
-        if self._shards == 1:
-            backend = LocalCritic(config.checkpoint, config.token_budget, self._use_gpu)
-        else:
-            from actors.serving.sharded_critic import ShardedCritic
+            digest = weights_hash(directory)
+            if config.digest not in {None, digest}:
+                raise CheckpointError(
+                    f"{config.checkpoint}: these files are not the published ones (SHA-256 {digest[:12]}, expected "
+                    f"{str(config.digest)[:12]}): restore them, and publish a changed critic under another path"
+                )
+            backend: CriticBackend
+            if self._shards == 1:
+                backend = LocalCritic(directory, config.token_budget, self._use_gpu)
+            else:
+                from actors.serving.sharded_critic import ShardedCritic
 
-            backend = ShardedCritic(
-                config.checkpoint, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu
-            )
+                backend = ShardedCritic(
+                    config.checkpoint,
+                    directory,
+                    config.token_budget,
+                    self._shards,
+                    self._cpus_per_shard,
+                    self._use_gpu,
+                )
         try:
             return _Version(config, backend, digest, self._on_batch)
         except BaseException:
@@ -285,12 +331,12 @@ class Scorer:
             raise
 
 
-def _give_up(beginning: asyncio.Future[_Call]) -> None:
+def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
     if not beginning.cancelled() and beginning.exception() is None:
         beginning.result().outputs.cancel()
 
 
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:
-    """Names what decides a reward: the critic, and a hash of its files and of how rewards are made of its output."""
+    """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
     how = config.model_dump_json(include={"normalize", "components"})
     return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:DIGITS_OF_VERSION]}"

@@ -1,12 +1,14 @@
-"""A scorer's critic that is larger than one device: its shards are the ranks of a group, and it is called like one.
+"""A scorer's critic that is larger than one device: its shards are the ranks of a group.
 
-ZeRO-3 gathers every layer from all ranks, so a forward pass is collective; see `actors.runtime.rank_group`. Knows nothing of
-what is scored, or who asks.
+ZeRO-3 gathers every layer from all ranks, so a forward pass is collective; see `actors.runtime.rank_group`. Knows
+nothing about what is scored, or for whom.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -27,16 +29,26 @@ CALL_TIMEOUT_S = 300.0
 class ShardedCriticRank(Rank):
     """One rank of a sharded critic."""
 
-    def load(self, checkpoint: str, token_budget: int) -> bool:
-        """Loads this rank's shard; returns whether its batches are prefix trees."""
+    def node(self) -> str:
+        """Returns the id of this rank's node."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    def open_critic(self, checkpoint: str, ranks: Sequence[int]) -> str | None:
+        """Opens the critic's directory if this is one of ``ranks``, and keeps it open until `load` is done."""
+        self._opened = ExitStack()
+        return str(self._opened.enter_context(local_directory(checkpoint))) if self.rank in ranks else None
+
+    def load(self, directories: Sequence[str], token_budget: int) -> bool:
+        """Loads this rank's shard from its node's directory; returns whether its batches are prefix trees."""
         from rlhf_critic.training.inference_engine import InferenceEngine
 
-        with local_directory(checkpoint) as directory:
-            self._engine = InferenceEngine.from_checkpoint(directory, token_budget)
+        with self._opened:
+            self._engine = InferenceEngine.from_checkpoint(directories[self.rank], token_budget)
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:
-        """See `ShardedCritic.forward`; the first rank answers."""
+        """See `ShardedCritic.forward`; the first rank returns the result."""
         with torch.no_grad():
             rewards_or_values = self._engine.rewards if rewards_only else self._engine.values
             outputs = [np.atleast_1d(output) for output in rewards_or_values(sequences)]
@@ -44,32 +56,32 @@ class ShardedCriticRank(Rank):
 
 
 class ShardedCritic:
-    """The handle of a critic's shards; takes the place of a critic in one process.
+    """The handle of a critic's shards; an `actors.serving.scorer.CriticBackend`.
 
     Args:
-        checkpoint: A critic directory, path or URI, reachable from every shard.
-        token_budget: The most tokens that a shard computes at once.
-        shards: How many there are.
-        cpus_per_shard: CPUs that Ray reserves for each.
-        use_gpu: One GPU for each, and NCCL (not yet run on a GPU).
-
-    Attributes:
-        card: The critic's card.
-        encoder: Its encoder.
-        prefix_tree: Whether its batches are prefix trees.
-        tokens_at_once: The most tokens that the group computes at once.
+        checkpoint: A critic directory, path or URI, reachable from the node of every shard.
+        directory: The same directory on this machine, verified by the caller.
+        token_budget: Maximum number of tokens that a shard computes at once.
+        shards: Number of shards.
+        cpus_per_shard: CPUs that Ray reserves for each shard.
+        use_gpu: Whether each shard uses a GPU, with NCCL between them.
 
     Raises:
         CheckpointError: The critic cannot be loaded.
-        PlacementError: The cluster has no room for the shards, and got none in time.
+        PlacementError: The cluster did not have room for the shards in time.
     """
 
     def __init__(
-        self, checkpoint: str, token_budget: int, shards: int, cpus_per_shard: float = 1.0, use_gpu: bool = False
+        self,
+        checkpoint: str,
+        directory: Path,
+        token_budget: int,
+        shards: int,
+        cpus_per_shard: float = 1.0,
+        use_gpu: bool = False,
     ) -> None:
-        with local_directory(checkpoint) as directory:
-            self.card: CriticCard = read_card(directory)
-            self.encoder: Encoder = load_encoder(directory, self.card)
+        self.card: CriticCard = read_card(directory)
+        self.encoder: Encoder = load_encoder(directory, self.card)
         self.tokens_at_once = token_budget * shards
         self._is_lost = False
         self._group = RankGroup(
@@ -79,20 +91,33 @@ class ShardedCritic:
             cpus_per_rank=cpus_per_shard,
             use_gpu=use_gpu,
             call_timeout_s=CALL_TIMEOUT_S,
-            in_own_bundles=True,  # a replica reserves them with itself, for the critic it serves and the next one
+            in_own_bundles=True,  # the replica reserves bundles that hold a served critic and its successor
         )
         try:
-            loaded = self._group.call_all("load the critic", "load", checkpoint, token_budget, timeout_s=LOAD_TIMEOUT_S)
+            directories = self._directories(checkpoint, directory)
+            loaded = self._group.call_all(
+                "load the critic", "load", directories, token_budget, timeout_s=LOAD_TIMEOUT_S
+            )
         except BaseException:
             self.close()
             raise
         self.prefix_tree: bool = loaded[0]
 
+    def _directories(self, checkpoint: str, directory: Path) -> list[str]:
+        """Returns the directory that each rank reads. On each other node, one rank opens it for the others there."""
+        nodes = self._group.call_all("name its node", "node")
+        own = ray.get_runtime_context().get_node_id()
+        first = {node: nodes.index(node) for node in nodes if node != own}
+        opened = self._group.call_all(
+            "open the critic", "open_critic", checkpoint, list(first.values()), timeout_s=LOAD_TIMEOUT_S
+        )
+        return [str(directory) if node == own else opened[first[node]] for node in nodes]
+
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """Computes a micro-batch; each shard takes a part of it. See `rlhf_critic.scoring.request_batcher.RequestBatcher`.
+        """Computes a micro-batch, a part on each shard. See `rlhf_critic.scoring.request_batcher.RequestBatcher`.
 
         Raises:
-            ScorerUnavailable: A shard is lost or did not answer in time; the group has ended itself.
+            ScorerUnavailable: A shard was lost or did not answer in time; the group has ended.
         """
         arrays = ray.put([np.asarray(ids, dtype=np.int64) for ids in sequences])
         try:
@@ -100,18 +125,18 @@ class ShardedCritic:
         except RankLost as error:
             self._is_lost = True
             shards = len(self._group)
-            raise ScorerUnavailable(f"a scorer lost one of its {shards} shards ({error}): ask again") from error
+            raise ScorerUnavailable(f"a scorer lost one of its {shards} shards ({error}): try again") from error
         return computed
 
     def check_healthy(self) -> None:
         """Checks that no shard was lost.
 
         Raises:
-            ScorerUnavailable: One was.
+            ScorerUnavailable: A shard was lost.
         """
         if self._is_lost:
-            raise ScorerUnavailable("a shard of this scorer was lost; it must be started again")
+            raise ScorerUnavailable("a shard of this scorer was lost; start the scorer again")
 
     def close(self) -> None:
-        """Ends the shards and gives back what they had reserved."""
+        """Ends the shards and releases what Ray reserved for them."""
         self._group.close()

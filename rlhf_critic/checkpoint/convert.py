@@ -1,10 +1,10 @@
-"""Reward models that other systems saved, made into critic directories: mostly a table of what they call their weights.
+"""Conversion of other systems' reward models to critic directories: mostly a table of their weights' names.
 
-All of them are a transformer and a linear head, read at the last token before the padding; so on the same token ids
-the critic's reward is the other system's score. Sources of the names: DeepSpeed-Chat (``reward_model.py``, also by
-its older, misspelt name), trlx (``examples/summarize_rlhf/reward_model``), Cong Chen's "Reward Modeling Practice"
+All of them are a transformer and a linear head, read at the last token before the padding. On the same token ids, the
+critic's reward is therefore the other system's score. Sources of the names: DeepSpeed-Chat (``reward_model.py``, also
+in an older, misspelt form), trlx (``examples/summarize_rlhf/reward_model``), Cong Chen's "Reward Modeling Practice"
 (``modeling_llama_rw.py``, the article), and the ``*ForSequenceClassification`` classes of transformers, which TRL and
-OpenRLHF train. Knows nothing of how those systems were trained, nor of their resume states.
+OpenRLHF train. Knows nothing about how those systems were trained, nor about their state for resuming.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ DEFAULT_MAX_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Format:
-    """How a system names its weights.
+    """A system's names of weights.
 
     Attributes:
-        backbones: Prefixes of the transformer's names, one or other of which a file has.
-        head: The name of the scalar head.
+        backbones: Prefixes of the transformer's names; a file uses one of them.
+        head: Name of the scalar head.
     """
 
     backbones: tuple[str, ...]
     head: str
 
     def fits(self, keys: Sequence[str]) -> bool:
-        """Whether the keys of a file are named so."""
+        """Returns whether the keys of a file have these names."""
         return f"{self.head}.weight" in keys and any(key.startswith(self.backbones) for key in keys)
 
     def native_name(self, key: str) -> str:
-        """The key's name in transformers; of the backbone without its prefix, which the loader knows of each family."""
+        """Returns a key's name in transformers; keys of the backbone lose their prefix, which the loader adds."""
         for prefix in self.backbones:
             if key.startswith(prefix):
                 return key.removeprefix(prefix)
@@ -62,7 +62,7 @@ class Format:
         return f"{backbones} and {self.head}.weight"
 
 
-# DeepSpeed-Chat's come before trlx's, whose head is called the same.
+# DeepSpeed-Chat's names come before trlx's, which have the same head.
 FORMATS = {
     "deepspeed-chat": Format(("rwtransformer.", "rwtranrsformer."), "v_head"),
     "trlx": Format(("transformer.",), "v_head"),
@@ -82,36 +82,37 @@ def convert_checkpoint(
     head_bias: Literal["refuse", "reward-mean"] = "refuse",
     auto_map: bool = False,
 ) -> CriticCard:
-    """Makes a critic directory of another system's checkpoint, in one step: whole or not at all.
+    """Converts another system's checkpoint to a critic directory, atomically.
 
-    The critic keeps the dtype of the weights. A mean and standard deviation of the scores that OpenRLHF wrote into
-    ``config.json`` become the card's ``reward_mean`` and ``reward_std``.
+    The critic keeps the dtype of the weights. If OpenRLHF wrote the scores' mean and standard deviation into
+    ``config.json``, they become the card's ``reward_mean`` and ``reward_std``.
 
     Args:
-        source: A directory with weights, and with the config and tokenizer that ``base`` need then not give.
-        out: A directory that does not exist yet.
-        source_format: A key of `FORMATS`, or ``auto`` to recognise it.
+        source: A directory with weights. ``base`` provides the config and the tokenizer if it lacks them.
+        out: The new directory; it must not exist.
+        source_format: A key of `FORMATS`, or ``auto`` to detect the format.
         base: The base model, a directory or hub id.
-        max_length: Of the encoder; by default 1024, or the positions that the model has learned if those are fewer.
-        chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: ``plain``, because these systems join texts;
-            ``auto`` for native.
-        head_bias: A critic's head has no bias. One that is not 0 is refused, or, by ``reward-mean``, told to the card:
-            ``training["head_bias"]`` is the bias, and ``reward_mean`` is the mean that the source measured (0 if it
-            measured none) minus the bias. The source's score is ``reward + training["head_bias"]`` then, which is
-            ``reward - reward_mean`` if it measured none.
-        auto_map: Whether to ship a modeling file.
+        max_length: Maximum sequence length of the encoder in tokens. Default: 1024, or the number of learned positions
+            if that is smaller.
+        chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: ``auto`` for native, ``plain`` for the
+            other formats, because those systems concatenate texts.
+        head_bias: Treatment of a head bias that is not 0, which a critic's head cannot have. ``refuse`` raises.
+            ``reward-mean`` records it in the card: ``training["head_bias"]`` is the bias, and ``reward_mean`` is the
+            mean that the source measured (0 if none) minus the bias. The source's score is then
+            ``reward + training["head_bias"]``, which is ``reward - reward_mean`` if no mean was measured.
+        auto_map: Whether to add a modeling file.
 
     Returns:
         The card of the critic.
 
     Raises:
-        CheckpointError: The weights are damaged, of no known format, do not fit the config or hold a bias that is
-            refused; there is no config or tokenizer; or ``out`` exists.
+        CheckpointError: The weights are damaged, have no known format, do not match the config, or have a bias that is
+            rejected; the config or tokenizer is missing; or ``out`` exists.
         EncodingError: The tokenizer or template cannot be used.
     """
     source = Path(source)
     reader = WeightReader(str(source))
-    source_format = recognised_format(reader, source_format)
+    source_format = detect_format(reader, source_format)
     reader.rename(FORMATS[source_format].native_name)
     bias = _pop_head_bias(reader, head_bias)
 
@@ -133,9 +134,9 @@ def convert_checkpoint(
     validate_positions(critic.model, max_length)
     encoder = Encoder(tokenizer, max_length)
     mean, std = (_statistic(source, critic.model.config, name) for name in ("mean", "std"))
-    reference = None if mean is None else "those of the source's config.json, chosen by the system that fitted it"
+    reference = None if mean is None else "from the source's config.json, chosen by the system that trained it"
     if bias:
-        reference = reference or "none: reward_mean is the reward of what the source scores 0"
+        reference = reference or "none: reward_mean is the reward of a text that the source scores 0"
         mean = (mean or 0.0) - bias
     card = CriticCard(
         version=f"{source.resolve().name}@{source_format}",
@@ -152,11 +153,11 @@ def convert_checkpoint(
     return card
 
 
-def recognised_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
-    """The format whose names the weights have.
+def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
+    """Returns the name of the format that the weights' names match.
 
     Raises:
-        CheckpointError: It is not the one that was expected, or none that is known.
+        CheckpointError: They match another format than the expected one, or no known format.
     """
     for name, known in FORMATS.items():
         if expected in (AUTO_FORMAT, name) and known.fits(reader.names):
@@ -164,55 +165,55 @@ def recognised_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
     found = ", ".join(sorted({f"{key.split('.')[0]}.*" for key in reader.names})) or "no weights at all"
     wanted = "; ".join(f"{name}: {known}" for name, known in FORMATS.items() if expected in (AUTO_FORMAT, name))
     raise CheckpointError(
-        f"{reader.source}: no {CARD_NAME}: not a critic directory, or one that was not written to its end; and the "
-        f"keys of its weights ({found}) are not those of --from {expected} ({wanted}). Give another --from, or, if "
-        "this is a base model, fit a critic to preferences first: python -m jobs.train"
+        f"{reader.source}: no {CARD_NAME}: not a critic directory, or writing it was interrupted; and the "
+        f"names of its weights ({found}) do not match --from {expected} ({wanted}). Use another --from, or, if this "
+        "is a base model, train a critic on preferences first: python -m jobs.train"
     )
 
 
 def _pop_head_bias(reader: WeightReader, head_bias: Literal["refuse", "reward-mean"]) -> float:
-    """Checks that the head gives one number, and takes its bias, 0 if it has none, out of the weights."""
+    """Checks that the head has one output, removes its bias from the weights and returns it (0 if there is none)."""
     head_shape = reader.shape(HEAD_NAME)
     if len(head_shape) != 2 or head_shape[0] != 1:
         raise CheckpointError(
-            f"{reader.source}: the head is a weight of shape {tuple(head_shape)}, with {head_shape[0]} outputs; a "
-            "reward is one number: convert a model that was trained with num_labels=1"
+            f"{reader.source}: the head's weight has shape {tuple(head_shape)}, with {head_shape[0]} outputs, expected "
+            "1: convert a model that was trained with num_labels=1"
         )
     if HEAD_BIAS_NAME not in reader.names:
         return 0.0
     bias_1 = reader.pop(HEAD_BIAS_NAME)
     if bias_1.numel() != 1 or not math.isfinite(bias := float(bias_1)):
-        raise CheckpointError(f"{reader.source}: the head's bias is {bias_1.tolist()}, not one finite number")
+        raise CheckpointError(f"{reader.source}: the head's bias is {bias_1.tolist()}, expected one finite number")
     if bias and head_bias == "refuse":
         raise CheckpointError(
-            f"{reader.source}: the head has a bias of {bias:g}, which a critic's head has not: its rewards would be "
-            f"this model's scores minus {bias:g}. Comparisons do not change by that. Accept it with --head-bias "
-            f"reward-mean, which keeps it in {CARD_NAME}: reward + training.head_bias is this model's score"
+            f"{reader.source}: the head has a bias of {bias:g}, and a critic's head has none: its rewards would be "
+            f"this model's scores minus {bias:g}, which does not change comparisons. Accept this with --head-bias "
+            f"reward-mean, which records it in {CARD_NAME}: reward + training.head_bias is this model's score"
         )
     return bias
 
 
 def _directory_with(source: Path, file: str, what: str, base: str | None) -> str:
-    """Where the config or tokenizer is loaded: the checkpoint's own, else the base model's."""
+    """Returns the directory or hub id to load the config or tokenizer from: the checkpoint, else the base model."""
     if (source / file).is_file():
         return str(source)
     if base is None:
         raise CheckpointError(
-            f"{source}: no {file}, so its {what} is not known: give the model it was fitted from, --base BASE_MODEL"
+            f"{source}: no {file}, so its {what} is unknown: give the model it was trained from, --base BASE_MODEL"
         )
     return base
 
 
 def _dtype_of(reader: WeightReader) -> torch.dtype:
-    """The smallest dtype that holds every matrix of the file: configs often name the base model's, not the file's."""
+    """Returns the smallest dtype that holds every matrix of the file. Configs often name the base model's dtype."""
     matrices = (reader.read(name) for name in reader.names if len(reader.shape(name)) == 2)
     return functools.reduce(torch.promote_types, (matrix.dtype for matrix in matrices if matrix.is_floating_point()))
 
 
 def _statistic(source: Path, config: PreTrainedConfig, name: str) -> float | None:
-    """The mean or standard deviation of the scores, where OpenRLHF left it."""
+    """Returns the mean or standard deviation of the scores, if OpenRLHF recorded it."""
     value = getattr(config, name, None)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if value is not None and (not is_number or (name == "std" and value <= 0)):
-        raise CheckpointError(f"{source / 'config.json'}: {name} is {value!r}, which it cannot be: mend it")
+        raise CheckpointError(f"{source / 'config.json'}: {name}: {value!r} is not valid; fix or remove it")
     return value

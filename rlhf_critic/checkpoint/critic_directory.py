@@ -1,35 +1,38 @@
-"""A critic directory on disk: what is in it, how it is written whole, checked and exported.
+"""A critic directory on disk: its contents, its card, and how it is saved, verified and loaded.
 
-A critic directory is a Hugging Face model directory (the family's own ``*ForSequenceClassification`` names, in
-safetensors) plus ``critic.json``. A training checkpoint is a critic directory with a ``resume`` folder and a manifest
-of every file. Knows nothing of optimizers, Ray or how a critic is fitted.
+A critic directory is a Hugging Face model directory (weights named as in the family's ``*ForSequenceClassification``
+class, in safetensors) plus ``critic.json``. A training checkpoint is a critic directory with a ``resume`` folder and a
+manifest of every file. Knows nothing about optimizers, Ray or how a critic is trained.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import _manifests, _read_manifest, _verify_files, write_text_atomically
+from rlhf_critic.files import FileRecord, file_blocks, read_manifests, verify_files, write_text_atomically
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, create_critic_model, load_config
 from rlhf_critic.model.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
+FORMAT_VERSION = 1  # of critic.json; raise it when an older reader would misread the file
 
 
 class EncoderCard(BaseModel):
-    """What ``critic.json`` says of the encoder; the tokenizer itself lies beside it."""
+    """The encoder's entry in ``critic.json``; the tokenizer's own files are in the same directory."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     fingerprint: str
@@ -40,18 +43,18 @@ class CriticCard(BaseModel):
     """The contents of ``critic.json``.
 
     Attributes:
-        format_version: Of this file.
-        version: Names these weights, for example ``run@step``.
-        encoder: How texts become ids.
+        format_version: Version of this file's format.
+        version: Name of these weights, for example ``run@step``.
+        encoder: Fingerprint and limits of the encoder.
         num_padding_at_beginning: See `rlhf_critic.model.critic.Critic`.
-        reward_mean: Mean reward of the reference responses, None where it was not measured.
-        reward_std: Their standard deviation.
-        reward_reference: Which responses those are, in words.
-        training: How it was fitted: options, step, data, evaluation.
+        reward_mean: Mean reward of the reference responses, None if it was not measured.
+        reward_std: Standard deviation of their rewards.
+        reward_reference: Description of the reference responses.
+        training: Options, step, data and evaluation of the training run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format_version: Literal[1] = 1
+    format_version: int = Field(FORMAT_VERSION, ge=1)
     version: str
     encoder: EncoderCard
     num_padding_at_beginning: int = 0
@@ -61,10 +64,10 @@ class CriticCard(BaseModel):
     training: dict[str, Any] = {}
 
     def normalize(self, rewards_S: NDArray[np.floating]) -> NDArray[np.floating]:
-        """Rewards on the scale on which the reference responses have mean 0 and standard deviation 1.
+        """Scales rewards so that the reference responses have mean 0 and standard deviation 1.
 
-        As Ziegler et al., "Fine-tuning language models from human preferences" (2019), normalise a fitted reward
-        model. Rewards are never normalised unless this is asked for.
+        Ziegler et al., "Fine-tuning language models from human preferences" (2019), normalise a trained reward model
+        in this way. Rewards are normalised only on request.
 
         Raises:
             CheckpointError: The mean and standard deviation were not measured, or all rewards were the same.
@@ -73,22 +76,22 @@ class CriticCard(BaseModel):
         return (rewards_S - mean) / std
 
     def reward_scale(self) -> tuple[float, float]:
-        """The mean and standard deviation that `normalize` needs.
+        """Returns the mean and standard deviation that `normalize` needs.
 
         Raises:
             CheckpointError: They were not measured, or all rewards were the same.
         """
         if self.reward_mean is None or not self.reward_std:
             raise CheckpointError(
-                f"the critic {self.version} has no reward mean and standard deviation to normalise by: fit it with "
-                "--data.validation, or with --train.reference train; or use its rewards as they are"
+                f"the critic {self.version} has no reward mean and standard deviation to normalise by: train it with "
+                "--data.validation, or with --train.reference train; or use its rewards without --normalize"
             )
         return self.reward_mean, self.reward_std
 
 
 @dataclass(frozen=True)
 class LoadedCritic:
-    """A critic with all that is needed to score a text."""
+    """A critic with its encoder and card."""
 
     critic: Critic
     encoder: Encoder
@@ -98,12 +101,12 @@ class LoadedCritic:
 def save_critic(
     directory: str | Path, critic: Critic, encoder: Encoder, card: CriticCard, is_main: bool = True
 ) -> None:
-    """Writes a critic directory. ``critic.json`` comes last: without it the directory is not a critic.
+    """Writes a critic directory. ``critic.json`` is written last, so an interrupted directory is not a critic.
 
     Under ZeRO-3 all ranks must call; only the one with ``is_main`` writes.
 
     Raises:
-        CheckpointError: The pad token could end a sequence.
+        CheckpointError: The model and the encoder have different pad tokens.
     """
     directory = Path(directory)
     config, pad_token_id = critic.model.config, encoder.tokenizer.pad_token_id
@@ -128,29 +131,42 @@ def save_critic(
 
 
 def read_card(directory: str | Path) -> CriticCard:
-    """Reads ``critic.json``.
+    """Reads ``critic.json``, of this format version or an older one.
 
     Raises:
-        CheckpointError: It is missing (the directory is not a critic, or was not written to its end) or not valid.
+        CheckpointError: The file is missing (the directory is not a critic, or writing it was interrupted), is not
+            valid, or was written by a newer version.
     """
     path = Path(directory) / CARD_NAME
     try:
-        return CriticCard.model_validate_json(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_text(encoding="utf-8"))
+        version = content.get("format_version", FORMAT_VERSION)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: written by a newer version of rlhf-critic (format {version}, this version reads up to "
+                f"{FORMAT_VERSION}): upgrade rlhf-critic"
+            )
+        return CriticCard.model_validate(content)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory}: no {CARD_NAME}: not a critic directory, or one that was not written to its end"
+            f"{directory}: no {CARD_NAME}: not a critic directory, or writing it was interrupted"
         ) from error
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # pydantic's errors are ValueErrors
         raise CheckpointError(f"{path}: not a valid critic card: {error}") from error
 
 
-def load_critic(directory: str | Path) -> LoadedCritic:
-    """Loads a critic directory on this process, in the dtype it was saved in and in evaluation mode.
+def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
+    """Loads a critic directory in this process, in the dtype it was saved in and in evaluation mode.
+
+    Args:
+        directory: A critic directory.
+        verify: Whether to compare the files with their manifests. A caller that has done so passes False.
 
     Raises:
-        CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was fitted with.
+        CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was trained with.
     """
-    verify_critic(directory)
+    if verify:
+        verify_critic(directory)
     card = read_card(directory)
     encoder = load_encoder(directory, card)
     critic = create_critic_model(
@@ -166,14 +182,17 @@ def load_critic(directory: str | Path) -> LoadedCritic:
     return LoadedCritic(critic.eval(), encoder, card)
 
 
-def check_critic(directory: str | Path) -> CriticCard:
-    """Checks a critic directory without loading its body: what can be known of it on a machine that is too small.
+def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
+    """Checks a critic directory without loading its body, so that a machine too small for the model can do it.
+
+    Returns:
+        The card, and the hash of `weights_hash`.
 
     Raises:
-        CheckpointError: A file is missing or damaged, the weights are no safetensors or do not fit the config, the
-            tokenizer is not the one it was fitted with, or the head is NaN or infinite.
+        CheckpointError: A file is missing or damaged, the weights are not safetensors or do not match the config, the
+            tokenizer is not the one the critic was trained with, or the head is NaN or infinite.
     """
-    verify_critic(directory)
+    hashed = weights_hash(directory)
     card = read_card(directory)
     encoder = load_encoder(directory, card)
     reader = WeightReader(str(directory), safetensors_only=True)
@@ -182,34 +201,42 @@ def check_critic(directory: str | Path) -> CriticCard:
         raise CheckpointError(f"{directory}: no {HEAD_NAME}: the weights are those of another kind of model")
     if not torch.isfinite(reader.read(HEAD_NAME)).all():
         raise CheckpointError(f"{directory}: the head ({HEAD_NAME}) is NaN or infinite: export another checkpoint")
-    return card
+    return card, hashed
 
 
-def weights_digest(directory: str | Path, *, safetensors_only: bool = True) -> str:
-    """A SHA-256 over a model's weights, its config and, of a critic, its card: two of one name are told apart by it.
+def weights_hash(directory: str | Path, *, safetensors_only: bool = True) -> str:
+    """Verifies a model directory and returns a SHA-256 over its weights, its config and, for a critic, its card.
+
+    The hash tells two critics of the same name apart. It is made from the manifest's checksums where they are SHA-256,
+    so that each file is read once. Otherwise it is made from the files themselves.
 
     Args:
-        directory: A model's directory.
-        safetensors_only: Whether a pickle is refused, as where a critic is loaded; a base model may be one.
+        directory: A model directory.
+        safetensors_only: Whether pickled weights are rejected, as for a critic. A base model may have them.
 
     Raises:
-        CheckpointError: The directory has no weights, or a file is damaged or cannot be read.
+        CheckpointError: The directory has no weights, or a file is damaged or unreadable.
     """
     directory = Path(directory)
+    records = verify_critic(directory)
     weights = WeightReader(str(directory), safetensors_only=safetensors_only).files
     files = [*(path for name in (CARD_NAME, "config.json") if (path := directory / name).is_file()), *weights]
-    digest = hashlib.sha256()
+    found = [records.get(os.path.relpath(path, directory)) for path in files]
+    checksums = [record.checksum for record in found if record and isinstance(record.checksum, str)]
+    if len(checksums) == len(files):
+        lines = [f"{path.name} {checksum}\n" for path, checksum in zip(files, checksums, strict=True)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    hashed = hashlib.sha256()
     try:
         for path in files:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
+            hashed.update(f"{path.name} {path.stat().st_size}\n".encode())
+            for block in file_blocks(path):
+                hashed.update(block)
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error}; restore the file, or export the critic again"
         ) from error
-    return digest.hexdigest()
+    return hashed.hexdigest()
 
 
 def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
@@ -221,20 +248,23 @@ def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
     encoder = Encoder(load_tokenizer(str(directory)), card.encoder.max_length)
     if encoder.fingerprint != card.encoder.fingerprint:
         raise CheckpointError(
-            f"{directory}: the tokenizer or chat template is not the one this critic was fitted with: fingerprint "
-            f"{encoder.fingerprint[:12]}, {CARD_NAME} says {card.encoder.fingerprint[:12]}. Restore the tokenizer "
-            "files, or fit the critic again with the new ones."
+            f"{directory}: the tokenizer or chat template is not the one this critic was trained with: fingerprint "
+            f"{encoder.fingerprint[:12]}, expected {card.encoder.fingerprint[:12]} ({CARD_NAME}). Restore the "
+            "tokenizer files, or train the critic again with the new ones."
         )
     return encoder
 
 
-def verify_critic(directory: str | Path) -> None:
-    """Checks what scoring reads (all but the state that a run resumes from) against the manifests, where there are any.
+def verify_critic(directory: str | Path) -> dict[str, FileRecord]:
+    """Compares the files that scoring reads with the manifests, if there are any. Skips the state for resuming.
+
+    Returns:
+        The records of these files.
 
     Raises:
-        CheckpointError: A manifest is damaged, or a file is missing, cut short or changed.
+        CheckpointError: A manifest is damaged, or a file is missing, truncated or changed.
     """
-    directory = Path(directory)
-    for manifest in _manifests(directory)[0]:
-        files = _read_manifest(manifest)
-        _verify_files(directory, {name: files[name] for name in files if not name.startswith(f"{RESUME_FOLDER}/")})
+    records = read_manifests(directory)
+    scored = {name: records[name] for name in records if not name.startswith(f"{RESUME_FOLDER}/")}
+    verify_files(directory, scored)
+    return scored

@@ -1,4 +1,4 @@
-"""Export of a critic directory, with or without the ``auto_map`` files. Knows nothing of other systems' formats."""
+"""Export of a critic directory, with or without the ``auto_map`` files. Knows nothing about other systems' formats."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from rlhf_critic.model.weights import WeightReader
 
 
 def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> CriticCard:
-    """Copies a critic directory without what only a resumed run needs, in one step: whole or not at all.
+    """Copies a critic directory atomically, without the state that only resuming needs.
 
     Args:
         source: A critic directory or training checkpoint.
-        out: A directory that does not exist yet.
-        auto_map: Whether to ship a modeling file, so that ``trust_remote_code=True`` gives values too.
+        out: The new directory; it must not exist.
+        auto_map: Whether to add a modeling file, with which ``trust_remote_code=True`` also gives values.
 
     Returns:
         The card of the exported critic.
 
     Raises:
-        CheckpointError: The source is no critic, ``out`` exists, or the family has no modeling file.
+        CheckpointError: The source is not a critic or is damaged, ``out`` exists, or the family has no modeling file.
     """
     source = Path(source)
     card = read_card(source)
     if (source / RESUME_FOLDER).exists():
         verify_manifest(source)
-    else:  # exported before: what is copied gets checksums of its own, under which damage would be lost
+    else:  # an export: without this, damage in the source would get a valid checksum in the copy
         verify_critic(source)
     with atomic_directory(out) as building:
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=_ignore_resume_state)
         load_encoder(building, card)
-        WeightReader(str(building))  # refuses a file that was cut short
+        WeightReader(str(building))  # raises for a truncated file
         if auto_map:
             add_auto_map(building)
         write_manifest(building, 0, 1)
@@ -48,7 +48,7 @@ def _ignore_resume_state(_: str, names: list[str]) -> list[str]:
 
 
 def add_auto_map(directory: Path) -> None:
-    """Ships the family's modeling file in a critic directory, for ``trust_remote_code=True``.
+    """Adds the family's modeling file to a critic directory, for ``trust_remote_code=True``.
 
     Raises:
         CheckpointError: The family has no such file.
@@ -59,7 +59,8 @@ def add_auto_map(directory: Path) -> None:
     if model_type not in auto_map.AUTO_MAP_FAMILIES:
         raise CheckpointError(
             f"there is no auto_map modeling file for model type {model_type!r} (only for "
-            f"{', '.join(sorted(auto_map.AUTO_MAP_FAMILIES))}); export without --auto-map: plain transformers loads that too"
+            f"{', '.join(sorted(auto_map.AUTO_MAP_FAMILIES))}); export without --auto-map, which plain transformers "
+            "loads too"
         )
     module, class_name = f"modeling_{model_type}_reward", auto_map.reward_model_class(model_type)
     (directory / f"{module}.py").write_text(auto_map.reward_model_source(model_type), encoding="utf-8")

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +25,7 @@ from rlhf_critic.data.preference_dataset import FEATURES, EncodedPreferences, En
 from rlhf_critic.data.preference_schema import FIELDS, Preference, parse_row
 from rlhf_critic.data.sources import fingerprint_of, read_rows
 from rlhf_critic.errors import ConfigError, DataError, EncodingError
+from rlhf_critic.files import atomic_directory
 
 CACHE_FORMAT = 4  # increase it when the cached columns change their meaning
 ENCODE_CHUNK = 512
@@ -69,16 +67,9 @@ def load_preferences(
     key = digest(str(CACHE_FORMAT), contents, encoder.fingerprint, overlong, json.dumps(sorted(fields.items())))
     entry = Path(cache_dir) / "preferences" / key
     if not entry.is_dir():
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".building-"))
-        try:
+        # Another process may write the same entry first.
+        with atomic_directory(entry, keep_existing=True) as building:
             _encode_source(source, contents, encoder, fields, overlong, building)
-            os.replace(building, entry)
-        except OSError:
-            if not entry.is_dir():  # otherwise another process wrote the same entry first
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     report = EncodingReport(**json.loads((entry / "report.json").read_text()))
     return EncodedPreferences(datasets.load_from_disk(str(entry), keep_in_memory=False), {source: report}, key)
 

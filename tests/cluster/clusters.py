@@ -22,6 +22,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
 from actors.serving import control
+from rlhf_critic import __version__
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig, ServeJobConfig
@@ -29,8 +30,8 @@ from rlhf_critic.config.train import TrainJobConfig
 
 TOP = Path(__file__).parents[2]
 CLUSTER = TOP / "cluster"
+VERSION = __version__
 PYPROJECT = (TOP / "pyproject.toml").read_text(encoding="utf-8")
-VERSION = re.search(r'^version = "(.+)"$', PYPROJECT, flags=re.MULTILINE)[1]
 RAY = Requirement(re.search(r'"(ray\[.+?)"', PYPROJECT)[1])
 RAY_UP = ("aws", "gcp", "on-premise")
 CLOUDS = ("aws", "gcp")  # clouds with node types; a list of machines has none

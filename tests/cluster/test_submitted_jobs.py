@@ -42,7 +42,7 @@ def test_a_pool_serves_after_the_job_that_started_it_and_ends_with_the_job_that_
     assert started["code"] == 0, started["output"]
     assert "scorers serves first@4#" in started["output"]
     assert stopped["code"] == 0, stopped["output"]
-    assert "the pool 'scorers' has ended" in stopped["output"]
+    assert "stopped the pool 'scorers'" in stopped["output"]
     assert stopped["left"] == []
 
 

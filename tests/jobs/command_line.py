@@ -1,4 +1,4 @@
-"""Runs a job in this process as its ``python -m`` does."""
+"""Runs a job in this process as ``python -m`` would."""
 
 import sys
 
@@ -6,7 +6,7 @@ from jobs.cli import run_job
 
 
 def run(main, arguments, monkeypatch, capsys):
-    """Runs a command as its ``python -m`` does; its exit code, standard output and standard error."""
+    """Runs a command and returns its exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     capsys.readouterr()
     try:

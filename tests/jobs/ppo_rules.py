@@ -1,4 +1,4 @@
-"""Rules that judge responses, for scorers to import."""
+"""Rules that score responses, for scorers to import."""
 
 import time
 import uuid
@@ -8,7 +8,7 @@ from tests.helpers import wait_until
 
 
 def exclaims(prompts, responses):
-    """The share of exclamation marks among what is no space."""
+    """Returns the share of exclamation marks among characters that are not spaces."""
     return [response.count("!") / max(1, len("".join(response.split()))) for response in responses]
 
 

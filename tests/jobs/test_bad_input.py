@@ -186,11 +186,11 @@ def test_commands_on_what_is_no_critic(tiny_model, tmp_path, monkeypatch, capsys
 
 
 EXPORTS = {
-    "a base model": ({}, [], "(lm_head.*, model.*) are not those of --from auto", "python -m jobs.train"),
+    "a base model": ({}, [], "(lm_head.*, model.*) do not match --from auto", "python -m jobs.train"),
     "a format it has not": (
         {},
         ["--from", "trlx"],
-        "(lm_head.*, model.*) are not those of --from trlx",
+        "(lm_head.*, model.*) do not match --from trlx",
         "another --from",
     ),
     "an unknown format": ({}, ["--from", "coati"], "invalid choice 'coati'", "deepspeed-chat"),
@@ -199,7 +199,7 @@ EXPORTS = {
         {"value_head.bias": 0.0, "tokenizer_config.json": None},
         [],
         "no tokenizer_config.json",
-        "give the model it was fitted from, --base BASE_MODEL",
+        "give the model it was trained from, --base BASE_MODEL",
     ),
 }
 
@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_usable(tiny_model, tmp
     assert f"error: {out}: could not be written" in finished.stderr
     assert "Free some space" in finished.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
-    with pytest.raises(CheckpointError, match="not written to its end"):
+    with pytest.raises(CheckpointError, match="writing it was interrupted"):
         load_critic(second)
     load_critic(first)
 

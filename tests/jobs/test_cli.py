@@ -1,4 +1,4 @@
-"""An error of ours is one message and an exit code; a bug keeps its traceback."""
+"""An error of this project is one message and an exit code; a bug keeps its traceback."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""A plan adds up, says what fits and what to change if it does not; cluster/README.md has the command's table."""
+"""A plan tells what fits a GPU and which options make it fit; cluster/README.md has the planner's numbers."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def cluster(tmp_path) -> str:
 
 @pytest.mark.parametrize(("size", "parameters"), [("0.1B", 134.5e6), ("0.5B", 494e6), ("8B", 7.5e9), ("70B", 69.5e9)])
 def test_known_sizes_are_those_of_the_models_they_are_named_after(size, parameters):
-    """As published; Llama-3.1 less its output layer of 128,256 rows, which a critic has not."""
+    """The published sizes; Llama-3.1 without its output layer of 128,256 rows, which a critic does not have."""
     assert plan_of(model=size).count.parameters == pytest.approx(parameters, rel=0.005)
 
 

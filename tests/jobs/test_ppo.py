@@ -1,4 +1,4 @@
-"""PPO as a user runs it: it learns, comes out the same whoever is killed, and stops where it should.
+"""PPO as a user runs it: it learns, gives the same result when processes are killed, and stops where it should.
 
 The policy reads and writes with a tokenizer of its own; scorers judge its texts by another. Runs share one pool, and
 are compared with the first iterations of one undisturbed run: options are such that a run may be prolonged.
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.timeout(600)  # a hang guard: a run may take minutes on
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory) -> str:
-    """A policy whose ids mean something else than the scorers': two letters are swapped."""
+    """A policy whose token ids differ from those of the scorers: two letters are swapped."""
     directory = Path(save_tiny_model(tmp_path_factory.mktemp("models") / "policy", tie_word_embeddings=True))
     path = directory / "tokenizer.json"
     state = json.loads(path.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def base_model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def options(base_model, serving, critics, tmp_path_factory) -> dict:
-    """PPO on a rule: the share of exclamation marks. Two critic shards, two rollout workers, scorers that run."""
+    """PPO on a rule, the share of exclamation marks: two critic shards, two rollout workers, running scorers."""
     directory = tmp_path_factory.mktemp("ppo")
     components = directory / "components.yaml"
     components.write_text(
@@ -118,7 +118,7 @@ def directory_of(options: dict, name: str) -> Path:
 
 
 def history_of(run: Path, kind: str = "train") -> list[dict]:
-    """Its records, without times."""
+    """Returns the records of a run's history, without times."""
     path = run / "history" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -134,7 +134,7 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def actors_of(name: str) -> list[psutil.Process]:
-    """Processes of this session's Ray that run an actor of a class, the oldest first."""
+    """Returns the processes of this session's Ray that run an actor of a class, the oldest first."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -162,7 +162,7 @@ def undisturbed(options) -> PPOOutcome:
 
 
 def assert_same_beginning(run: Path, undisturbed: PPOOutcome, iterations: int) -> None:
-    """Every step once, with the numbers of the run that was not disturbed."""
+    """Checks that every step is there once, with the numbers of the undisturbed run."""
     history = history_of(run)
     assert [record["step"] for record in history] == list(range(1, iterations + 1))
     expected = history_of(undisturbed.directory)[:iterations]
@@ -242,7 +242,7 @@ def test_the_same_seed_gives_the_same_numbers_also_while_the_critic_leaves_its_d
 def test_while_values_warm_up_the_policy_stays_and_the_critic_learns_and_another_seed_gives_another_run(
     options, undisturbed, base_model
 ):
-    """Here with a run of every checkpoint kept."""
+    """The run keeps every checkpoint."""
     outcome = ppo.run(
         config_of(
             options,
@@ -311,7 +311,7 @@ def test_a_job_that_is_killed_resumes_and_changes_nothing(options, undisturbed, 
     job.wait(30)
     assert_nothing_is_left_running()
     assert len(checkpoints(run)) == 1
-    # What death in the middle of a checkpoint leaves.
+    # The state after a job died while it wrote a checkpoint.
     (run / ".iteration-000006-half" / "policy").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"continue it with --resume, or choose another --run\.name"):
         ppo.run(config_of(options, run.name, ppo=of_length(SHORT)))
@@ -328,7 +328,7 @@ def test_a_job_that_is_killed_resumes_and_changes_nothing(options, undisturbed, 
 
 
 class Interrupted:
-    """Rollout workers between whose first and later tasks something happens."""
+    """Rollout workers with an event between their first and later tasks."""
 
     def __init__(self, workers: RolloutWorkers, happens: Callable[[], object]) -> None:
         self._workers, self._happens = workers, happens
@@ -341,7 +341,7 @@ class Interrupted:
 
 
 class Observed(PPOTrainer):
-    """Remembers which versions judged; in the middle of its third iteration another reward model is published."""
+    """Records the versions that scored, and publishes another reward model in the middle of its third iteration."""
 
     def __init__(self, publish: Callable[[], object], *arguments) -> None:
         super().__init__(*arguments)
@@ -361,7 +361,7 @@ class Observed(PPOTrainer):
 @pytest.mark.slow
 @pytest.mark.parametrize("allow_mixed_versions", [False, True])
 def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(options, critics, allow_mixed_versions):
-    """Whole iterations long, unless versions may be mixed: then no reward is asked for again."""
+    """An iteration has one version, unless versions may be mixed: then no reward is requested again."""
     control.publish("scorers", critics["first"], 120, lambda _: None)
     mixing = {"allow_mixed_versions": allow_mixed_versions}
     config = config_of(options, f"live-{allow_mixed_versions}", ppo=of_length(4), reward=mixing)
@@ -391,7 +391,7 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
 def test_a_policy_that_runs_away_ends_the_job_with_advice_and_keeps_the_checkpoints(
     options, tmp_path, monkeypatch, capsys, name, changes, message
 ):
-    """Also where the step that went too far was itself finite, and only the next responses show it."""
+    """The step that went too far may be finite, so that only the next responses show it."""
     optimizer = {**options["policy"]["optimizer"], **({"learning_rate": 1e39} if name == "nan" else {})}
     run = directory_of(options, name)
     control.wait_until_served("scorers", 60, lambda _: None)

@@ -17,7 +17,7 @@ ROW = json.dumps({"prompt": "please explain"})
 
 
 def refusal(arguments, monkeypatch, capsys) -> str:
-    """What a command says that is refused, in one line."""
+    """Returns the message of a rejected command in one line."""
     code, _, message = run(ppo.main, arguments, monkeypatch, capsys)
     assert code == EXIT_REFUSED
     assert "Traceback" not in message
@@ -94,7 +94,7 @@ def test_bad_prompts(what, tiny_model, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def arguments(tiny_model, tmp_path, monkeypatch) -> list[str]:
-    """What a job needs, as far as it can be known before scorers are looked for."""
+    """Arguments that pass all checks before the job looks for scorers."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text(f"{ROW}\n" * 4)
     return ["--policy.model.path", tiny_model, "--prompts.train", "prompts.jsonl", "--rollout.max-new-tokens", "8"]
@@ -125,7 +125,7 @@ def test_a_checkpoint_whose_state_is_damaged_is_refused(arguments, monkeypatch, 
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text('{"iteration": 3')
     said = refusal([*arguments, "--run.name", "mine", "--resume"], monkeypatch, capsys)
-    assert "iteration-000003: 0 of 1 manifests: this checkpoint was not written whole" in said
+    assert "iteration-000003: incomplete, 0 of 1 manifests found" in said
     assert checkpoint.is_dir()
 
 

@@ -1,4 +1,4 @@
-"""The quickstart's preferences are what they are said to be, and its two sides share no text."""
+"""The quickstart's preferences follow the ratings, and its training and held-out halves share no text."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from jobs.quickstart_data import COLLECTIONS, MIN_MARGIN, RatedText, make_prefer
 
 @pytest.fixture
 def collections() -> dict[str, list[RatedText]]:
-    """Texts of all lengths, some of them in two collections and some twice in one."""
+    """Makes texts of all lengths, some of them in two collections and some twice in one."""
     rated = [RatedText(f"text {n} " + "word " * (n % 30), float(n % 9 - 4)) for n in range(3000)]
     return {"tweets": rated[:2000], "movies": rated[1900:] + rated[2500:]}
 

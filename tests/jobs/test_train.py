@@ -1,4 +1,4 @@
-"""The training job as a user runs it: submitted, interrupted, resumed, refused; and what comes out of it."""
+"""The training job as a user runs it: submitted, interrupted, resumed, rejected; and its results."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def history_of(run: Path, kind: str = "train") -> list[dict]:
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Same weights, and every step once in the history with the same numbers."""
+    """Checks for equal weights, and for every step once in the history with equal numbers."""
     last = f"step-{STEPS:06d}"
     weights, expected_weights = (load_file(directory / last / "model.safetensors") for directory in (run, expected))
     assert weights.keys() == expected_weights.keys()
@@ -100,7 +100,7 @@ def train_workers(root: psutil.Process) -> list[psutil.Process]:
 
 
 def name_of(process: psutil.Process) -> str:
-    """Its name; empty where it has ended meanwhile."""
+    """Returns the name of a process, or an empty string after its end."""
     try:
         return process.name()
     except psutil.NoSuchProcess:
@@ -109,7 +109,7 @@ def name_of(process: psutil.Process) -> str:
 
 @pytest.fixture(scope="module")
 def submitted(options, ray_address) -> tuple[Path, str]:
-    """A run submitted through the Jobs API with a config file; its directory and what the user saw."""
+    """A run submitted through the Jobs API with a config file: its directory and its output."""
     config = storage_of(options) / "config.yaml"
     config.write_text(json.dumps(options))  # JSON is YAML
     dashboard = "http://" + ray._private.worker.global_worker.node.address_info["webui_url"]
@@ -135,7 +135,7 @@ def test_a_submitted_job_trains_and_tells_the_user(submitted):
     card = load_critic(run / kept[-1]).card
     assert card.version == f"submitted@{STEPS}"
     assert card.reward_std > 0
-    older = read_card(run / kept[0])  # it was not validated, and does not borrow the figures of an earlier step
+    older = read_card(run / kept[0])  # it was not validated, and does not take the figures of an earlier step
     assert older.reward_std is None
     assert older.training["evaluation"] is None
     assert card.training["evaluation"]["accuracy"]["mean"] == pytest.approx(accuracy, abs=1e-3)
@@ -168,7 +168,7 @@ def test_the_result_evaluates_and_exports_from_the_command_line(submitted, optio
 
 @pytest.mark.slow
 def test_a_run_of_which_ray_train_knows_no_checkpoint_has_come_to_its_end_nevertheless(submitted, options):
-    """As one whose last worker was lost between saving and telling."""
+    """A run whose last worker was lost after it saved its checkpoint and before it reported."""
     run = storage_of(options) / "untold"
     shutil.copytree(submitted[0], run)
     (run / "checkpoint_manager_snapshot.json").unlink()
@@ -180,7 +180,7 @@ def test_a_run_of_which_ray_train_knows_no_checkpoint_has_come_to_its_end_nevert
 
 @pytest.mark.slow
 def test_what_a_lost_attempt_left_of_its_first_checkpoint_keeps_no_run_from_starting_again(submitted, options):
-    """Files are copied in any order: here the manifest came first."""
+    """Files are copied in any order; here the manifest is first."""
     run = storage_of(options) / "barely-begun"
     left = run / f"step-{CHECKPOINT_EVERY:06d}"
     shutil.copytree(submitted[0] / f"step-{STEPS:06d}", left)
@@ -235,7 +235,7 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
     )
     wait_until(lambda: len(history_of(run)) >= KILL_AFTER or job.poll() is not None, f"{KILL_AFTER} steps")
     assert job.poll() is None, "the job ended before it could be killed"
-    # Ray's own agents linger for a while; what must not is anything that trains or holds a place in the cluster.
+    # Ray's own agents end later; nothing that trains or holds a place in the cluster may remain.
     descendants = job.children(recursive=True)
     working = [process for process in descendants if not name_of(process).startswith(("ray::Dash", "ray::RuntimeEnv"))]
     request.addfinalizer(lambda: [process.kill() for process in descendants if process.is_running()])
@@ -243,7 +243,7 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
     job.wait(30)
     _, alive = psutil.wait_procs(working, timeout=60)
     assert not alive, "a killed job left processes behind"
-    # What the machine's death in the middle of an upload would leave: a checkpoint that is not whole.
+    # The state after the machine died during an upload: an incomplete checkpoint.
     last = max(run.glob("step-*"))
     half = run / f"step-{int(last.name.split('-')[1]) + CHECKPOINT_EVERY:06d}"
     shutil.copytree(last, half)
@@ -261,7 +261,7 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(options, validation_file):
-    """Here on a blend of two sources, of which a part is held out."""
+    """The data is a blend of two sources, of which a part is held out."""
     exploding = {
         "max_steps": None,
         "learning_rate": 1e30,

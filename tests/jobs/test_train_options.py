@@ -1,4 +1,4 @@
-"""Options of a training job: what is refused before anything starts, what is planned, and what ends a run."""
+"""Options of a training job: rejected combinations, the plan of a dry run, and early stopping."""
 
 import importlib.util
 import json
@@ -80,7 +80,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tiny_model, preference_fil
 
 
 def test_seeds_early_stopping_and_the_best_checkpoint(tiny_model, tmp_path, ray_address):
-    """Two runs, each of which gets worse soon, because the validation data says the opposite of the training data."""
+    """Two runs that get worse soon, because the validation data contradicts the training data."""
     write_preferences(tmp_path / "train.jsonl", 60)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:20]]

@@ -4,10 +4,12 @@ import sys
 
 import pytest
 
+from rlhf_critic.errors import ConfigError
 from rlhf_critic.logs import LEVEL_VARIABLE, configure_logging
 
 PROGRAM = """
 import logging
+from rlhf_critic.errors import ConfigError
 from rlhf_critic.logs import configure_logging
 configure_logging()
 configure_logging()
@@ -46,7 +48,7 @@ def test_the_level_comes_from_the_environment():
 
 
 def test_an_unknown_level_is_rejected():
-    with pytest.raises(ValueError, match="log level 'LOUD' is unknown; use one of DEBUG, INFO, WARNING, ERROR"):
+    with pytest.raises(ConfigError, match="log level 'LOUD' is unknown; use one of DEBUG, INFO, WARNING, ERROR"):
         configure_logging("loud")
 
 

@@ -1,8 +1,8 @@
 """Llama with a scalar reward head, for ``AutoModelForSequenceClassification`` and ``trust_remote_code=True``.
 
-Needs torch and transformers and nothing else. The weights have the names of ``LlamaForSequenceClassification``
-with one label, so the same directory also loads without this file; what this file adds is a value at every token, ends
-of sequences found from the attention mask, positions that left padding does not shift, and a head computed in fp32.
+Needs only torch and transformers. The weights are named as in ``LlamaForSequenceClassification`` with one label, so
+the directory also loads without this file. This file adds a value at every token, sequence ends found from the
+attention mask, positions that left padding does not shift, and a head computed in fp32.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class RewardModelOutput(ModelOutput):
-    """What `LlamaRewardModel` returns.
+    """The output of `LlamaRewardModel`.
 
     Attributes:
-        loss: Mean squared error against ``labels``, where those were given.
-        logits: The reward of each sequence, its value at the last real token, fp32 ``[batch, 1]``.
-        token_values: The value at every token, fp32 ``[batch, length]``; meaningless at padding. Not named ``values``:
-            that is a method of every output, which DeepSpeed, for one, calls.
+        loss: Mean squared error against ``labels``, if they were given.
+        logits: Reward of each sequence, its value at the last real token, fp32 ``[batch, 1]``.
+        token_values: Value at every token, fp32 ``[batch, length]``; meaningless at padding. Not named ``values``,
+            because that is a method of every output, which DeepSpeed calls.
     """
 
     loss: torch.Tensor | None = None
@@ -36,7 +36,7 @@ class RewardModelOutput(ModelOutput):
 class RewardHead(nn.Linear):
     """A linear layer with one output and no bias, computed in fp32 whatever the dtype of its weight.
 
-    A module of its own, so that what wraps or hooks modules (adapters, for one) meets it like any other.
+    It is a separate module, so that code that wraps or hooks modules (adapters, for example) handles it too.
     """
 
     def __init__(self, width: int) -> None:
@@ -48,7 +48,7 @@ class RewardHead(nn.Linear):
 
 
 class LlamaRewardModel(LlamaPreTrainedModel):
-    """The Llama backbone and a reward head."""
+    """A Llama backbone with a reward head."""
 
     config_class = LlamaConfig
     base_model_prefix = "model"
@@ -72,13 +72,13 @@ class LlamaRewardModel(LlamaPreTrainedModel):
         """Scores sequences padded on either side.
 
         Args:
-            input_ids: ``[batch, length]``.
-            attention_mask: 1 at real tokens, ``[batch, length]``. Without it, everything from the first to the last
-                token that is not ``config.pad_token_id`` counts as real.
-            inputs_embeds: Instead of ``input_ids``, ``[batch, length, width]``.
+            input_ids: Token ids, ``[batch, length]``.
+            attention_mask: 1 at real tokens, ``[batch, length]``. Without it, all tokens from the first to the last one
+                that is not ``config.pad_token_id`` count as real.
+            inputs_embeds: Embeddings instead of ``input_ids``, ``[batch, length, width]``.
             labels: Target rewards ``[batch]`` for a regression loss.
             return_dict: False returns a tuple.
-            **kwargs: Passed to the backbone.
+            **kwargs: Arguments passed to the backbone.
 
         Raises:
             ValueError: Neither ``input_ids`` nor ``inputs_embeds`` is given.
@@ -95,7 +95,7 @@ class LlamaRewardModel(LlamaPreTrainedModel):
             real = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
         first = real.argmax(dim=1, keepdim=True)
         last = (real * (columns + 1)).argmax(dim=1, keepdim=True)
-        # A pad token within a text is part of it, as in the classes of transformers.
+        # A pad token within a text is part of the text, as in the classes of transformers.
         real = ((columns >= first) & (columns <= last)).long()
         # Counted from each row's first real token.
         if kwargs.get("position_ids") is None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.serving import control
 from actors.serving.handle import connect
-from actors.serving.replica_status import read_board
+from actors.serving.replica_status import read_status
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.errors import (
     CheckpointError,
@@ -112,7 +112,7 @@ def test_a_version_that_is_not_served_gives_no_rewards(serving, critics, client)
     url = serving(critics["first"], max_replicas=1)
     served = client.score_items(make_conversations(1)).model_version
     assert client.score_items(make_conversations(1), version=served).model_version == served
-    with pytest.raises(VersionMismatch, match="other@7 was asked for, this scorer serves tiny@1#"):
+    with pytest.raises(VersionMismatch, match="other@7 was requested, this scorer serves tiny@1#"):
         client.score_items(make_conversations(1), version="other@7")
     with connect_http(url) as over_http, pytest.raises(VersionMismatch, match="other@7"):
         over_http.score_items(make_conversations(1), version="other@7")
@@ -144,7 +144,7 @@ def test_publishing_under_load_loses_nothing_and_mixes_nothing(serving, critics,
         try:
             for name in ("second", "first", "second"):
                 version = control.publish("scorers", critics[name], 120, lambda _: None)
-                reports = [report for report in read_board("scorers") if report.pid in replica_pids()]
+                reports = [report for report in read_status("scorers") if report.pid in replica_pids()]
                 assert len(reports) == 2
                 assert {report.info.model_version for report in reports} == {version}
             bad = shutil.copytree(critics["first"], tmp_path / "bad")
@@ -182,7 +182,7 @@ def test_of_two_that_publish_at_once_the_later_wins_and_the_other_is_told(servin
             later.append("")
             later[0] = control.publish("scorers", critics["first"], 120, lambda _: None)
 
-    with pytest.raises(ConfigError, match="'scorers' was changed by somebody else meanwhile"):
+    with pytest.raises(ConfigError, match="'scorers' was changed by another process meanwhile"):
         control.publish("scorers", critics["second"], 120, publish_another)
     assert control.wait_until_served("scorers", 60, lambda _: None) == later[0]
     assert client.score_items(make_conversations(3)).model_version == later[0]

@@ -2,18 +2,23 @@
 
 import asyncio
 import gc
+import io
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
+from actors.serving import control
 from actors.serving.scorer import LocalCritic, Scorer
-from rlhf_critic.checkpoint.critic_directory import load_critic, read_card, weights_digest
-from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonComponent, ScorerConfig
+from rlhf_critic.checkpoint.critic_directory import load_critic, read_card, weights_hash
+from rlhf_critic.checkpoint.export import export_critic
+from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonComponent, ScorerConfig, ServeJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, ScorerUnavailable
+from rlhf_critic.model.weights import WeightReader
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import wait_until
 
@@ -118,10 +123,10 @@ def test_a_version_names_all_that_decides_a_reward(critics):
 
 
 def test_what_is_not_what_was_published_is_refused_and_changes_nothing(critics, tmp_path):
-    config = ScorerConfig(checkpoint=critics["first"], digest=weights_digest(critics["first"]))
+    config = ScorerConfig(checkpoint=critics["first"], digest=weights_hash(critics["first"]))
     scorer = Scorer(config)
     before = scorer.info()
-    with pytest.raises(CheckpointError, match="its files are not those that were published"):
+    with pytest.raises(CheckpointError, match="these files are not the published ones"):
         scorer.publish(config.model_copy(update={"checkpoint": critics["second"]}))
     unscaled = shutil.copytree(critics["second"], tmp_path / "unscaled")
     card = read_card(unscaled).model_copy(update={"reward_std": None})
@@ -136,6 +141,88 @@ def test_what_is_not_what_was_published_is_refused_and_changes_nothing(critics, 
     assert scorer.info() == before
     assert len(scorer.score(make_conversations(2)).rewards_S) == 2
     scorer.close()
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """Collects the sizes of all reads of weights in this process, by Python's files and by safetensors."""
+    sizes: list[int] = []
+    open_path, read_tensor = Path.open, WeightReader.read
+
+    class Counted(io.BufferedReader):
+        def read(self, size=-1):
+            block = super().read(size)
+            sizes.append(len(block))
+            return block
+
+    def open_counted(path, *arguments, **options):
+        is_counted = path.suffix == ".safetensors"
+        return Counted(io.FileIO(path)) if is_counted else open_path(path, *arguments, **options)
+
+    def read_counted(reader, name):
+        tensor = read_tensor(reader, name)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(Path, "open", open_counted)
+    monkeypatch.setattr(WeightReader, "read", read_counted)
+    return sizes
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_published_critic_is_read_once_by_the_driver_and_twice_by_a_replica(
+    critics, tmp_path, bytes_read, has_manifest
+):
+    critic = critics["first"]
+    if has_manifest:
+        export_critic(critic, tmp_path / "export", auto_map=False)
+        critic = str(tmp_path / "export")
+    size = (Path(critic) / "model.safetensors").stat().st_size
+    bytes_read.clear()
+    config = control.checked(ServeJobConfig(checkpoint="-"), critic)
+    assert size <= sum(bytes_read) < 1.1 * size, "the file for its hash, and the head"
+    bytes_read.clear()
+    Scorer(config).close()
+    assert 1.8 * size < sum(bytes_read) <= 2 * size, "the file for its hash, and its tensors to load them"
+
+
+def test_two_critics_of_one_name_are_told_apart_by_their_manifests(critics, tmp_path):
+    hashes = set()
+    for name, card in (("first", None), ("second", None), ("second", read_card(critics["first"]))):
+        source = Path(shutil.copytree(critics[name], tmp_path / f"source-{len(hashes)}"))
+        if card:
+            (source / "critic.json").write_text(card.model_dump_json())
+        export_critic(source, tmp_path / f"export-{len(hashes)}", auto_map=False)
+        hashes.add(weights_hash(tmp_path / f"export-{len(hashes)}"))
+    assert len(hashes) == 3
+    damaged = tmp_path / "export-0" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"export-0/model\.safetensors: damaged"):
+        Scorer(ScorerConfig(checkpoint=str(tmp_path / "export-0")))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_remote_critic_is_downloaded_once(ray_address, critics, tmp_path, monkeypatch, shards):
+    from ray.train import _checkpoint
+
+    download = _checkpoint._download_from_fs_path
+    remote = Path(shutil.copytree(critics["first"], tmp_path / "remote"))
+
+    def download_and_remove(fs, fs_path, local_path):
+        download(fs=fs, fs_path=fs_path, local_path=local_path)
+        remote.rename(tmp_path / "gone")  # no process can download it again
+
+    monkeypatch.setattr(_checkpoint, "_download_from_fs_path", download_and_remove)
+    # Ray takes only pyarrow's own LocalFileSystem for local.
+    scorer = Scorer(ScorerConfig(checkpoint=f"fsspec+file://{remote}"), shards=shards)
+    items = make_conversations(3)
+    wanted = rewards_by_engine(critics["first"], items)
+    np.testing.assert_allclose(scorer.score(items).rewards_S, wanted, atol=TOLERANCE)
+    scorer.close()
+    assert (tmp_path / "gone").exists()
 
 
 @pytest.mark.timeout(300)
@@ -156,7 +243,7 @@ def test_two_shards_give_the_rewards_of_one_and_leave_nothing_behind(ray_address
     ray.kill(scorer._version.backend._group._ranks[1])
     with pytest.raises(ScorerUnavailable, match="lost one of its 2 shards"):
         scorer.score(items)
-    with pytest.raises(ScorerUnavailable, match="must be started again"):
+    with pytest.raises(ScorerUnavailable, match="start the scorer again"):
         scorer.check_healthy()
     scorer.close()
     wait_until(lambda: ray.available_resources().get("CPU", 0) == free, "the shards' CPUs", 60)

@@ -366,11 +366,11 @@ def code(weights: Weights) -> None:
         (two_outputs, r"shape \(2, 32\), with 2 outputs"),
         (both_spellings, r"rwtransformer\.ln_f\.weight and rwtranrsformer\.ln_f\.weight are both"),
         (with_and_without_prefix, r"twice: ln_f\.weight and transformer\.ln_f\.weight"),
-        (two_biases, r"bias is \[1\.0, 1\.0\], not one finite number"),
-        (a_bias_that_is_nan, r"bias is \[nan\], not one finite number"),
+        (two_biases, r"bias is \[1\.0, 1\.0\], expected one finite number"),
+        (a_bias_that_is_nan, r"bias is \[nan\], expected one finite number"),
         (a_number_beside, r"holds more than named weights \(epoch: int\)"),
         (code, r"holds more than weights"),
-        (no_head, r"keys of its weights \(rwtransformer\.\*\) are not those of --from auto"),
+        (no_head, r"names of its weights \(rwtransformer\.\*\) do not match --from auto"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_whole(tmp_path, damage, message):
@@ -412,11 +412,11 @@ def test_split_weights_are_read_by_their_index(tmp_path):
 
 def test_another_format_than_was_said_is_refused(tmp_path):
     source = save_native(tmp_path / "source")
-    with pytest.raises(CheckpointError, match=r"\(model\.\*, score\.\*\) are not those of --from trlx \(trlx: transf"):
+    with pytest.raises(CheckpointError, match=r"\(model\.\*, score\.\*\) do not match --from trlx \(trlx: transf"):
         convert_checkpoint(source, tmp_path / "out", "trlx")
 
 
 def test_a_mean_that_is_no_number_is_refused(tmp_path):
     source = save_native(tmp_path / "source", mean="high")
-    with pytest.raises(CheckpointError, match=r"config\.json: mean is 'high', which it cannot be"):
+    with pytest.raises(CheckpointError, match=r"config\.json: mean: 'high' is not valid"):
         convert_checkpoint(source, tmp_path / "out")

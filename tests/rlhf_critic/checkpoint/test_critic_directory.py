@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_critic.checkpoint import critic_directory
 from rlhf_critic.checkpoint.critic_directory import (
     CARD_NAME,
     check_critic,
@@ -176,9 +177,9 @@ def break_the_card(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_the_template, "not the one this critic was fitted with"),
-        (change_the_limit, "not the one this critic was fitted with"),
-        (drop_the_card, "not a critic directory, or one that was not written to its end"),
+        (change_the_template, "not the one this critic was trained with"),
+        (change_the_limit, "not the one this critic was trained with"),
+        (drop_the_card, "not a critic directory, or writing it was interrupted"),
         (break_the_card, "not a valid critic card"),
         (cut_weights, "damaged"),
     ],
@@ -195,3 +196,20 @@ def test_a_model_without_the_encoders_pad_token_is_not_saved(tiny_model, tmp_pat
     loaded.critic.model.config.pad_token_id = 1
     with pytest.raises(CheckpointError, match="pad_token_id is 1"):
         save_critic(tmp_path / "other", loaded.critic, loaded.encoder, loaded.card)
+
+
+def test_a_card_of_an_older_format_is_read_and_one_of_a_newer_format_is_an_error(tiny_model, tmp_path, monkeypatch):
+    path = save(tiny_model, tmp_path / "saved") / CARD_NAME
+    card = json.loads(path.read_text())
+    assert card["format_version"] == critic_directory.FORMAT_VERSION
+    monkeypatch.setattr(critic_directory, "FORMAT_VERSION", card["format_version"] + 1)
+    assert critic_directory.read_card(path.parent).version == card["version"]
+    monkeypatch.undo()
+    path.write_text(json.dumps({**card, "format_version": 7, "key_of_the_future": 1}))
+    newer = r"critic\.json: written by a newer version of rlhf-critic \(format 7, this version reads up to 1\): upgrade"
+    with pytest.raises(CheckpointError, match=newer):
+        critic_directory.read_card(path.parent)
+    for changes in ({"key_of_the_future": 1}, {"format_version": 0}, {"format_version": "new"}):
+        path.write_text(json.dumps({**card, **changes}))
+        with pytest.raises(CheckpointError, match=f"not a valid critic card(.|\n)*{next(iter(changes))}"):
+            critic_directory.read_card(path.parent)

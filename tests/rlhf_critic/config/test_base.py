@@ -1,4 +1,4 @@
-"""Options come from a file and the command line, in that order, and a wrong one is named with its place."""
+"""Options come from a file and the command line, which overrides the file; an error names option and line."""
 
 import pytest
 

@@ -167,8 +167,8 @@ def test_a_file_is_encoded_once_per_content_and_encoder(tokenizer_dir, tmp_path,
     load_preferences(str(path), Encoder(tokenizer, 3), cache)
     path.write_text(json.dumps({**GOOD, "chosen": "glad"}))
     assert load_preferences(str(path), encoder, cache)[0].chosen_ids.tolist() == encoder.encode("please", "glad").ids
-    assert len(calls) == 4  # three encodings, plus the one just above
-    assert not list(Path(cache).glob("preferences/.building-*"))
+    assert len(calls) == 4  # three encodings, and the one just above
+    assert not list(Path(cache).glob("preferences/.*"))
 
 
 BAD_LINES = [

@@ -191,7 +191,7 @@ def test_openrlhf_calls(serving, critics, monkeypatch, tmp_path):
     together = reward_func(queries, prompts, [""] * 5)
     np.testing.assert_allclose(together["rewards"].numpy(), wanted, atol=TOLERANCE)
     monkeypatch.delenv("RLHF_CRITIC_TOKEN_FILE")
-    with pytest.raises(ScorerRejected, match="show the pool's token"):
+    with pytest.raises(ScorerRejected, match="the bearer token is missing or wrong"):
         reward_func(queries, prompts, [""] * 5)
 
 

@@ -137,7 +137,7 @@ def test_the_version_that_is_asked_for_answers_or_nobody(scorer, items):
     served = scorer.info().model_version
     with ScorerClient(Direct(scorer)) as client:
         assert client.score_items(items[:2], version=served).model_version == served
-        with pytest.raises(VersionMismatch, match=f"version old was asked for, this scorer serves {served}"):
+        with pytest.raises(VersionMismatch, match=f"version old was requested, this scorer serves {served}"):
             client.score_items(items[:2], version="old")
 
 
