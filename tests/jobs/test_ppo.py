@@ -40,7 +40,7 @@ from tests.helpers import WORDS, save_tiny_model, wait_until
 from tests.jobs.command_line import run as run_command_line
 
 REPOSITORY = Path(__file__).parents[2]
-ITERATIONS, SHORT = 9, 6
+ITERATIONS, SHORT = 12, 6
 pytestmark = pytest.mark.timeout(600)  # a hang guard: a run may take minutes on a busy machine
 
 
