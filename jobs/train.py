@@ -156,7 +156,7 @@ def _train(config: TrainJobConfig) -> Result:
     if not run.use_gpu:
         worker_environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"] = "cpu"
     if not ray.is_initialized():
-        init_ray(logging_level="WARNING")
+        init_ray()
     if is_elastic:
         _wait_for_min_workers(config, resources)
     trainer = TorchTrainer(

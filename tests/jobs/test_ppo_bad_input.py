@@ -76,7 +76,7 @@ DATA = {
     "not JSON": ('{"prompt": "a"', "prompts.jsonl:2: not JSON"),
     "no such field": ('{"text": "a"}', "prompts.jsonl:2: field 'prompt': must be a text, or a list of turns"),
     "an empty text under a plain template": ('{"prompt": ""}', "prompts.jsonl:2: field 'prompt': has no token"),
-    "nothing to hold out": (ROW, "of 1 different prompts leaves nothing to train or nothing to hold out"),
+    "nothing to hold out": (ROW, "of 1 different prompts leaves nothing to train on or nothing to hold out"),
 }
 
 
