@@ -44,34 +44,22 @@ DIGITS_OF_VERSION = 8
 class CriticBackend(Protocol):
     """A loaded critic that computes micro-batches: `LocalCritic` or `actors.serving.sharded_critic.ShardedCritic`.
 
-    Attributes:
-        card: The critic's card.
-        encoder: Its encoder.
-        prefix_tree: Whether its batches are prefix trees.
-        tokens_at_once: Maximum number of tokens in a micro-batch.
+    Its methods raise `ScorerUnavailable` after a part of the critic was lost.
     """
 
     card: CriticCard
     encoder: Encoder
     prefix_tree: bool
-    tokens_at_once: int
+    tokens_at_once: int  # maximum number of tokens in a micro-batch
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`.
-
-        Raises:
-            ScorerUnavailable: A part of the critic was lost.
-        """
+        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`."""
 
     def check_healthy(self) -> None:
-        """Checks that the critic can compute.
-
-        Raises:
-            ScorerUnavailable: A part of the critic was lost.
-        """
+        """Checks that no part of the critic was lost."""
 
     def close(self) -> None:
-        """Frees what the critic holds: weights, processes and their resources."""
+        """Frees the weights and ends the processes that hold them."""
 
 
 class LocalCritic:

@@ -1,4 +1,4 @@
-"""What tests of scorers share: critics on disk, texts, the rewards that every way of asking must give, and callers."""
+"""Helpers of scorer tests: critics on disk, texts, expected rewards, and concurrent callers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONVERSATIONS, CONVERSATIONS_A_CALL = 24, 8
 
 
 def save_tiny_critic(model: str, directory: Path, seed: int = 0, version: str = "tiny@1") -> str:
-    """A critic with a head of its own and a known scale."""
+    """Saves a critic with a random head and a known reward scale; returns its directory."""
     encoder = Encoder(load_tokenizer(model), MAX_LENGTH)
     torch.manual_seed(seed)
     critic = create_critic_model(model, encoder.tokenizer, None)
@@ -41,7 +41,7 @@ def save_tiny_critic(model: str, directory: Path, seed: int = 0, version: str = 
 
 
 def make_conversations(count: int, seed: int = 0, prompts: int = 5) -> list[Conversation]:
-    """Conversations of which some share their prompt, and some are longer than the critic reads."""
+    """Returns conversations; some share a prompt, some exceed the critic's maximum length."""
     rng = random.Random(seed)
 
     def words(most: int) -> str:
@@ -52,18 +52,18 @@ def make_conversations(count: int, seed: int = 0, prompts: int = 5) -> list[Conv
 
 
 def rewards_by_engine(critic: str, items: list[Conversation]) -> NDArray[np.float32]:
-    """What training's own forward pass gives, one item at a time."""
+    """Returns the rewards of training's forward pass, one item at a time."""
     loaded = load_critic(critic)
     sequences = [one.ids for one in loaded.encoder.encode_batch(items)]
     return np.concatenate([score_sequences(loaded.critic, [ids], token_budget=4096) for ids in sequences])
 
 
 class Calls:
-    """Callers of the pool, who compare each answer with the engine's.
+    """Callers of the pool that compare each answer with the engine's.
 
     Args:
-        critic: That the pool serves.
-        deadline_s: Of a call.
+        critic: Directory of the critic that the pool serves.
+        deadline_s: Deadline of each call in seconds.
     """
 
     def __init__(self, critic: str, deadline_s: float) -> None:
@@ -78,7 +78,7 @@ class Calls:
 
     @contextmanager
     def running(self, callers: int, pause_s: float = 0.0) -> Iterator[None]:
-        """Each calls again and again for as long as the block runs; the last calls are waited for."""
+        """Runs callers that repeat their calls until the block ends, then waits for the last calls."""
         enough = threading.Event()
         threads = [threading.Thread(target=self._call, args=(number, pause_s, enough)) for number in range(callers)]
         for thread in threads:

@@ -1,4 +1,4 @@
-"""``jobs.serve`` as a user types it, against a running cluster: start, publish, refuse, stop."""
+"""``jobs.serve`` on the command line against a running cluster: start, publish, reject, stop."""
 
 import shutil
 

@@ -29,8 +29,9 @@ for package in ("rlhf_critic", "actors", "jobs"):
 
 
 def run(script: str, *arguments: str) -> None:
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""A job that starts a Ray of its own is reached from this machine only, and leaves no secret where others may read it.
+"""A job that starts a local Ray is reachable from this machine only, and writes no secret where others can read it.
 
 Each job runs once, as a user types it, with secrets in its environment, while its processes are watched.
 """
@@ -32,14 +32,14 @@ from tests.helpers import run_command, wait_until
 REPOSITORY = Path(__file__).parents[2]
 # Where Ray, W&B, hubs and clouds look for theirs.
 NAMES = ("RAY_AUTH_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN")
-TIMEOUT_S = 480  # a hang guard: on a busy machine a pool takes minutes to start
-WATCH_EVERY_S = 1.0  # a look at all processes costs the job more than a tenth of that
+TIMEOUT_S = 480  # against hangs; a pool takes minutes to start on a busy machine
+WATCH_EVERY_S = 1.0  # listing all processes costs the job more than a tenth of this
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass
 class Observed:
-    """What was seen of a job.
+    """Observations of a job.
 
     Attributes:
         secrets: By the name of what holds them.
@@ -56,7 +56,7 @@ class Observed:
     texts: dict[str, str] = field(default_factory=dict)
 
     def look(self, process: psutil.Process) -> None:
-        """Looks at a process and all below it."""
+        """Records a process and its descendants."""
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 command = one.cmdline()
@@ -66,12 +66,12 @@ class Observed:
                 self.listening |= {(title, at.laddr.ip) for at in listening}
 
     def require_listened(self, *titles: str) -> None:
-        """Checks that listeners of these processes were seen, so that not seeing others means something."""
+        """Checks that listeners of these processes were seen, so that the absence of others is evidence."""
         for title in titles:
             assert any(seen.startswith(title) for seen, _ in self.listening), (title, self.listening)
 
     def texts_and_files(self) -> Iterator[tuple[str, bytes]]:
-        """All that was told and written."""
+        """Returns all output and all written files."""
         yield from ((name, text.encode()) for name, text in self.texts.items())
         yield from (("a command line", line.encode()) for line in self.command_lines)
         for path in self.directory.rglob("*"):
@@ -81,12 +81,12 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory) -> Iterator[Callable[..., contextlib.AbstractContextManager]]:
-    """Runs a job with secrets and watches it; gives what was observed, and the process."""
+    """Runs a job with secrets and watches it; yields the observations and the process."""
     made: list[Path] = []
 
     @contextlib.contextmanager
     def watch(job: str, *options: str, **environment: str) -> Iterator[tuple[Observed, psutil.Popen]]:
-        directory = Path(tempfile.mkdtemp(prefix="sec-"))  # short, for Ray's sockets are in it
+        directory = Path(tempfile.mkdtemp(prefix="sec-"))  # short, because it contains Ray's sockets
         made.append(directory)
         observed = Observed({name: secrets.token_hex(32) for name in NAMES}, directory)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -136,7 +136,7 @@ def wait_for_success(observed: Observed, process: psutil.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def training(watched, tiny_model, preference_file, tmp_path_factory):
-    """Two shards and a few steps."""
+    """Trains a few steps with two shards."""
     with watched(
         "jobs.train",
         *("--model.path", tiny_model, "--encoding.max-length", "64", "--data.train", preference_file),
@@ -152,7 +152,7 @@ def training(watched, tiny_model, preference_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ppo(watched, tiny_model, critics, tmp_path_factory):
-    """One iteration with scorers, two shards of the critic and a rollout worker."""
+    """Runs one PPO iteration with scorers, two shards of the critic and a rollout worker."""
     directory = tmp_path_factory.mktemp("ppo")
     prompts = directory / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"please {number}"}) + "\n" for number in range(8)))
@@ -168,13 +168,13 @@ def ppo(watched, tiny_model, critics, tmp_path_factory):
     ) as (observed, process):
         wait_for_success(observed, process)
     shutil.copytree(directory / "runs", observed.directory / "runs")
-    observed.require_listened("gcs_server", "raylet", "ray::CriticShard", "ray::ProxyActor")
+    observed.require_listened("gcs_server", "raylet", "ray::CriticRank", "ray::ProxyActor")
     return observed
 
 
 @pytest.fixture(scope="module")
 def serving_alone(watched, critics, tmp_path_factory):
-    """A pool with a token that is called rightly and wrongly, published to rightly and wrongly, and loses a replica."""
+    """Runs a pool with a token: valid and invalid calls, valid and invalid publications, and a lost replica."""
     directory = tmp_path_factory.mktemp("serve")
     token_file = directory / "token"
     with closing(socket.socket()) as probe:
@@ -222,20 +222,20 @@ def title_of(process: psutil.Process) -> str:
 
 
 def metrics_of(directory: Path) -> dict[str, str]:
-    """What Prometheus reads from a Ray, by address."""
+    """Returns the metrics that Prometheus reads from a Ray, by address."""
     (told,) = directory.glob("ray/session_2*/prom_metrics_service_discovery.json")
     wait_until(lambda: json.loads(told.read_text()) != [], "the places of the metrics")
     places = [place for group in json.loads(told.read_text()) for place in group["targets"]]
     read = {}
     for place in places:
-        with contextlib.suppress(httpx.HTTPError):  # some of Ray's places are there only with an autoscaler
+        with contextlib.suppress(httpx.HTTPError):  # some endpoints of Ray exist only with an autoscaler
             read[place] = httpx.get(f"http://{place}/metrics", timeout=60).text
     assert any("ray_serve" in text for text in read.values())
     return read
 
 
 def is_loopback(ip: str) -> bool:
-    """Whether an address is reached from this machine only; one of IPv4 may be written as one of IPv6."""
+    """Returns whether an address is loopback; IPv4 addresses may be written as IPv6."""
     return ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback
 
 

@@ -1,4 +1,4 @@
-"""Who does not show Ray's token gets nothing from a cluster: not its Jobs API, not its agents, not Ray itself.
+"""Without Ray's token, a cluster answers nothing: not its Jobs API, not its agents, not Ray itself.
 
 The HTTP scorers' own token is held by tests/actors/serving/test_http_api.py.
 """
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(400)
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster's head node, and where it listens."""
+    """A cluster's head node, and the addresses it listens on."""
 
     address: str
     client: str
@@ -52,16 +52,16 @@ def free_ports(number: int) -> list[int]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """A user's, without anything that this machine's own Ray left there; the test's Ray stays on loopback."""
+    """Returns a user's environment without variables of this machine's Ray; the test's Ray stays on loopback."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return inherited | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} | changes
 
 
 @pytest.fixture(scope="module")
 def head():
-    """As ``ray start --head`` makes it for ``jobs``: with a token."""
+    """Starts a head node with a token, like ``ray start --head``."""
     gcs, client, *http = free_ports(4)
-    directory = tempfile.mkdtemp(prefix="ray-")  # short, for Ray's sockets are in it
+    directory = tempfile.mkdtemp(prefix="ray-")  # short, because it contains Ray's sockets
     options = ("port", "ray-client-server-port", "dashboard-port", "dashboard-agent-listen-port")
     arguments = [f"--{name}={port}" for name, port in zip(options, (gcs, client, *http), strict=True)]
     process = psutil.Popen(
@@ -152,7 +152,7 @@ def test_ray_itself_answers_those_with_the_token_only(head, way, tmp_path):
         )
 
     strangers = [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}]
-    for credentials in strangers[: 1 if way == "client" else None]:  # Ray Client asks for half a minute
+    for credentials in strangers[: 1 if way == "client" else None]:  # Ray Client retries for half a minute
         refused = ask(**credentials)
         assert refused.returncode != 0
         assert "CPUs:" not in refused.stdout

@@ -1,4 +1,4 @@
-"""A directory that somebody else made can be refused, but it never runs code here: no pickle, no modeling file."""
+"""An untrusted directory may be rejected, but it never runs code here: no pickle, no modeling file."""
 
 import ast
 import io
@@ -28,7 +28,7 @@ AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification",
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -103,7 +103,7 @@ def test_scorers_refuse_a_pickle_and_do_not_run_it(disguise, message, critics, t
 
 
 def download_code(directory, marker, model_type=None):
-    """Makes a model directory bring code for everything that transformers loads, and maybe need it."""
+    """Adds code for every class that transformers loads to a model directory; with ``model_type``, it is required."""
     (directory / "brought.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
     config = json.loads((directory / "config.json").read_text())
     classes = {name: f"brought.Brought{name}" for name in AUTO_CLASSES}
@@ -116,7 +116,7 @@ def download_code(directory, marker, model_type=None):
 
 @pytest.fixture
 def says_yes(monkeypatch):
-    """A terminal, or ``yes |``, that agrees with whatever it is asked."""
+    """Simulates a terminal, or ``yes |``, that answers every question with yes."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
 
 
@@ -167,7 +167,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     prepared = WAYS[way](str(model), str(critic), preference_file, str(tmp_path / "out"))
     if isinstance(prepared, tuple):
         code, _, message = run(*prepared, monkeypatch, capsys)
-        assert code in ({0} if known_type else {0, 2}), message  # a copy of a directory needs no model
+        assert code in ({0} if known_type else {0, 2}), message  # copying a directory needs no model
     elif known_type:
         prepared()
     else:
@@ -194,14 +194,14 @@ def test_training_workers_do_not_run_it_either(critics, preference_file, ray_add
 
 
 def calls_of(tree):
-    """Every call of a module as (line, what is called, its keyword arguments)."""
+    """Yields every call in a module as (line, called expression, keyword arguments)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield node.lineno, ast.unparse(node.func), {one.arg: one.value for one in node.keywords if one.arg}
 
 
 def test_no_source_trusts_remote_code():
-    """The one way to trust a modeling file is the user's own: the export that brings one, loaded by transformers."""
+    """Only users can trust a modeling file: by loading an export that has one with transformers."""
     loads = trusts = 0
     for path in [path for part in ("rlhf_critic", "actors", "jobs") for path in (REPOSITORY / part).rglob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -209,7 +209,7 @@ def test_no_source_trusts_remote_code():
             trust = keywords.get("trust_remote_code")
             place = f"{path.relative_to(REPOSITORY)}:{line}"
             assert trust is None or ast.unparse(trust) == "False", place
-            # What the library and actors load comes from anywhere; these two jobs load what this project made.
+            # The library and actors load files from anywhere; these two jobs load files made by this project.
             if called.startswith("Auto") and called.endswith(".from_pretrained"):
                 loads += 1
                 trusts += trust is None

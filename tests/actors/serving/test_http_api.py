@@ -1,4 +1,4 @@
-"""The HTTP endpoints refuse what is wrong with a reason of its own, and go on serving."""
+"""The HTTP endpoints reject each kind of invalid request with its own error, and keep serving."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ BAD = {
 
 @pytest.fixture
 def url(serving, critics):
-    """A pool with tight limits."""
+    """Starts a pool with tight limits; returns its URL."""
     return serving(critics["first"], max_replicas=1, max_body_bytes=MAX_BODY_BYTES, max_tokens=4096)
 
 
@@ -94,7 +94,7 @@ def test_a_pool_with_a_token_answers_only_those_who_show_it(serving, critics, tm
             answer = httpx.request(method, url + path, json=GOOD, headers=headers, timeout=60)
             assert (answer.status_code, answer.json()["error"]["kind"]) == (401, "unauthorized")
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-    for unread in (b"[", b" " * 20_000_000):  # nobody without a token makes the pool read
+    for unread in (b"[", b" " * 20_000_000):  # the pool reads no body without a token
         assert httpx.post(f"{url}/score", content=unread, timeout=60).status_code == 401
     assert httpx.get(f"{url}/openapi.json", timeout=60).status_code == 401
     assert httpx.get(f"{url}/health", timeout=60).status_code == 200
@@ -110,7 +110,7 @@ def test_a_pool_with_a_token_answers_only_those_who_show_it(serving, critics, tm
 
 @pytest.fixture(scope="module")
 def guarded(serving, critics, tmp_path_factory):
-    """A pool with a token: its URL, and what to show it."""
+    """Yields the URL and the token of a pool with authentication."""
     file = str(tmp_path_factory.mktemp("secret") / "token")
     url = serving(critics["first"], max_replicas=1, auth="on", token_file=file)
     return url, {"Authorization": f"Bearer {read_token(file)}"}
@@ -126,6 +126,6 @@ def test_no_request_gets_more_than_the_openapi_document_promises(case, guarded):
     case.call_and_validate(
         base_url=url,
         headers=headers,
-        # What the document allows may still be refused: it cannot say which ids a vocabulary has.
+        # A request that matches the document may still be rejected: the document does not contain the vocabulary.
         excluded_checks=[schemathesis.checks.CHECKS.get_one("positive_data_acceptance")],
     )

@@ -1,9 +1,11 @@
-"""One scorer by itself: what it refuses to serve, how it names what it serves, and what becomes of its shards."""
+"""One scorer alone: which critics it rejects, how it names versions, how often it reads a critic, and its shards."""
 
 import asyncio
 import gc
 import io
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +48,7 @@ def test_a_published_critic_is_swapped_between_calls(critics):
 
 
 def test_the_weights_of_a_critic_that_was_replaced_are_freed_though_nobody_collects_garbage(critics):
-    """As in a replica, whose first critic Serve has frozen out of the collector."""
+    """Simulates a replica, whose first critic Serve excludes from garbage collection."""
     scorer = Scorer(ScorerConfig(checkpoint=critics["first"], components=(CriticComponent(), LengthPenalty())))
     tensors = list(scorer._version.backend._critic.parameters())
     assert sum(tensor.numel() for tensor in tensors) > 10_000
@@ -85,10 +87,10 @@ def test_a_call_that_is_cancelled_while_it_is_encoded_is_not_computed(critics):
 
     scorer = Scorer(ScorerConfig(checkpoint=critics["first"]), on_batch=on_batch)
     version = scorer._version
-    scorer.score(make_conversations(1))  # after which the queue stands still
+    scorer.score(make_conversations(1))  # the queue stops after this call
 
     async def cancel_one():
-        with version._encoding:  # for which its thread waits
+        with version._encoding:  # its thread waits for this lock
             asked = asyncio.create_task(scorer.score_async(make_conversations(4)))
             await asyncio.sleep(0.2)
             asked.cancel()
@@ -235,7 +237,7 @@ def test_two_shards_give_the_rewards_of_one_and_leave_nothing_behind(ray_address
     whole = Scorer(ScorerConfig(checkpoint=critics["first"]))
     for one, other in zip(scores.values, whole.score(items, values=True).values, strict=True):
         np.testing.assert_allclose(one, other, atol=TOLERANCE)
-    # Callers at the same time make one order of calls for both shards.
+    # Concurrent callers must reach both shards in the same order.
     with ThreadPoolExecutor(6) as callers:
         for call in [callers.submit(scorer.score, items[n : n + 5]) for n in range(0, 25, 5)]:
             call.result(120)
@@ -247,6 +249,23 @@ def test_two_shards_give_the_rewards_of_one_and_leave_nothing_behind(ray_address
         scorer.check_healthy()
     scorer.close()
     wait_until(lambda: ray.available_resources().get("CPU", 0) == free, "the shards' CPUs", 60)
+
+
+STARTS_WITHOUT_DEEPSPEED = """
+import sys
+from actors.serving.scorer import Scorer
+from rlhf_critic.config.serve import ScorerConfig
+from rlhf_critic.scoring.items import Conversation
+
+scorer = Scorer(ScorerConfig(checkpoint=sys.argv[1]))
+scorer.score([Conversation("please", "thank you")])
+scorer.close()
+assert "deepspeed" not in sys.modules
+"""
+
+
+def test_a_scorer_starts_and_scores_without_importing_deepspeed(critics):
+    subprocess.run([sys.executable, "-c", STARTS_WITHOUT_DEEPSPEED, critics["first"]], check=True)
 
 
 def test_the_encoder_of_a_scorer_is_that_of_the_critic(critics):

@@ -26,7 +26,7 @@ with open(pairs_file, encoding="utf-8") as file:
 
 
 def scores_of(directory):
-    """Scores by the family's own class and by the shipped one, in every way a user may ask for them."""
+    """Returns the scores of the family's own class and of the shipped class, by every way of calling them."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = [
         tokenizer.apply_chat_template(
@@ -53,7 +53,7 @@ def scores_of(directory):
             output[f"{name}_pipeline_batched"] = [one["score"] for one in score(texts, truncation=True, batch_size=4)]
         output["values_alone"] = [model(**one).token_values[0].tolist() for one in alone]
 
-    # Further training: the shipped class, with gradient checkpointing, has the gradients of the family's own without.
+    # Training: the shipped class with gradient checkpointing has the gradients of the family's class without it.
     batch = tokenizer(texts[:2], return_tensors="pt", padding=True, truncation=True)
     gradients = {}
     for trust in (False, True):
@@ -66,7 +66,7 @@ def scores_of(directory):
         torch.nn.functional.softplus(rewards[1] - rewards[0]).backward()
         gradients[trust] = {key: parameter.grad for key, parameter in model.named_parameters()}
     output["head_calls"] = len(calls)
-    # What wraps a model walks through its output as the mapping it is: DeepSpeed, FSDP, torch.compile.
+    # DeepSpeed, FSDP and torch.compile iterate over a model's output as a mapping.
     answer = model(**batch)
     output["output_keys"] = list(answer.keys())
     output["output_shapes"] = [list(tensor.shape) for tensor in answer.values()]

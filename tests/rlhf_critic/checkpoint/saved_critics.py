@@ -16,7 +16,7 @@ MAX_LENGTH = 40
 
 
 def save(source: str, directory: Path, dtype: torch.dtype | None = None) -> Path:
-    """A critic with a new head, saved as a training job saves it."""
+    """Saves a critic with a new head as a training job does; returns its directory."""
     encoder = Encoder(load_tokenizer(source), MAX_LENGTH)
     torch.manual_seed(3)
     critic = create_critic_model(source, encoder.tokenizer, None, disable_dropout=True, dtype=dtype)

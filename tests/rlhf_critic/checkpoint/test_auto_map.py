@@ -1,4 +1,4 @@
-"""Plain transformers gives the reward of every family's export, by the family's class and by the shipped one."""
+"""Plain transformers computes the rewards of every family's export, with the family's class and the shipped one."""
 
 import json
 from pathlib import Path
@@ -28,14 +28,14 @@ SHIFTED_BY_LEFT_PADDING = {"gpt2"}
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Texts from one token to many more than the limit, one of which spells the EOS token out."""
+    """Returns texts from one token to far beyond the limit; one contains the EOS token as text."""
     made = [(row["prompt"], row[side]) for row in make_preferences(3, seed=5) for side in ("chosen", "rejected")]
     return [*made, ("", ""), ("please " * 60, "thank you"), ("explain", "of course</s>")]
 
 
 @pytest.fixture(scope="module")
 def exports(tiny_model, tied_model, tmp_path_factory) -> dict[str, Path]:
-    """Of every family an export, and of Llama one with a chat template, tied and untied."""
+    """Exports a critic of every family, and of Llama also with a chat template, tied and untied."""
     directory = tmp_path_factory.mktemp("exports")
     sources = {name: save_base_model(name, directory / f"{name}-base") for name in NAMES}
     made = {}
@@ -96,11 +96,11 @@ def test_the_shipped_class_gives_the_critics_value_at_every_token(exports, plain
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shipped_class_can_be_trained_on(plain, name):
-    """With gradient checkpointing, it has the gradients that the family's own class has without."""
+    """With gradient checkpointing, it has the same gradients as the family's own class without it."""
     scores = plain[name]
     assert scores["largest_gradient"] > 1e-2
     assert scores["gradient_error"] < 1e-5 * max(1, scores["largest_gradient"])
-    assert scores["head_calls"] == 1  # as a module, so that adapters can wrap it
+    assert scores["head_calls"] == 1  # called as a module, so that adapters can wrap it
     assert scores["output_keys"] == ["logits", "token_values"]
     assert scores["output_shapes"] == [[2, 1], scores["batch_shape"]]
     assert scores["regression_loss"] == pytest.approx(scores["regression_target"], rel=1e-4)

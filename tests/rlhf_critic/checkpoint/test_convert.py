@@ -1,4 +1,4 @@
-"""On the same token ids a converted critic gives the score of the system that fitted it, by its own definition."""
+"""On the same token ids, a converted critic gives the score that the system that trained it defines."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from rlhf_critic.errors import CheckpointError
 from rlhf_critic.scoring.local import score_sequences
 from tests.helpers import save_tiny_tokenizer, tiny_config
 
-BOS, EOS = 0, 1  # of the small tokenizer
+BOS, EOS = 0, 1  # ids of the small tokenizer
 SMALL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
 ROWS = 336  # the tokenizer's 333 ids, rounded up as DeepSpeed-Chat does
 BIAS = 0.375
@@ -51,7 +51,7 @@ def family(name: str) -> PreTrainedConfig:
 
 
 def random_reward_model(name: str, bias: float | None = None) -> tuple[PreTrainedModel, nn.Linear]:
-    """A bare backbone and a linear head, weights large enough for scores to differ."""
+    """Returns a bare backbone and a linear head with weights large enough for scores to differ."""
     torch.manual_seed(0)
     config = family(name)
     body = AutoModel.from_config(config, dtype=torch.float32).eval()
@@ -65,7 +65,7 @@ def random_reward_model(name: str, bias: float | None = None) -> tuple[PreTraine
 
 
 def old_buffers(body: PreTrainedModel) -> dict[str, Tensor]:
-    """What transformers of 2023 saved beside the weights."""
+    """Returns the config that transformers of 2023 saved with the weights."""
     layers = range(body.config.num_hidden_layers)
     if body.config.model_type in {"gpt2", "gptj"}:
         mask = torch.ones(1, 1, 256, 256, dtype=torch.uint8).tril()
@@ -77,7 +77,7 @@ def old_buffers(body: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_foreign(directory: Path, body: PreTrainedModel, backbone: str, heads: dict[str, Tensor]) -> Path:
-    """``pytorch_model.bin`` with the config and tokenizer beside it."""
+    """Saves ``pytorch_model.bin``, the config and the tokenizer; returns the directory."""
     save_tiny_tokenizer(directory)
     body.config.save_pretrained(directory)
     named = {f"{backbone}{name}": tensor for name, tensor in {**body.state_dict(), **old_buffers(body)}.items()}
@@ -86,7 +86,7 @@ def save_foreign(directory: Path, body: PreTrainedModel, backbone: str, heads: d
 
 
 def padded(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows padded on the right to more than the longest, and the mask of what is no padding."""
+    """Returns rows padded on the right beyond the longest, and the mask of real tokens."""
     longest = max(map(len, sequences)) + 3
     ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in sequences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
@@ -99,7 +99,7 @@ def values_of(body: PreTrainedModel, head: nn.Linear, ids: Tensor, mask: Tensor)
 
 
 def deepspeed_chat_scores(leading: int) -> Scores:
-    """``forward_value``: the value before the first pad after ``num_padding_at_beginning`` of them; PAD = EOS."""
+    """Scores as ``forward_value``: the value before the first pad after ``num_padding_at_beginning``; PAD = EOS."""
 
     def scores(body: PreTrainedModel, head: nn.Linear, sequences: list[list[int]]) -> list[float]:
         ids, mask = padded(sequences, EOS)
@@ -113,7 +113,7 @@ def deepspeed_chat_scores(leading: int) -> Scores:
 
 
 def article_scores(body: PreTrainedModel, head: nn.Linear, sequences: list[list[int]]) -> list[float]:
-    """The columns minus the number of pads, minus 1; its pad token is one of its own."""
+    """Scores at the column (columns minus pads minus 1); the pad token is a separate token."""
     pad = ROWS - 1
     ids, mask = padded(sequences, pad)
     ends = [len(row) - sum(token == pad for token in row) - 1 for row in ids.tolist()]
@@ -122,7 +122,7 @@ def article_scores(body: PreTrainedModel, head: nn.Linear, sequences: list[list[
 
 
 def text_ids(begin: Sequence[int] = ()) -> list[list[int]]:
-    """Token ids of very different lengths without EOS, which is the pad of those systems."""
+    """Returns token ids of very different lengths without EOS, which is the pad token of those systems."""
     generator = torch.Generator().manual_seed(1)
     return [[*begin, *torch.randint(3, 333, (n,), generator=generator).tolist()] for n in (1, 2, 9, 30, 60)]
 
@@ -140,7 +140,7 @@ SYSTEMS: dict[str, tuple[str, str, str, str, Scores, list[list[int]]]] = {
     ),
     # OPT's tokenizer puts its pad token in front of every text.
     "DeepSpeed-Chat, OPT": ("deepspeed-chat", "opt", "rwtransformer.", HEAD, deepspeed_chat_scores(1), text_ids([EOS])),
-    # trlx counts as DeepSpeed-Chat, which took its code over, does without leading pads.
+    # trlx counts like DeepSpeed-Chat, which adopted its code, does without leading pads.
     "trlx, GPT-2": ("trlx", "gpt2", "transformer.", HEAD, deepspeed_chat_scores(0), text_ids()),
     "trlx, GPT-J": ("trlx", "gptj", "transformer.", HEAD, deepspeed_chat_scores(0), text_ids()),
     "article, Llama": ("article", "llama", "model.", "value_head.weight", article_scores, text_ids([BOS])),
@@ -167,7 +167,7 @@ def test_the_reward_is_the_systems_own_score(what, tmp_path):
 
 
 def save_native(directory: Path, **config: Any) -> Path:
-    """As TRL and OpenRLHF save: safetensors, names of transformers, with the tokenizer and its template."""
+    """Saves like TRL and OpenRLHF: safetensors, names of transformers, the tokenizer and its template."""
     save_tiny_tokenizer(directory)
     torch.manual_seed(2)
     model = AutoModelForSequenceClassification.from_config(tiny_config(333, num_labels=1, **SMALL))
@@ -272,7 +272,7 @@ def test_what_is_lacking_comes_from_the_base(tmp_path):
     body, head = random_reward_model("gpt2")
     base = save_foreign(tmp_path / "base", body, "", {})
     source = save_foreign(tmp_path / "source", body, "transformer.", {HEAD: head.weight.data})
-    for lacking in ("config.json", "tokenizer_config.json"):  # a vocabulary alone would load: with another EOS
+    for lacking in ("config.json", "tokenizer_config.json"):  # a vocabulary alone would load, with another EOS
         (source / lacking).unlink()
         with pytest.raises(CheckpointError, match=rf"no {lacking}.*--base BASE_MODEL"):
             convert_checkpoint(source, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A critic directory is whole or refused, and scores the same wherever it is loaded."""
+"""A critic directory is complete or rejected, and gives the same scores wherever it is loaded."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_an_export_is_whole_or_absent(tiny_model, tmp_path):
 
 
 def test_an_export_of_a_damaged_export_is_refused(tiny_model, tmp_path):
-    """Not given new checksums under which the damage would be the critic."""
+    """New checksums would hide the damage."""
     export_critic(save(tiny_model, tmp_path / "saved"), tmp_path / "export", auto_map=False)
     flip_a_bit(tmp_path / "export")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
