@@ -18,7 +18,7 @@ SOURCES = sorted(path for room in ("rlhf_critic", "actors", "jobs") for path in 
 PAGES = sorted({*TOP.glob("*.md"), *TOP.glob("*/README.md"), *TOP.glob("docs/**/*.md"), *TOP.glob("tests/*/README.md")})
 # Files and folders that still wait for their rewriting.
 NOT_YET_CLEAN: tuple[str, ...] = (
-    "actors/",
+    "actors/serving/",
     "rlhf_critic/",
     "docs/architecture.md",
     "docs/options.md",
