@@ -112,9 +112,19 @@ RunName = Annotated[str, AfterValidator(_one_path_component)]
 
 
 class Section(BaseModel):
-    """A group of options. Unknown names, NaN and infinity are rejected."""
+    """A group of options. Unknown names, NaN and infinity are rejected.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    The docstring below an option is its description in ``--help`` and docs/options.md.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = field.description and " ".join(field.description.split())
 
     @field_validator("*")
     @classmethod

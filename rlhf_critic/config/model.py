@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
 
 from rlhf_critic.config.base import (
     AS_TYPED,
@@ -32,108 +32,88 @@ ChatTemplate = Annotated[str, AfterValidator(_absolute_template), AS_TYPED]
 class BodyConfig(Section):
     """A base model and the part of it that is used."""
 
-    path: ModelPath = Field("", description="Base model, a Hugging Face directory or hub id (required).")
-    num_layers: PositiveInt | None = Field(None, description="Number of first layers to keep; None keeps all.")
-    freeze_layers: NonNegativeInt = Field(
-        0, description="Freeze the embeddings and this many of the first layers; 0 trains everything."
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Dtype of parameters and activations. Values, rewards and log-probabilities are always float32.",
-    )
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto",
-        description="Attention kernel of transformers. auto is sdpa where the model family supports it, else eager. "
-        "flash_attention_2 needs a GPU and its own package, and runs padded batches.",
-    )
-    prefix_tree: bool = Field(
-        True, description="Compute shared prefixes once; off runs padded batches with the same results."
-    )
+    path: ModelPath = ""
+    """Base model, a Hugging Face directory or hub id (required)."""
+    num_layers: PositiveInt | None = None
+    """Number of first layers to keep; None keeps all."""
+    freeze_layers: NonNegativeInt = 0
+    """Freeze the embeddings and this many of the first layers; 0 trains everything."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of parameters and activations. Values, rewards and log-probabilities are always float32."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel of transformers. auto is sdpa where the model family supports it, else eager. flash_attention_2
+    needs a GPU and its own package, and runs padded batches."""
+    prefix_tree: bool = True
+    """Compute shared prefixes once; off runs padded batches with the same results."""
 
 
 class ModelConfig(BodyConfig):
     """The base model and the head, dropout and adapters of the critic."""
 
-    head_init: Literal["normal", "zero"] = Field(
-        "normal", description="Initialisation of a new head: N(0, 1/sqrt(hidden + 1)) or zero."
-    )
-    disable_dropout: bool = Field(
-        True, description="Set every dropout probability to 0, so that rewards are deterministic."
-    )
-    lora_rank: NonNegativeInt = Field(
-        0,
-        description="Rank of low-rank adapters, which are trained with the head instead of all weights; 0 is off. "
-        "Needs "
-        "peft (rlhf-critic[lora]). Checkpoints hold the merged weights.",
-    )
-    lora_alpha: PositiveFloat = Field(16.0, description="Scale of the adapters: lora_alpha / lora_rank.")
-    lora_dropout: Decay = Field(0.0, description="Dropout probability of the adapters' input.")
-    lora_target_modules: tuple[str, ...] = Field(
-        (), description="Names of the modules that get adapters, such as q_proj v_proj; empty means all linear layers."
-    )
+    head_init: Literal["normal", "zero"] = "normal"
+    """Initialisation of a new head: N(0, 1/sqrt(hidden + 1)) or zero."""
+    disable_dropout: bool = True
+    """Set every dropout probability to 0, so that rewards are deterministic."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of low-rank adapters, which are trained with the head instead of all weights; 0 is off. Needs peft
+    (rlhf-critic[lora]). Checkpoints hold the merged weights."""
+    lora_alpha: PositiveFloat = 16.0
+    """Scale of the adapters: lora_alpha / lora_rank."""
+    lora_dropout: Decay = 0.0
+    """Dropout probability of the adapters' input."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the modules that get adapters, such as q_proj v_proj; empty means all linear layers."""
 
 
 class EncodingConfig(Section):
     """Conversion of a prompt and a response to token ids."""
 
-    chat_template: ChatTemplate = Field(
-        "auto",
-        description="Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the "
-        "path "
-        "of a Jinja file.",
-    )
-    max_length: PositiveInt = Field(
-        1024, description="Maximum sequence length in tokens. Longer sequences are truncated from the left."
-    )
+    chat_template: ChatTemplate = "auto"
+    """Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the path of a Jinja
+    file."""
+    max_length: PositiveInt = 1024
+    """Maximum sequence length in tokens. Longer sequences are truncated from the left."""
 
 
 class ConstantSchedule(Section):
     """A schedule whose learning rate is constant by default, as usual in PPO."""
 
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "constant", description="Learning-rate schedule after warm-up."
-    )
-    warmup_fraction: Fraction = Field(
-        0.0, description="Fraction of all steps over which the learning rate rises from 0."
-    )
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """Learning-rate schedule after warm-up."""
+    warmup_fraction: Fraction = 0.0
+    """Fraction of all steps over which the learning rate rises from 0."""
 
 
 class OptimizerConfig(Section):
     """AdamW, its schedule and its sharding by DeepSpeed."""
 
-    learning_rate: PositiveFloat = Field(1e-5, description="Peak learning rate of AdamW.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Learning-rate schedule after warm-up."
-    )
-    warmup_fraction: Fraction = Field(
-        0.05, description="Fraction of all steps over which the learning rate rises from 0."
-    )
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled weight decay, applied to matrices only.")
-    adam_beta1: Decay = Field(0.9, description="AdamW's decay rate of the first moment.")
-    adam_beta2: Decay = Field(0.95, description="AdamW's decay rate of the second moment.")
-    adam_epsilon: PositiveFloat = Field(1e-8, description="Offset in the denominator of AdamW.")
-    max_grad_norm: NonNegativeFloat = Field(
-        1.0, description="Maximum global gradient norm; larger gradients are clipped. 0 does not clip."
-    )
-    token_budget: PositiveInt | Literal["auto"] = Field(
-        "auto",
-        description="Maximum number of tokens computed per micro-batch; auto measures a few sizes at the start. "
-        "Changes "
-        "speed and memory, and results only by rounding.",
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in the backward pass instead of keeping them: less memory, slower.",
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        2,
-        description="ZeRO stage of DeepSpeed: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also "
-        "parameters.",
-    )
-    offload_optimizer: bool = Field(False, description="Keep optimizer state in CPU memory; needs zero_stage 1 to 3.")
-    offload_parameters: bool = Field(
-        False, description="Keep parameters in CPU memory until they are used; needs zero_stage 3."
-    )
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning-rate schedule after warm-up."""
+    warmup_fraction: Fraction = 0.05
+    """Fraction of all steps over which the learning rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay, applied to matrices only."""
+    adam_beta1: Decay = 0.9
+    """AdamW's decay rate of the first moment."""
+    adam_beta2: Decay = 0.95
+    """AdamW's decay rate of the second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Offset in the denominator of AdamW."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Maximum global gradient norm; larger gradients are clipped. 0 does not clip."""
+    token_budget: PositiveInt | Literal["auto"] = "auto"
+    """Maximum number of tokens computed per micro-batch; auto measures a few sizes at the start. Changes speed and
+    memory, and results only by rounding."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, slower."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage of DeepSpeed: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in CPU memory; needs zero_stage 1 to 3."""
+    offload_parameters: bool = False
+    """Keep parameters in CPU memory until they are used; needs zero_stage 3."""
 
     @model_validator(mode="after")
     def _offload_needs_shards(self) -> OptimizerConfig:

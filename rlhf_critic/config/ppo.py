@@ -23,7 +23,8 @@ from rlhf_critic.errors import ConfigError
 class PolicyOptimizerConfig(ConstantSchedule, OptimizerConfig):
     """AdamW for the policy."""
 
-    learning_rate: PositiveFloat = Field(1e-6, description="Peak learning rate of AdamW.")
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
 
 
 class CriticOptimizerConfig(ConstantSchedule, OptimizerConfig):
@@ -35,154 +36,130 @@ class PolicyConfig(Section):
 
     model: BodyConfig = BodyConfig()
     optimizer: PolicyOptimizerConfig = PolicyOptimizerConfig()
-    chat_template: ChatTemplate = Field(
-        "auto",
-        description="Chat template of prompts: 'auto' (the tokenizer's own, else plain), 'plain' or a Jinja file.",
-    )
-    shards: PositiveInt = Field(1, description="Number of actors that the policy is sharded over.")
-    cpus_per_shard: PositiveFloat = Field(
-        1.0, description="CPUs that Ray reserves per policy shard; also its number of torch threads without a GPU."
-    )
+    chat_template: ChatTemplate = "auto"
+    """Chat template of prompts: 'auto' (the tokenizer's own, else plain), 'plain' or a Jinja file."""
+    shards: PositiveInt = 1
+    """Number of actors that the policy is sharded over."""
+    cpus_per_shard: PositiveFloat = 1.0
+    """CPUs that Ray reserves per policy shard; also its number of torch threads without a GPU."""
 
 
 class CriticConfig(Section):
     """The online critic, which is trained on returns."""
 
-    model: ModelConfig = Field(
-        ModelConfig(),
-        description="Critic to start from: a critic directory as path, or by default the policy's base model with a "
-        "zero head.",
-    )
+    model: ModelConfig = ModelConfig()
+    """Critic to start from: a critic directory as path, or by default the policy's base model with a zero head."""
     optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
-    shards: PositiveInt = Field(1, description="Number of actors that the critic is sharded over.")
-    cpus_per_shard: PositiveFloat = Field(
-        1.0, description="CPUs that Ray reserves per critic shard; also its number of torch threads without a GPU."
-    )
-    offload: bool = Field(
-        False,
-        description="Offload the critic's parameters and optimizer state during rollouts. Has no benefit with "
-        "run.use_gpu, "
-        "where every actor has its own GPU.",
-    )
+    shards: PositiveInt = 1
+    """Number of actors that the critic is sharded over."""
+    cpus_per_shard: PositiveFloat = 1.0
+    """CPUs that Ray reserves per critic shard; also its number of torch threads without a GPU."""
+    offload: bool = False
+    """Offload the critic's parameters and optimizer state during rollouts. Has no benefit with run.use_gpu, where every
+    actor has its own GPU."""
 
 
 class PromptConfig(Section):
     """Sources of the prompts that the policy answers."""
 
-    train: Sources = Field(
-        (),
-        description="Training prompts (required): files, directories that datasets saved, or hub ids, whose rows have "
-        "a "
-        "prompt.",
-    )
-    validation: Sources = Field(
-        (), description="Held-out prompts, sources as in prompts.train; an alternative to prompts.validation_fraction."
-    )
-    validation_fraction: Decay = Field(0.0, description="Fraction of the training prompts to hold out.")
-    fields: dict[str, str] = Field(
-        {}, description="Field name of prompts in your data: --prompts.fields prompt instruction."
-    )
-    max_tokens: PositiveInt = Field(
-        256, description="Maximum prompt length in tokens. Longer prompts are truncated from the left."
-    )
+    train: Sources = ()
+    """Training prompts (required): files, directories that datasets saved, or hub ids, whose rows have a prompt."""
+    validation: Sources = ()
+    """Held-out prompts, sources as in prompts.train; an alternative to prompts.validation_fraction."""
+    validation_fraction: Decay = 0.0
+    """Fraction of the training prompts to hold out."""
+    fields: dict[str, str] = Field({})
+    """Field name of prompts in your data: --prompts.fields prompt instruction."""
+    max_tokens: PositiveInt = 256
+    """Maximum prompt length in tokens. Longer prompts are truncated from the left."""
 
 
 class RolloutConfig(Section):
     """Sampling of responses by rollout workers."""
 
-    workers: PositiveInt = Field(1, description="Number of actors that sample responses, each with the full policy.")
-    cpus_per_worker: PositiveFloat = Field(
-        1.0, description="CPUs that Ray reserves per rollout worker; also its number of torch threads without a GPU."
-    )
-    prompts_per_iteration: PositiveInt = Field(32, description="Number of prompts per iteration.")
-    samples_per_prompt: PositiveInt = Field(
-        1, description="Responses sampled per prompt, which share the prompt's computation in critic and policy."
-    )
-    prompts_per_task: PositiveInt = Field(
-        4,
-        description="Prompts per task of a worker. With several tasks, sampling overlaps the scoring of the previous "
-        "task. Samples depend on this number, not on the number of workers.",
-    )
-    max_new_tokens: PositiveInt = Field(
-        64, description="Maximum response length in tokens; longer responses are truncated."
-    )
-    temperature: PositiveFloat = Field(1.0, description="Sampling temperature of response tokens.")
-    timeout_s: PositiveFloat = Field(3600.0, description="Seconds to wait for the rollouts of an iteration.")
+    workers: PositiveInt = 1
+    """Number of actors that sample responses, each with the full policy."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs that Ray reserves per rollout worker; also its number of torch threads without a GPU."""
+    prompts_per_iteration: PositiveInt = 32
+    """Number of prompts per iteration."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses sampled per prompt, which share the prompt's computation in critic and policy."""
+    prompts_per_task: PositiveInt = 4
+    """Prompts per task of a worker. With several tasks, sampling overlaps the scoring of the previous task. Samples
+    depend on this number, not on the number of workers."""
+    max_new_tokens: PositiveInt = 64
+    """Maximum response length in tokens; longer responses are truncated."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature of response tokens."""
+    timeout_s: PositiveFloat = 3600.0
+    """Seconds to wait for the rollouts of an iteration."""
 
 
 class RewardConfig(Section):
     """The scorers of responses, and the treatment of their rewards."""
 
-    app: str = Field("scorers", description="Name of the scorer pool, as in rlhf-critic serve --app.")
-    checkpoint: PathOrUri | None = Field(
-        None,
-        description="Critic directory for a scorer pool that lives as long as the job; None uses a running pool.",
-    )
-    components: PathOrUri | None = Field(
-        None,
-        description="YAML file with the components of a reward, as in rlhf-critic serve (only with reward.checkpoint).",
-    )
-    normalize: bool = Field(
-        False,
-        description="Normalise rewards with the critic's reference mean and deviation (only with reward.checkpoint).",
-    )
-    min_replicas: PositiveInt = Field(1, description="Minimum number of scorer replicas (only with reward.checkpoint).")
-    max_replicas: PositiveInt = Field(1, description="Maximum number of scorer replicas (only with reward.checkpoint).")
-    cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs per scorer replica (only with reward.checkpoint).")
-    deadline_s: PositiveFloat = Field(600.0, description="Seconds to wait for rewards, retries included.")
-    missing_eos_penalty: NonNegativeFloat = Field(
-        0.0, description="Penalty subtracted from the reward of a response truncated at rollout.max_new_tokens."
-    )
-    scaling: Literal["none", "running"] = Field(
-        "none", description="Reward scaling. running divides rewards by the standard deviation of all rewards so far."
-    )
-    clip: PositiveFloat | None = Field(
-        None, description="Limit of scaled rewards, which are clipped to [-clip, clip]; None does not clip."
-    )
-    allow_mixed_versions: bool = Field(
-        False,
-        description="Allow rewards of two reward-model versions in one iteration during a publication. If off, such an "
-        "iteration is scored again by one version.",
-    )
+    app: str = "scorers"
+    """Name of the scorer pool, as in rlhf-critic serve --app."""
+    checkpoint: PathOrUri | None = None
+    """Critic directory for a scorer pool that lives as long as the job; None uses a running pool."""
+    components: PathOrUri | None = None
+    """YAML file with the components of a reward, as in rlhf-critic serve (only with reward.checkpoint)."""
+    normalize: bool = False
+    """Normalise rewards with the critic's reference mean and deviation (only with reward.checkpoint)."""
+    min_replicas: PositiveInt = 1
+    """Minimum number of scorer replicas (only with reward.checkpoint)."""
+    max_replicas: PositiveInt = 1
+    """Maximum number of scorer replicas (only with reward.checkpoint)."""
+    cpus_per_replica: PositiveFloat = 1.0
+    """CPUs per scorer replica (only with reward.checkpoint)."""
+    deadline_s: PositiveFloat = 600.0
+    """Seconds to wait for rewards, retries included."""
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    """Penalty subtracted from the reward of a response truncated at rollout.max_new_tokens."""
+    scaling: Literal["none", "running"] = "none"
+    """Reward scaling. running divides rewards by the standard deviation of all rewards so far."""
+    clip: PositiveFloat | None = None
+    """Limit of scaled rewards, which are clipped to [-clip, clip]; None does not clip."""
+    allow_mixed_versions: bool = False
+    """Allow rewards of two reward-model versions in one iteration during a publication. If off, such an iteration is
+    scored again by one version."""
 
 
 class AlgorithmConfig(Section):
     """Hyperparameters of the PPO algorithm."""
 
-    iterations: PositiveInt = Field(100, description="Number of rounds of rollouts and updates.")
-    epochs: PositiveInt = Field(1, description="Passes over the rollouts of an iteration.")
-    minibatches: PositiveInt = Field(1, description="Number of optimizer steps per epoch.")
-    gamma: Fraction = Field(1.0, description="Discount factor per token.")
-    gae_lambda: Fraction = Field(
-        0.95, description="Lambda of GAE: 0 relies on the critic's next value, 1 on the observed rewards."
-    )
-    clip: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="Clip range of the policy's probability ratio: [1 - clip, 1 + clip]."
-    )
-    value_clip: PositiveFloat | None = Field(
-        0.2, description="Maximum change of a value from its old value; None does not clip."
-    )
-    kl_coefficient: NonNegativeFloat = Field(0.05, description="Penalty per nat of KL divergence from the reference.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k1", description="Estimator of the KL divergence, named as by Schulman."
-    )
-    entropy_coefficient: NonNegativeFloat = Field(0.0, description="Bonus per nat of the policy's entropy.")
-    whiten_advantages: bool = Field(
-        True, description="Normalise advantages to mean 0 and variance 1 over the iteration."
-    )
-    bootstrap_truncated: bool = Field(
-        False,
-        description="Leave truncated responses unscored and continue their return with the critic's value. If off, "
-        "they "
-        "are scored as they are and end there.",
-    )
-    value_warmup_iterations: NonNegativeInt = Field(
-        0, description="Number of first iterations that train the critic and leave the policy unchanged."
-    )
-    max_kl: PositiveFloat = Field(
-        50.0, description="Maximum mean KL of a response from the reference, in nats; above it the run stops."
-    )
-    seed: NonNegativeInt = Field(0, description="Random seed for prompt order, sampling and minibatches.")
+    iterations: PositiveInt = 100
+    """Number of rounds of rollouts and updates."""
+    epochs: PositiveInt = 1
+    """Passes over the rollouts of an iteration."""
+    minibatches: PositiveInt = 1
+    """Number of optimizer steps per epoch."""
+    gamma: Fraction = 1.0
+    """Discount factor per token."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of GAE: 0 relies on the critic's next value, 1 on the observed rewards."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Clip range of the policy's probability ratio: [1 - clip, 1 + clip]."""
+    value_clip: PositiveFloat | None = 0.2
+    """Maximum change of a value from its old value; None does not clip."""
+    kl_coefficient: NonNegativeFloat = 0.05
+    """Penalty per nat of KL divergence from the reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL divergence, named as by Schulman."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Bonus per nat of the policy's entropy."""
+    whiten_advantages: bool = True
+    """Normalise advantages to mean 0 and variance 1 over the iteration."""
+    bootstrap_truncated: bool = False
+    """Leave truncated responses unscored and continue their return with the critic's value. If off, they are scored as
+    they are and end there."""
+    value_warmup_iterations: NonNegativeInt = 0
+    """Number of first iterations that train the critic and leave the policy unchanged."""
+    max_kl: PositiveFloat = 50.0
+    """Maximum mean KL of a response from the reference, in nats; above it the run stops."""
+    seed: NonNegativeInt = 0
+    """Random seed for prompt order, sampling and minibatches."""
 
     @model_validator(mode="before")
     @classmethod
@@ -196,32 +173,26 @@ class AlgorithmConfig(Section):
 class PPORunConfig(Section):
     """Name, storage, hardware and checkpoints of the run."""
 
-    name: RunName = Field("ppo", description="Name of the run. Its directory is STORAGE_PATH/NAME.")
-    storage_path: PathOrUri = Field(
-        "runs", description="Directory of all runs: a local path, which all nodes must share."
-    )
-    use_gpu: bool = Field(False, description="Use one GPU for each shard, worker and replica.")
-    checkpoint_every: NonNegativeInt = Field(10, description="Iterations between checkpoints; 0 saves at the end only.")
-    keep_checkpoints: PositiveInt = Field(2, description="Number of checkpoints to keep in the run's directory.")
-    wandb_project: str | None = Field(
-        None, description="Project of Weights & Biases that also receives the history; needs the wandb package."
-    )
-    history_uri: PathOrUri | None = Field(
-        None, description="URI (s3://, gs://) or path to which the history is also copied, as NAME/history."
-    )
-    evaluate_every: NonNegativeInt = Field(
-        0,
-        description="Iterations between evaluations on held-out prompts; 0 evaluates before the first and after the "
-        "last.",
-    )
-    max_failures: NonNegativeInt = Field(
-        3,
-        description="Maximum number of times that a lost critic or policy is restored before the job fails.",
-    )
-    start_timeout_s: PositiveFloat = Field(
-        1800.0,
-        description="Seconds to wait for actors to start, including the time an autoscaler needs to add nodes.",
-    )
+    name: RunName = "ppo"
+    """Name of the run. Its directory is STORAGE_PATH/NAME."""
+    storage_path: PathOrUri = "runs"
+    """Directory of all runs: a local path, which all nodes must share."""
+    use_gpu: bool = False
+    """Use one GPU for each shard, worker and replica."""
+    checkpoint_every: NonNegativeInt = 10
+    """Iterations between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of checkpoints to keep in the run's directory."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that also receives the history; needs the wandb package."""
+    history_uri: PathOrUri | None = None
+    """URI (s3://, gs://) or path to which the history is also copied, as NAME/history."""
+    evaluate_every: NonNegativeInt = 0
+    """Iterations between evaluations on held-out prompts; 0 evaluates before the first and after the last."""
+    max_failures: NonNegativeInt = 3
+    """Maximum number of times that a lost critic or policy is restored before the job fails."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """Seconds to wait for actors to start, including the time an autoscaler needs to add nodes."""
 
     @field_validator("storage_path")
     @classmethod
@@ -244,7 +215,8 @@ class PPOJobConfig(Section):
     reward: RewardConfig = RewardConfig()
     ppo: AlgorithmConfig = AlgorithmConfig()
     run: PPORunConfig = Field(default_factory=PPORunConfig)
-    resume: bool = Field(False, description="Resume the run of this name from its last checkpoint.")
+    resume: bool = False
+    """Resume the run of this name from its last checkpoint."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PPOJobConfig:

@@ -17,10 +17,10 @@ COMPONENT_NAME = r"[A-Za-z_]\w*"
 
 
 class _Component(Section):
-    name: Annotated[StrictStr, Field(pattern=rf"^{COMPONENT_NAME}$")] = Field(
-        description="Name of this component in answers."
-    )
-    weight: FiniteFloat = Field(1.0, description="Factor on this component in the sum of components.")
+    name: Annotated[StrictStr, Field(pattern=rf"^{COMPONENT_NAME}$")]
+    """Name of this component in answers."""
+    weight: FiniteFloat = 1.0
+    """Factor on this component in the sum of components."""
 
 
 class CriticComponent(_Component):
@@ -35,14 +35,16 @@ class LengthPenalty(_Component):
 
     kind: Literal["length_penalty"] = "length_penalty"
     name: str = "length_penalty"
-    free_tokens: NonNegativeInt = Field(0, description="Number of response tokens without a penalty.")
+    free_tokens: NonNegativeInt = 0
+    """Number of response tokens without a penalty."""
 
 
 class RegexComponent(_Component):
     """One if the pattern is found in the response, else zero."""
 
     kind: Literal["regex"] = "regex"
-    pattern: StrictStr = Field(description="Regular expression of Python's re module.")
+    pattern: StrictStr
+    """Regular expression of Python's re module."""
 
     @field_validator("pattern")
     @classmethod
@@ -58,10 +60,9 @@ class PythonComponent(_Component):
     """The result of a function that the user wrote."""
 
     kind: Literal["python"] = "python"
-    function: Annotated[StrictStr, Field(pattern=rf"^{COMPONENT_NAME}(\.{COMPONENT_NAME})*:{COMPONENT_NAME}$")] = Field(
-        description="MODULE:FUNCTION, importable by replicas. It is called with lists of prompts and responses and "
-        "returns one number per response."
-    )
+    function: Annotated[StrictStr, Field(pattern=rf"^{COMPONENT_NAME}(\.{COMPONENT_NAME})*:{COMPONENT_NAME}$")]
+    """MODULE:FUNCTION, importable by replicas. It is called with lists of prompts and responses and returns one number
+    per response."""
 
 
 Component: TypeAlias = Annotated[
@@ -72,9 +73,8 @@ Component: TypeAlias = Annotated[
 class Components(Section):
     """The components whose weighted sum is the reward."""
 
-    components: tuple[Component, ...] = Field(
-        (CriticComponent(),), min_length=1, description="Components whose weighted sum is the reward."
-    )
+    components: tuple[Component, ...] = Field((CriticComponent(),), min_length=1)
+    """Components whose weighted sum is the reward."""
 
     @field_validator("components")
     @classmethod
@@ -99,33 +99,31 @@ def load_components(path: str | None) -> tuple[Component, ...]:
 class ScoringOptions(Section):
     """Options of every scorer."""
 
-    normalize: bool = Field(
-        False, description="Normalise rewards to mean 0 and deviation 1 over the critic's reference responses."
-    )
-    token_budget: PositiveInt = Field(
-        4096, description="Maximum number of tokens computed at once. Changes speed and memory only."
-    )
+    normalize: bool = False
+    """Normalise rewards to mean 0 and deviation 1 over the critic's reference responses."""
+    token_budget: PositiveInt = 4096
+    """Maximum number of tokens computed at once. Changes speed and memory only."""
 
 
 class CallLimits(Section):
     """Limits of one call of a scorer."""
 
-    max_items: PositiveInt = Field(1024, description="Maximum number of items per call; larger calls are rejected.")
-    max_text_bytes: PositiveInt = Field(
-        512 * 1024, description="Maximum number of bytes of an item's text; longer texts are rejected."
-    )
-    max_tokens: PositiveInt = Field(
-        32768,
-        description="Maximum number of tokens of an item's text; longer texts are rejected. Shorter texts that exceed "
-        "the critic's own length limit are truncated from the left, as in training.",
-    )
+    max_items: PositiveInt = 1024
+    """Maximum number of items per call; larger calls are rejected."""
+    max_text_bytes: PositiveInt = 512 * 1024
+    """Maximum number of bytes of an item's text; longer texts are rejected."""
+    max_tokens: PositiveInt = 32768
+    """Maximum number of tokens of an item's text; longer texts are rejected. Shorter texts that exceed the critic's own
+    length limit are truncated from the left, as in training."""
 
 
 class ScorerConfig(ScoringOptions, CallLimits, Components):
     """The critic and the options of one scorer."""
 
-    checkpoint: PathOrUri = Field(description="Critic directory: a path or URI that every replica reaches.")
-    digest: str | None = Field(None, description="Expected SHA-256 of the critic's files; None accepts any.")
+    checkpoint: PathOrUri
+    """Critic directory: a path or URI that every replica reaches."""
+    digest: str | None = None
+    """Expected SHA-256 of the critic's files; None accepts any."""
 
 
 class ServeJobConfig(ScoringOptions, CallLimits):
@@ -137,58 +135,51 @@ class ServeJobConfig(ScoringOptions, CallLimits):
     To publish a new critic: rlhf-critic serve NEW --publish. To stop the pool: rlhf-critic serve --stop
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri | None] = Field(
-        None, description="Critic directory, a checkpoint of a run or an export; path or URI."
-    )
-    publish: bool = Field(
-        False, description="Replace the critic of the running pool by CHECKPOINT and keep its other options."
-    )
-    stop: bool = Field(False, description="Stop the running pool.")
-    app: str = Field("scorers", description="Name of the pool, to which clients connect.")
-    min_replicas: NonNegativeInt = Field(
-        1, description="Minimum number of replicas. With 0, an idle pool scales to zero."
-    )
-    max_replicas: PositiveInt = Field(1, description="Maximum number of replicas.")
-    shards: PositiveInt = Field(
-        1, description="Devices per replica, over which ZeRO-3 shards a critic that is too large for one device."
-    )
-    cpus_per_shard: PositiveFloat = Field(
-        1.0, description="CPUs that Ray reserves per shard; also its number of torch threads without a GPU."
-    )
-    use_gpu: bool = Field(False, description="Use one GPU per shard.")
-    target_ongoing_requests: PositiveFloat = Field(
-        8.0, description="Target number of ongoing requests per replica: more add replicas, fewer remove them."
-    )
-    max_ongoing_requests: PositiveInt = Field(
-        32,
-        description="Maximum number of ongoing requests per replica: enough for a few micro-batches, so that a replica "
-        "never idles and further requests can reach other replicas.",
-    )
-    max_queued_requests: PositiveInt = Field(
-        200, description="Maximum number of requests that wait at one caller; more are rejected and can be retried."
-    )
-    upscale_delay_s: NonNegativeFloat = Field(10.0, description="Seconds of high load before replicas are added.")
-    downscale_delay_s: NonNegativeFloat = Field(300.0, description="Seconds of low load before replicas are removed.")
-    components: PathOrUri | None = Field(
-        None, description="YAML file with the components of a reward; None uses the critic alone."
-    )
-    host: str = Field("127.0.0.1", description="Address on which HTTP listens.")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port on which HTTP listens.")
-    auth: Literal["auto", "on", "off"] = Field(
-        "auto", description="Require a bearer token for HTTP; auto requires it everywhere except on loopback."
-    )
-    token_file: str = Field(
-        "~/.config/rlhf-critic/token",
-        description="File with the bearer token; created, readable by you alone, if it is missing.",
-    )
-    max_body_bytes: PositiveInt = Field(
-        16 * 1024 * 1024, description="Maximum number of bytes of an HTTP request's body."
-    )
-    deadline_s: PositiveFloat = Field(60.0, description="Seconds that an HTTP request waits for its scores.")
-    start_timeout_s: PositiveFloat = Field(
-        1800.0,
-        description="Seconds to wait for replicas, including the time an autoscaler needs to add nodes.",
-    )
+    checkpoint: tyro.conf.Positional[PathOrUri | None] = None
+    """Critic directory, a checkpoint of a run or an export; path or URI."""
+    publish: bool = False
+    """Replace the critic of the running pool by CHECKPOINT and keep its other options."""
+    stop: bool = False
+    """Stop the running pool."""
+    app: str = "scorers"
+    """Name of the pool, to which clients connect."""
+    min_replicas: NonNegativeInt = 1
+    """Minimum number of replicas. With 0, an idle pool scales to zero."""
+    max_replicas: PositiveInt = 1
+    """Maximum number of replicas."""
+    shards: PositiveInt = 1
+    """Devices per replica, over which ZeRO-3 shards a critic that is too large for one device."""
+    cpus_per_shard: PositiveFloat = 1.0
+    """CPUs that Ray reserves per shard; also its number of torch threads without a GPU."""
+    use_gpu: bool = False
+    """Use one GPU per shard."""
+    target_ongoing_requests: PositiveFloat = 8.0
+    """Target number of ongoing requests per replica: more add replicas, fewer remove them."""
+    max_ongoing_requests: PositiveInt = 32
+    """Maximum number of ongoing requests per replica: enough for a few micro-batches, so that a replica never idles and
+    further requests can reach other replicas."""
+    max_queued_requests: PositiveInt = 200
+    """Maximum number of requests that wait at one caller; more are rejected and can be retried."""
+    upscale_delay_s: NonNegativeFloat = 10.0
+    """Seconds of high load before replicas are added."""
+    downscale_delay_s: NonNegativeFloat = 300.0
+    """Seconds of low load before replicas are removed."""
+    components: PathOrUri | None = None
+    """YAML file with the components of a reward; None uses the critic alone."""
+    host: str = "127.0.0.1"
+    """Address on which HTTP listens."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port on which HTTP listens."""
+    auth: Literal["auto", "on", "off"] = "auto"
+    """Require a bearer token for HTTP; auto requires it everywhere except on loopback."""
+    token_file: str = "~/.config/rlhf-critic/token"
+    """File with the bearer token; created, readable by you alone, if it is missing."""
+    max_body_bytes: PositiveInt = 16 * 1024 * 1024
+    """Maximum number of bytes of an HTTP request's body."""
+    deadline_s: PositiveFloat = 60.0
+    """Seconds that an HTTP request waits for its scores."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """Seconds to wait for replicas, including the time an autoscaler needs to add nodes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ServeJobConfig:
@@ -223,40 +214,31 @@ class ScoreJobConfig(ScoringOptions):
     are passed through.
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri] = Field(
-        description="Critic directory, a checkpoint of a run or an export; path or URI."
-    )
-    data: tyro.conf.Positional[Source] = Field(
-        description="Data to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory "
-        "that datasets saved or a hub id."
-    )
-    out: tyro.conf.Positional[PathOrUri] = Field(
-        description="Directory for the scored parts, new or of the same job. Every worker must reach it."
-    )
-    fields: dict[str, str] = Field(
-        {}, description="Field names of your data, each after this project's name: --fields response answer."
-    )
-    best_of_n: bool = Field(
-        False, description="Write only the best of a row's responses, as response; the first one of equals."
-    )
-    format: Literal["auto", "jsonl", "parquet"] = Field(
-        "auto", description="Output format. auto: Parquet for Parquet input, otherwise JSON Lines."
-    )
-    components: PathOrUri | None = Field(
-        None, description="YAML file with the components of a reward; None uses the critic alone."
-    )
-    rows_per_part: PositiveInt = Field(
-        512, description="Number of rows per part, the unit that an interruption can lose."
-    )
-    num_workers: PositiveInt = Field(1, description="Number of scorers, each an actor with the full critic.")
-    cpus_per_worker: PositiveFloat = Field(
-        1.0, description="CPUs that Ray reserves per scorer; also its number of torch threads without a GPU."
-    )
-    use_gpu: bool = Field(False, description="Use one GPU per scorer.")
-    start_timeout_s: PositiveFloat = Field(
-        1800.0,
-        description="Seconds to wait for scorers, including the time an autoscaler needs to add nodes.",
-    )
+    checkpoint: tyro.conf.Positional[PathOrUri]
+    """Critic directory, a checkpoint of a run or an export; path or URI."""
+    data: tyro.conf.Positional[Source]
+    """Data to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory that datasets
+    saved or a hub id."""
+    out: tyro.conf.Positional[PathOrUri]
+    """Directory for the scored parts, new or of the same job. Every worker must reach it."""
+    fields: dict[str, str] = Field({})
+    """Field names of your data, each after this project's name: --fields response answer."""
+    best_of_n: bool = False
+    """Write only the best of a row's responses, as response; the first one of equals."""
+    format: Literal["auto", "jsonl", "parquet"] = "auto"
+    """Output format. auto: Parquet for Parquet input, otherwise JSON Lines."""
+    components: PathOrUri | None = None
+    """YAML file with the components of a reward; None uses the critic alone."""
+    rows_per_part: PositiveInt = 512
+    """Number of rows per part, the unit that an interruption can lose."""
+    num_workers: PositiveInt = 1
+    """Number of scorers, each an actor with the full critic."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs that Ray reserves per scorer; also its number of torch threads without a GPU."""
+    use_gpu: bool = False
+    """Use one GPU per scorer."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """Seconds to wait for scorers, including the time an autoscaler needs to add nodes."""
 
     def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
         """Returns the options of every scorer, without limits of a call, because there are no other callers.

@@ -24,19 +24,17 @@ class InspectJobConfig(Section):
     data: tyro.conf.Positional[tuple[str, ...]] = Field(
         min_length=1, description=f"One or more sources of preferences, each {SOURCE_KINDS}."
     )
-    model: str = Field(description="Model whose tokenizer encodes the preferences: a directory or hub id.")
+    model: str
+    """Model whose tokenizer encodes the preferences: a directory or hub id."""
     encoding: EncodingConfig = EncodingConfig()
-    fields: dict[str, str] = Field(
-        {},
-        description="Field names of your data, each after this project's name: --fields prompt instruction chosen "
-        "output_1.",
-    )
-    overlong: Literal["truncate", "skip"] = Field(
-        "truncate",
-        description="Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip.",
-    )
-    examples: NonNegativeInt = Field(3, description="Number of preferences to show of each source, evenly spaced.")
-    cache_dir: PathOrUri = Field(".cache", description="Local cache directory for encoded data. Safe to delete.")
+    fields: dict[str, str] = Field({})
+    """Field names of your data, each after this project's name: --fields prompt instruction chosen output_1."""
+    overlong: Literal["truncate", "skip"] = "truncate"
+    """Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip."""
+    examples: NonNegativeInt = 3
+    """Number of preferences to show of each source, evenly spaced."""
+    cache_dir: PathOrUri = ".cache"
+    """Local cache directory for encoded data. Safe to delete."""
 
 
 class EvaluateJobConfig(Section):
@@ -45,18 +43,17 @@ class EvaluateJobConfig(Section):
     For example: rlhf-critic evaluate runs/first/step-000100 heldout.jsonl --report report
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri] = Field(
-        description="Critic directory, a checkpoint of a run or an export; path or URI."
-    )
+    checkpoint: tyro.conf.Positional[PathOrUri]
+    """Critic directory, a checkpoint of a run or an export; path or URI."""
     data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
-    token_budget: PositiveInt = Field(
-        4096, description="Maximum number of tokens computed at once. Changes speed and memory only."
-    )
-    cache_dir: PathOrUri = Field(".cache", description="Local cache directory for encoded data. Safe to delete.")
-    json_output: bool = Field(False, description="Print one JSON object instead of a table.")
-    report: str | None = Field(
-        None, description="New or empty local directory for metrics.json and report.html, one page with plots."
-    )
+    token_budget: PositiveInt = 4096
+    """Maximum number of tokens computed at once. Changes speed and memory only."""
+    cache_dir: PathOrUri = ".cache"
+    """Local cache directory for encoded data. Safe to delete."""
+    json_output: bool = False
+    """Print one JSON object instead of a table."""
+    report: str | None = None
+    """New or empty local directory for metrics.json and report.html, one page with plots."""
 
 
 class ExportJobConfig(Section):
@@ -65,43 +62,28 @@ class ExportJobConfig(Section):
     For example: rlhf-critic export deepspeed-chat-output my-critic --base facebook/opt-350m
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri] = Field(
-        description="Critic directory, such as a checkpoint of a run, or another system's; path or URI."
-    )
-    out: tyro.conf.Positional[str] = Field(description="New directory for the exported critic.")
-    auto_map: bool = Field(
-        False,
-        description="Add a modeling file, so that trust_remote_code=True gives a value at every token as well.",
-    )
+    checkpoint: tyro.conf.Positional[PathOrUri]
+    """Critic directory, such as a checkpoint of a run, or another system's; path or URI."""
+    out: tyro.conf.Positional[str]
+    """New directory for the exported critic."""
+    auto_map: bool = False
+    """Add a modeling file, so that trust_remote_code=True gives a value at every token as well."""
     source_format: Annotated[
         Literal["auto", "deepspeed-chat", "trlx", "article", "native"], tyro.conf.arg(name="from")
-    ] = Field(
-        "auto",
-        description="Format of the weights. auto copies a directory with critic.json and recognises other formats by "
-        "their keys. native is a sequence-classification model, such as those of TRL and OpenRLHF.",
-    )
-    base: str | None = Field(
-        None,
-        description="Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks. Only for "
-        "another system's checkpoint.",
-    )
-    max_length: PositiveInt | None = Field(
-        None,
-        description="Maximum sequence length in tokens, by default at most 1024. Only for another system's checkpoint.",
-    )
-    chat_template: ChatTemplate | None = Field(
-        None,
-        description="Chat template: auto, plain or the path of a Jinja file; by default plain, and auto for native. "
-        "Only "
-        "for another system's checkpoint.",
-    )
-    head_bias: Literal["refuse", "reward-mean"] = Field(
-        "refuse",
-        description="Treatment of a head's bias, which a critic does not have: reject it, or store it in critic.json "
-        "as "
-        "bias and as negative reward mean. The other system's score is the reward plus the bias. Only for another "
-        "system's checkpoint.",
-    )
+    ] = "auto"
+    """Format of the weights. auto copies a directory with critic.json and recognises other formats by their keys.
+    native is a sequence-classification model, such as those of TRL and OpenRLHF."""
+    base: str | None = None
+    """Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks. Only for another system's
+    checkpoint."""
+    max_length: PositiveInt | None = None
+    """Maximum sequence length in tokens, by default at most 1024. Only for another system's checkpoint."""
+    chat_template: ChatTemplate | None = None
+    """Chat template: auto, plain or the path of a Jinja file; by default plain, and auto for native. Only for another
+    system's checkpoint."""
+    head_bias: Literal["refuse", "reward-mean"] = "refuse"
+    """Treatment of a head's bias, which a critic does not have: reject it, or store it in critic.json as bias and as
+    negative reward mean. The other system's score is the reward plus the bias. Only for another system's checkpoint."""
 
 
 Dtype = Literal["float32", "bfloat16"]
@@ -119,44 +101,40 @@ class PlanJobConfig(Section):
     model: str = Field(
         "8B", description=f"Model size ({SizeNames}), or a config.json, model directory or hub id; needs no weights."
     )
-    world_size: PositiveInt = Field(8, description="Number of ranks with one GPU each, as run.num_workers in training.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="ZeRO stage: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."
-    )
-    dtype: Dtype = Field("bfloat16", description="Dtype of parameters and activations.")
-    token_budget: PositiveInt = Field(4096, description="Maximum number of tokens computed per micro-batch.")
-    max_length: PositiveInt = Field(1024, description="Maximum sequence length in tokens.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass instead of keeping them."
-    )
-    offload_optimizer: bool = Field(False, description="Keep optimizer state in CPU memory; needs zero_stage 1 to 3.")
-    offload_parameters: bool = Field(
-        False, description="Keep parameters in CPU memory until they are used; needs zero_stage 3."
-    )
-    freeze_layers: NonNegativeInt = Field(
-        0, description="Number of first layers that stay frozen, with the embeddings."
-    )
-    lora_rank: NonNegativeInt = Field(0, description="Rank of low-rank adapters; 0 trains all weights.")
-    gpu: GpuName = Field("a100-80g", description="GPU model of each rank.")
-    cluster: str | None = Field(
-        None,
-        description="Cluster YAML for `ray up`, such as cluster/aws.yaml, to count the nodes of each group with GPUs. "
-        "Assumes that they have the GPU of --gpu.",
-    )
-    tokens_per_step: PositiveInt = Field(
-        65_536, description="Tokens per global batch, counted as `tokens` in a run's history."
-    )
-    tokens_per_second: PositiveFloat | None = Field(
-        None,
-        description="Measured tokens per second of one GPU, for the time of a step: `tokens_per_second` in a run's "
-        "history/metrics.jsonl, divided by its workers.",
-    )
-    utilisation: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.35, description="Assumed fraction of the GPU's peak that computes the model, without tokens_per_second."
-    )
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(
-        False, description="Print one JSON object, in bytes and seconds, instead of a table."
-    )
+    world_size: PositiveInt = 8
+    """Number of ranks with one GPU each, as run.num_workers in training."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of parameters and activations."""
+    token_budget: PositiveInt = 4096
+    """Maximum number of tokens computed per micro-batch."""
+    max_length: PositiveInt = 1024
+    """Maximum sequence length in tokens."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in CPU memory; needs zero_stage 1 to 3."""
+    offload_parameters: bool = False
+    """Keep parameters in CPU memory until they are used; needs zero_stage 3."""
+    freeze_layers: NonNegativeInt = 0
+    """Number of first layers that stay frozen, with the embeddings."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of low-rank adapters; 0 trains all weights."""
+    gpu: GpuName = "a100-80g"
+    """GPU model of each rank."""
+    cluster: str | None = None
+    """Cluster YAML for `ray up`, such as cluster/aws.yaml, to count the nodes of each group with GPUs. Assumes that
+    they have the GPU of --gpu."""
+    tokens_per_step: PositiveInt = 65_536
+    """Tokens per global batch, counted as `tokens` in a run's history."""
+    tokens_per_second: PositiveFloat | None = None
+    """Measured tokens per second of one GPU, for the time of a step: `tokens_per_second` in a run's
+    history/metrics.jsonl, divided by its workers."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.35
+    """Assumed fraction of the GPU's peak that computes the model, without tokens_per_second."""
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object, in bytes and seconds, instead of a table."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanJobConfig:

@@ -28,38 +28,25 @@ from rlhf_critic.errors import ConfigError
 class DataConfig(Section):
     """Sources of preferences for training and validation."""
 
-    train: Sources = Field(
-        (),
-        description="Training preferences (required): one or more files (.jsonl, .json, .parquet, .csv, each also .gz; "
-        "paths or URIs), directories that datasets saved, or hub ids. The last two take an optional :SPLIT.",
-    )
-    train_weights: tuple[NonNegativeFloat, ...] | None = Field(
-        None,
-        description="How often an epoch shows the preferences of each source of data.train; None shows each once.",
-    )
-    validation: Sources = Field(
-        (), description="Validation preferences: sources as in data.train. Without any, validation is skipped."
-    )
-    validation_fraction: Decay = Field(
-        0.0,
-        description="Fraction of the prompts to hold out for validation, with all their preferences; an alternative to "
-        "data.validation.",
-    )
-    fields: dict[str, str] = Field(
-        {},
-        description="Field names of your data, each after this project's name: --data.fields prompt instruction chosen "
-        "output_1.",
-    )
-    overlong: Literal["truncate", "skip"] = Field(
-        "truncate",
-        description="Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. "
-        "Both "
-        "are counted and reported.",
-    )
-    seed: NonNegativeInt = Field(
-        0, description="Random seed for held-out prompts and for the sampled part of a weighted source."
-    )
-    cache_dir: PathOrUri = Field(".cache", description="Local cache directory for encoded data. Safe to delete.")
+    train: Sources = ()
+    """Training preferences (required): one or more files (.jsonl, .json, .parquet, .csv, each also .gz; paths or URIs),
+    directories that datasets saved, or hub ids. The last two take an optional :SPLIT."""
+    train_weights: tuple[NonNegativeFloat, ...] | None = None
+    """How often an epoch shows the preferences of each source of data.train; None shows each once."""
+    validation: Sources = ()
+    """Validation preferences: sources as in data.train. Without any, validation is skipped."""
+    validation_fraction: Decay = 0.0
+    """Fraction of the prompts to hold out for validation, with all their preferences; an alternative to
+    data.validation."""
+    fields: dict[str, str] = Field({})
+    """Field names of your data, each after this project's name: --data.fields prompt instruction chosen output_1."""
+    overlong: Literal["truncate", "skip"] = "truncate"
+    """Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. Both are counted
+    and reported."""
+    seed: NonNegativeInt = 0
+    """Random seed for held-out prompts and for the sampled part of a weighted source."""
+    cache_dir: PathOrUri = ".cache"
+    """Local cache directory for encoded data. Safe to delete."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -75,44 +62,32 @@ class DataConfig(Section):
 class TrainConfig(OptimizerConfig):
     """Optimization of the critic: batches, loss and schedule of checkpoints."""
 
-    global_batch_size: PositiveInt = Field(64, description="Preferences per optimizer step, summed over all ranks.")
-    epochs: PositiveFloat = Field(1.0, description="Number of passes over the preferences; may be a fraction.")
-    max_steps: PositiveInt | None = Field(
-        None, description="Maximum number of optimizer steps; None leaves it to train.epochs."
-    )
-    loss: Literal["sequence", "per_token"] = Field(
-        "sequence",
-        description="Loss function. sequence compares rewards (Bradley-Terry; Plackett-Luce for rankings); per_token "
-        "compares values at every token after the common prefix of a pair, as DeepSpeed-Chat does.",
-    )
-    margin_scale: NonNegativeFloat = Field(
-        0.0, description="Factor on a preference's margin, by which the chosen reward must win; 0 ignores margins."
-    )
-    centering_coefficient: NonNegativeFloat = Field(
-        0.0,
-        description="Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests "
-        "0.01.",
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="Label smoothing: assumed probability that a preference label is flipped."
-    )
-    early_stopping_patience: NonNegativeInt = Field(
-        0, description="Stop after this many consecutive validations without a lower log-loss; 0 never stops early."
-    )
-    reference: Literal["validation", "train"] = Field(
-        "validation",
-        description="Responses whose rewards give critic.json its mean and standard deviation. validation uses the "
-        "validation data at every evaluation; train uses up to 1,000 training preferences at the end.",
-    )
-    seed: NonNegativeInt = Field(
-        0, description="Random seed for data order, head and adapter initialisation, and dropout."
-    )
-    validate_every: NonNegativeInt = Field(
-        0, description="Optimizer steps between validations; 0 validates at the end only."
-    )
-    checkpoint_every: NonNegativeInt = Field(
-        100, description="Optimizer steps between checkpoints; 0 saves at the end only."
-    )
+    global_batch_size: PositiveInt = 64
+    """Preferences per optimizer step, summed over all ranks."""
+    epochs: PositiveFloat = 1.0
+    """Number of passes over the preferences; may be a fraction."""
+    max_steps: PositiveInt | None = None
+    """Maximum number of optimizer steps; None leaves it to train.epochs."""
+    loss: Literal["sequence", "per_token"] = "sequence"
+    """Loss function. sequence compares rewards (Bradley-Terry; Plackett-Luce for rankings); per_token compares values
+    at every token after the common prefix of a pair, as DeepSpeed-Chat does."""
+    margin_scale: NonNegativeFloat = 0.0
+    """Factor on a preference's margin, by which the chosen reward must win; 0 ignores margins."""
+    centering_coefficient: NonNegativeFloat = 0.0
+    """Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests 0.01."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Label smoothing: assumed probability that a preference label is flipped."""
+    early_stopping_patience: NonNegativeInt = 0
+    """Stop after this many consecutive validations without a lower log-loss; 0 never stops early."""
+    reference: Literal["validation", "train"] = "validation"
+    """Responses whose rewards give critic.json its mean and standard deviation. validation uses the validation data at
+    every evaluation; train uses up to 1,000 training preferences at the end."""
+    seed: NonNegativeInt = 0
+    """Random seed for data order, head and adapter initialisation, and dropout."""
+    validate_every: NonNegativeInt = 0
+    """Optimizer steps between validations; 0 validates at the end only."""
+    checkpoint_every: NonNegativeInt = 100
+    """Optimizer steps between checkpoints; 0 saves at the end only."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -126,42 +101,31 @@ class TrainConfig(OptimizerConfig):
 class RunConfig(Section):
     """Name, storage, hardware and checkpoints of the run."""
 
-    name: RunName = Field("critic", description="Name of the run. Its directory is STORAGE_PATH/NAME.")
-    storage_path: PathOrUri = Field(
-        "runs", description="Directory of all runs: a local path, shared path or URI (s3://, gs://)."
-    )
-    num_workers: PositiveInt = Field(
-        1,
-        description="Number of Ray Train workers, each with one shard of the critic. A resumed run may have another "
-        "number.",
-    )
-    min_workers: PositiveInt | None = Field(
-        None,
-        description="Minimum number of workers after nodes are lost (elastic training); the group grows up to "
-        "num_workers "
-        "again. Each change restarts from the last checkpoint. Use it only on nodes without other work, because Ray "
-        "Train counts all resources of a node as free. None keeps num_workers.",
-    )
-    use_gpu: bool = Field(False, description="Use one GPU per worker and NCCL, instead of CPUs and Gloo.")
-    cpus_per_worker: PositiveInt = Field(
-        1, description="CPUs that Ray reserves per worker; also its number of torch threads without a GPU."
-    )
-    max_failures: NonNegativeInt = Field(
-        3, description="Maximum number of times that lost workers are replaced before the job fails."
-    )
-    keep_checkpoints: PositiveInt = Field(2, description="Number of checkpoints to keep in the run's directory.")
-    keep: Literal["newest", "best"] = Field(
-        "newest",
-        description="Checkpoints to keep. newest keeps the newest ones; best keeps those with the lowest validation "
-        "log-loss and the newest one, and validates at every checkpoint.",
-    )
-    wandb_project: str | None = Field(
-        None, description="Project of Weights & Biases that also receives the history; needs the wandb package."
-    )
-    start_timeout_s: PositiveFloat = Field(
-        1800.0,
-        description="Seconds to wait for workers to be placed, including the time an autoscaler needs to add nodes.",
-    )
+    name: RunName = "critic"
+    """Name of the run. Its directory is STORAGE_PATH/NAME."""
+    storage_path: PathOrUri = "runs"
+    """Directory of all runs: a local path, shared path or URI (s3://, gs://)."""
+    num_workers: PositiveInt = 1
+    """Number of Ray Train workers, each with one shard of the critic. A resumed run may have another number."""
+    min_workers: PositiveInt | None = None
+    """Minimum number of workers after nodes are lost (elastic training); the group grows up to num_workers again. Each
+    change restarts from the last checkpoint. Use it only on nodes without other work, because Ray Train counts all
+    resources of a node as free. None keeps num_workers."""
+    use_gpu: bool = False
+    """Use one GPU per worker and NCCL, instead of CPUs and Gloo."""
+    cpus_per_worker: PositiveInt = 1
+    """CPUs that Ray reserves per worker; also its number of torch threads without a GPU."""
+    max_failures: NonNegativeInt = 3
+    """Maximum number of times that lost workers are replaced before the job fails."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of checkpoints to keep in the run's directory."""
+    keep: Literal["newest", "best"] = "newest"
+    """Checkpoints to keep. newest keeps the newest ones; best keeps those with the lowest validation log-loss and the
+    newest one, and validates at every checkpoint."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that also receives the history; needs the wandb package."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """Seconds to wait for workers to be placed, including the time an autoscaler needs to add nodes."""
 
     @model_validator(mode="after")
     def _minimum_and_maximum(self) -> RunConfig:
@@ -181,13 +145,12 @@ class TrainJobConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainConfig = TrainConfig()
     run: RunConfig = Field(default_factory=RunConfig)
-    resume: bool = Field(False, description="Resume the run of this name from its last checkpoint.")
-    seeds: tuple[NonNegativeInt, ...] = Field(
-        (),
-        description="Train once with each of these seeds, in runs NAME-seed-N, and compare. Empty uses train.seed "
-        "alone.",
-    )
-    dry_run: bool = Field(False, description="Print the plan (steps, tokens, memory per shard) without training.")
+    resume: bool = False
+    """Resume the run of this name from its last checkpoint."""
+    seeds: tuple[NonNegativeInt, ...] = ()
+    """Train once with each of these seeds, in runs NAME-seed-N, and compare. Empty uses train.seed alone."""
+    dry_run: bool = False
+    """Print the plan (steps, tokens, memory per shard) without training."""
 
     @field_validator("seeds")
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ def texts_of(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if docstring := ast.get_docstring(node):
                 yield "docstring", node.body[0].lineno, docstring
+            for attribute, below in pairwise(node.body):  # the description of an option stands below it
+                if isinstance(attribute, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    yield "description", below.lineno, " ".join(literal(below.value).split())
         elif isinstance(node, ast.Call):
             for keyword in node.keywords:
                 if keyword.arg == "description" and literal(keyword.value):
