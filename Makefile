@@ -35,7 +35,7 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/mypy
 
 # Two processes share the tests; tests/README.md says which tests stay together.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 DURATIONS := benchmarks/test_durations.txt
 
 test: lint ## Lint, types, and every test that is not slow (12 minutes on 2 cores).

@@ -1,7 +1,7 @@
-"""Runs contenders side by side: a process for each run, interleaved, several rounds, medians.
+"""Runs contenders side by side: a process per run, interleaved, over several rounds, with medians.
 
-The machine may be shared and noisy, so only ratios of runs that were made in turns mean something. Knows nothing of
-what a contender does: it takes a specification as JSON, and prints its result as JSON on its last line.
+The machine may be shared and noisy, so only ratios of interleaved runs are meaningful. Knows nothing about the work of
+a contender, which takes a specification as JSON and prints its result as JSON on the last line.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ console = Console(stderr=False)
 
 
 def run(module: str, specification: Specification, threads: int) -> Result:
-    """Runs ``python -m MODULE SPECIFICATION`` with so many threads.
+    """Runs ``python -m MODULE SPECIFICATION`` with a number of threads.
 
     Raises:
-        RuntimeError: It failed; with the end of what it printed.
+        RuntimeError: The process failed. Contains the end of its output.
     """
     environment = {
         **os.environ,
@@ -57,7 +57,7 @@ def run(module: str, specification: Specification, threads: int) -> Result:
 
 
 def contender(work: Callable[[Specification], Result]) -> None:
-    """The other side of `run`: does the work of the specification on the command line, and prints its result."""
+    """Does the work of the specification on the command line and prints its result; the counterpart of `run`."""
     result = work(json.loads(sys.argv[1]))
     result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print("\n" + json.dumps(result))
@@ -65,32 +65,32 @@ def contender(work: Callable[[Specification], Result]) -> None:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What contenders reached over several rounds.
+    """Results of contenders over several rounds.
 
     Attributes:
-        results: For each contender its results, one a round.
+        results: Results of each contender, one per round.
     """
 
     results: dict[str, list[Result]]
 
     def values(self, contender: str, key: str) -> list[float]:
-        """One number of all rounds."""
+        """Returns one number of every round."""
         return [result[key] for result in self.results[contender]]
 
     def median(self, contender: str, key: str) -> float:
-        """The median of a number over the rounds."""
+        """Returns the median of a number over the rounds."""
         return statistics.median(self.values(contender, key))
 
     def ratios(self, contender: str, other: str, key: str) -> list[float]:
-        """Round by round, one contender's number over another's."""
+        """Returns the ratio of the numbers of two contenders, per round."""
         return [a / b for a, b in zip(self.values(contender, key), self.values(other, key), strict=True)]
 
 
 def interleave(module: str, contenders: Mapping[str, Specification], rounds: int, threads: int) -> Rounds:
-    """Runs all contenders in turns."""
+    """Runs all contenders in turn, for a number of rounds."""
     results: dict[str, list[Result]] = {name: [] for name in contenders}
     for number in range(rounds):
-        # In every second round the other way round, so that nobody always runs on the warmer machine.
+        # Every second round is in reverse order, so that no contender always runs on the warmer machine.
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
             started = time.perf_counter()
             results[name].append(run(module, contenders[name], threads))
@@ -99,12 +99,12 @@ def interleave(module: str, contenders: Mapping[str, Specification], rounds: int
 
 
 def progress(message: str) -> None:
-    """Says on standard error what is going on."""
+    """Prints a progress note to standard error."""
     print(message, file=sys.stderr, flush=True)
 
 
 def matrix_product_rate(threads: int, size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations a second of one large fp32 matrix product."""
+    """Measures the floating-point operations per second of one large fp32 matrix product."""
     torch.set_num_threads(threads)
     a, b = torch.randn(size, size), torch.randn(size, size)
     a @ b
@@ -117,7 +117,7 @@ def matrix_product_rate(threads: int, size: int = 2048, repeats: int = 5) -> flo
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter."""
+    """Returns the versions of Python and of the measured packages."""
     return {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}}
 
 

@@ -1,7 +1,7 @@
-"""One iteration of PPO, phase by phase, in one process: over prefix trees, or over padded batches of the same engines.
+"""One iteration of PPO, phase by phase, in one process: with prefix trees, or with padded batches of the same engines.
 
-Padded batches are sorted by length, as everybody does; both take the same weights, rollouts and numbers. A first call
-of every phase warms up.
+Padded batches are sorted by length. Both use the same weights, rollouts and numbers. A first call of every phase warms
+up.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ TEMPERATURE = 1.0
 
 
 def run(specification: Specification) -> Result:
-    """Seconds of each phase, and the values and losses that both contenders must agree on."""
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    """Measures the seconds of each phase, and returns values and losses, which must be equal for both contenders."""
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed requires it
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     init_distributed("gloo")
     tokenizer = load_tokenizer(specification["model"])
@@ -41,11 +41,11 @@ def run(specification: Specification) -> Result:
         Encoder(tokenizer, max_length=4096), ModelConfig(**model), TrainConfig(**budget), total_steps=1000
     )
     profile = PROFILES[specification["profile"]]
-    drawn = draw_prompts(profile, specification["prompts"], specification["n"])
-    sequences = [ids for responses in drawn for ids in responses]
+    sampled = draw_prompts(profile, specification["prompts"], specification["n"])
+    sequences = [ids for responses in sampled for ids in responses]
     prompt_lengths = [
         _shared(responses) if len(responses) > 1 else max(1, len(responses[0]) - int(profile.response.median))
-        for responses in drawn
+        for responses in sampled
         for _ in responses
     ]
     seconds: dict[str, float] = {}
@@ -89,7 +89,7 @@ def run(specification: Specification) -> Result:
 
 
 def _shared(responses: list[np.ndarray]) -> int:
-    """Tokens that all responses share: the prompt."""
+    """Returns the number of tokens that all responses share: the prompt."""
     shortest = min(len(ids) for ids in responses)
     same = np.all([ids[:shortest] == responses[0][:shortest] for ids in responses], axis=0)
     return int(same.argmin()) if not same.all() else shortest - 1

@@ -1,4 +1,4 @@
-"""The phases of a PPO iteration, and what shared prompts save in two of them: values and the critic's update.
+"""The phases of a PPO iteration, and the gain of shared prompts in two of them: values and the critic's update.
 
     python -m benchmarks.ppo_phases --profile tldr --n 8
 
@@ -28,28 +28,28 @@ PHASES = ("generate", "score", "values", "update critic", "update policy")
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the benchmark."""
 
     profile: Literal["hh", "tldr"] = "tldr"
     """Lengths of prompts and responses: dialogue or summarisation."""
     n: Literal[1, 8] = 8
-    """Rollouts of each prompt."""
+    """Number of rollouts per prompt."""
     prompts: int = 0
-    """Prompts; 0 takes as many as make 64 rollouts."""
+    """Number of prompts; 0 means 64 rollouts in all."""
     layers: int = 4
-    """Layers of both models, of SmolLM2-135M's 30."""
+    """Number of layers of both models; SmolLM2-135M has 30."""
     rounds: int = 3
-    """Runs of each contender."""
+    """Number of runs of each contender."""
     threads: int = 2
-    """Threads of a run."""
+    """Number of threads per run."""
     token_budget: int = 4096
-    """Ours: the most tokens computed at once."""
+    """Maximum number of tokens that ours computes at once."""
     json_line: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object on the last line of standard output."""
 
 
 def best_padded_budget(common: Specification, threads: int) -> int:
-    """The token budget with which padded values and updates take the least time."""
+    """Returns the token budget with the shortest time of padded values and updates."""
     reached = {}
     for budget in PADDED_BUDGETS:
         specification = {**common, "prefix_tree": False, "token_budget": budget, "all_phases": False}
@@ -59,7 +59,7 @@ def best_padded_budget(common: Specification, threads: int) -> int:
 
 
 def main(options: Options) -> None:
-    """Sweeps, measures and prints."""
+    """Finds the best setting of the peer, measures and prints."""
     prompts = options.prompts or 64 // options.n
     with tempfile.TemporaryDirectory() as directory:
         save_model(Path(directory), options.layers)

@@ -1,4 +1,4 @@
-"""One shard against two, ZeRO 0 to 3, one thread each: pairs a second, and the state that a shard holds.
+"""One shard against two, ZeRO 0 to 3, one thread each: pairs per second, and the state of a shard.
 
 python -m benchmarks.scaling
 """
@@ -25,26 +25,26 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the benchmark."""
 
     profile: Literal["hh", "tldr", "chat"] = "hh"
     """Lengths of prompts and responses: dialogue, summarisation or long answers."""
     layers: int = 4
-    """Layers of the model, of SmolLM2-135M's 30."""
+    """Number of layers of the model; SmolLM2-135M has 30."""
     pairs_per_step: int = 48
-    """Preferences of an optimizer step, over all shards."""
+    """Number of preferences per optimizer step, over all shards."""
     rounds: int = 2
-    """Runs of each stage and number of shards."""
+    """Number of runs of each stage and number of shards."""
     steps: int = 3
-    """Optimizer steps of a run; the first warms up."""
+    """Number of optimizer steps per run; the first warms up."""
     token_budget: int = 16384
-    """The most tokens of a micro-batch."""
+    """Maximum number of tokens per micro-batch."""
     json_line: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object on the last line of standard output."""
 
 
 def run_shards(common: Specification, world_size: int) -> Result:
-    """Runs all ranks; pairs a second of the slowest, bytes of the fullest."""
+    """Runs all ranks; returns the pairs per second of the slowest and the bytes of the largest."""
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(world_size) as pool:
         ranks = [
             {**common, "rank": rank, "world_size": world_size, "store": f"{directory}/store"}

@@ -1,4 +1,4 @@
-"""One rank of a training run with one thread: what it steps a second, and the state it holds."""
+"""One rank of a training run with one thread: its pairs per second and the size of its state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf_critic.training.critic_engine import CriticEngine
 def work(specification: Specification) -> Result:
     """Joins the other ranks, trains and reports."""
     rank, world_size = specification["rank"], specification["world_size"]
-    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed requires it
     dist.init_process_group(
         "gloo",
         init_method=f"file://{specification['store']}",
@@ -47,7 +47,7 @@ def work(specification: Specification) -> Result:
 
 
 def state_bytes_at_each_step(engine: CriticEngine) -> list[int]:
-    """Bytes of parameters, gradients and optimizer state that this rank holds when the optimizer steps.
+    """Returns the bytes of parameters, gradients and optimizer state on this rank at the optimizer step.
 
     At that moment no activation is alive, so all live tensors are counted, each storage once.
     """
@@ -59,7 +59,7 @@ def state_bytes_at_each_step(engine: CriticEngine) -> list[int]:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         held.append(sum(storages.values()))
 
-    optimizer = engine._engine.optimizer  # at stage 0 ours, else DeepSpeed's around ours
+    optimizer = engine._engine.optimizer  # our optimizer at stage 0, else DeepSpeed's wrapper around it
     getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(count)
     return held
 

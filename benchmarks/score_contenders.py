@@ -23,7 +23,7 @@ WARM_UP = 8
 
 
 def ours(specification: Specification, sequences: list[list[int]]) -> tuple[np.ndarray, float]:
-    """`score_sequences`, as `jobs.evaluate` runs it."""
+    """Scores with `score_sequences`, as `jobs.evaluate` does."""
     from rlhf_critic.data.encoding import load_tokenizer
     from rlhf_critic.model.factory import create_critic_model
     from rlhf_critic.scoring.local import score_sequences
@@ -38,7 +38,7 @@ def ours(specification: Specification, sequences: list[list[int]]) -> tuple[np.n
 
 
 def plain(specification: Specification, sequences: list[list[int]]) -> tuple[np.ndarray, float]:
-    """`AutoModelForSequenceClassification`, longest sequences first."""
+    """Scores with `AutoModelForSequenceClassification`, longest sequences first."""
     model = AutoModelForSequenceClassification.from_pretrained(
         specification["model"], num_labels=1, dtype=torch.float32
     ).eval()
@@ -66,7 +66,7 @@ def plain(specification: Specification, sequences: list[list[int]]) -> tuple[np.
 
 
 def sequences_of(specification: Specification) -> list[list[int]]:
-    """Drawn ids, or the real responses of a file, in a random order: callers do not sort."""
+    """Returns random ids, or the real responses of a file, in random order, because callers do not sort."""
     if specification["file"]:
         tokenizer = AutoTokenizer.from_pretrained(specification["tokenizer"])
         with gzip.open(Path(specification["file"]), "rt", encoding="utf-8") as lines:
@@ -87,7 +87,7 @@ def sequences_of(specification: Specification) -> list[list[int]]:
 
 
 def work(specification: Specification) -> Result:
-    """Runs the contender and adds what is common."""
+    """Runs the contender and adds the common results."""
     threads = torch.get_num_threads()
     sequences = sequences_of(specification)
     rewards, seconds = {"ours": ours, "plain": plain}[specification["contender"]](specification, sequences)

@@ -27,32 +27,32 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the benchmark."""
 
     profile: Literal["hh", "tldr", "chat"] = "hh"
     """Lengths of prompts and responses: dialogue, summarisation or long answers."""
     n: int = 8
-    """Responses to each prompt."""
+    """Number of responses per prompt."""
     prompts: int = 0
-    """Prompts; 0 takes as many as make 192 sequences, or the first 24 of a file."""
+    """Number of prompts; 0 means 192 sequences in all, or the first 24 prompts of a file."""
     file: str = ""
-    """Score the responses of this .jsonl.gz file instead of drawn ones."""
+    """Score the responses of this .jsonl.gz file instead of random ones."""
     tokenizer: str = ".cache/quickstart/model"
-    """Directory of the tokenizer for --file; the quickstart makes this one."""
+    """Tokenizer directory for --file; the default is that of the quickstart."""
     layers: int = 4
-    """Layers of the model, of SmolLM2-135M's 30."""
+    """Number of layers of the model; SmolLM2-135M has 30."""
     rounds: int = 5
-    """Runs of each contender."""
+    """Number of runs of each contender."""
     threads: int = 2
-    """Threads of a run."""
+    """Number of threads per run."""
     token_budget: int = 4096
-    """Ours: the most tokens computed at once."""
+    """Maximum number of tokens that ours computes at once."""
     json_line: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object on the last line of standard output."""
 
 
 def best_batch_size(common: Specification, threads: int) -> tuple[int, list[tuple[str, float]]]:
-    """The peer's fastest batch size, and what each reached, in sequences a second."""
+    """Returns the peer's fastest batch size, and the sequences per second of each."""
     reached = {}
     for batch_size in BATCH_SIZES:
         specification = {**common, "contender": "plain", "batch_size": batch_size}
@@ -62,7 +62,7 @@ def best_batch_size(common: Specification, threads: int) -> tuple[int, list[tupl
 
 
 def main(options: Options) -> None:
-    """Sweeps, measures and prints."""
+    """Finds the best setting of the peer, measures and prints."""
     prompts = options.prompts or (24 if options.file else 192 // options.n)
     title = options.file or f"{options.profile}, {options.n} responses a prompt"
     with tempfile.TemporaryDirectory() as directory:

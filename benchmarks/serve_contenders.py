@@ -1,4 +1,4 @@
-"""What the pool of scorers is held against, each in a process of its own.
+"""Peers of the pool of scorers, each in a separate process.
 
 ``direct`` scores all sequences in one big list with the engine itself: no server, no queue. ``reference`` is a FastAPI
 server in the manner of OpenRLHF's: for every request it tokenises, pads to the longest text and runs one forward pass.
@@ -23,7 +23,7 @@ WARM_UP = 8
 
 
 def direct(specification: Specification) -> Result:
-    """Sequences a second, from token ids to rewards."""
+    """Measures sequences per second, from token ids to rewards."""
     drawn = draw_prompts(PROFILES[specification["profile"]], specification["prompts"], specification["n"])
     sequences = [sequence.tolist() for responses in drawn for sequence in responses]
     critic = load_critic(specification["critic"]).critic
@@ -35,13 +35,13 @@ def direct(specification: Specification) -> Result:
 
 
 class Query(BaseModel):
-    """What a client sends."""
+    """Request of a client."""
 
     query: list[str]
 
 
 def reference(specification: Specification) -> Result:
-    """Serves until it is ended."""
+    """Serves until the process ends."""
     tokenizer = AutoTokenizer.from_pretrained(specification["critic"], padding_side="right")
     model = AutoModelForSequenceClassification.from_pretrained(specification["critic"], dtype=torch.float32).eval()
     app = FastAPI()

@@ -1,4 +1,4 @@
-"""What serving costs: a pool under load, beside the engine called directly and a server that forwards by request.
+"""Serving speed: a pool under load, against the engine called directly and a server that computes each request alone.
 
     python -m benchmarks.serve_load --json
 
@@ -43,8 +43,8 @@ from rlhf_critic.scoring.items import Item, Text
 
 CONTENDERS = "benchmarks.serve_contenders"
 SEQUENCES_A_CALL = 16
-CALLS_OF_A_CALLER = 3  # at least; few callers make more
-CALLS_OF_REFERENCE = 8  # more than callers; it is slow
+CALLS_OF_A_CALLER = 3  # minimum; few callers make more
+CALLS_OF_REFERENCE = 8  # more than the number of callers; the reference is slow
 FEWEST_CALLS = 8
 START_TIMEOUT_S = 120
 CALL_TIMEOUT_S = 600
@@ -54,29 +54,29 @@ Ask = Callable[[Sequence[str]], Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the benchmark."""
 
     profiles: tuple[str, ...] = ("hh", "tldr")
     """Lengths of prompts and responses: dialogue, summarisation (see benchmarks/workloads.py)."""
     n: int = 8
-    """Responses to each prompt."""
+    """Number of responses per prompt."""
     callers: tuple[int, ...] = (1, 8, 32)
-    """How many callers ask at once; the most saturate the pool."""
+    """Numbers of concurrent callers; the largest saturates the pool."""
     layers: int = 4
-    """Layers of the model, of SmolLM2-135M's 30."""
+    """Number of layers of the model; SmolLM2-135M has 30."""
     rounds: int = 3
-    """Runs of each contender."""
+    """Number of runs of each contender."""
     threads: int = 2
-    """Threads of the replica, and of what it is held against."""
+    """Number of threads of the replica and of its peers."""
     replicas: bool = True
-    """Whether to hold two replicas with one thread each against one."""
+    """Also compare two replicas of one thread each with one."""
     json_line: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object on the last line of standard output."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What callers saw.
+    """Measurements of callers.
 
     Attributes:
         rate: Sequences a second, over all callers, while every caller had a call to make.
@@ -92,7 +92,7 @@ class Load:
 
 
 def save_workload_critic(directory: Path, layers: int) -> str:
-    """The benchmarks' model with their head, as a critic on disk."""
+    """Writes the benchmark model with the common head as a critic directory."""
     save_model(directory / "model", layers)
     encoder = Encoder(load_tokenizer(str(directory / "model")), max_length=1024)
     critic = create_critic_model(str(directory / "model"), encoder.tokenizer, None)
@@ -104,20 +104,20 @@ def save_workload_critic(directory: Path, layers: int) -> str:
 
 
 def texts_of(profile: str, prompts: int, n: int) -> list[str]:
-    """The sequences, responses of a prompt next to each other, as a rollout worker has them."""
+    """Returns the sequences, with the responses of a prompt next to each other, as in a rollout worker."""
     drawn = draw_prompts(PROFILES[profile], prompts, n)
     return [text_of(sequence) for responses in drawn for sequence in responses]
 
 
 def put_under_load(ask: Ask, texts: list[str], callers: int) -> Load:
-    """Callers take the next 16 texts whenever they have an answer, until all texts are scored.
+    """Scores all texts with callers that take the next 16 texts after each answer.
 
-    The rate is taken up to when the first caller finds nothing left: what comes after says how a server runs empty,
-    which for few calls a caller would be most of what is measured.
+    The rate covers the time until the first caller finds no text left. After that the server runs empty, which would
+    dominate the measurement with few calls per caller.
     """
     calls = [texts[start : start + SEQUENCES_A_CALL] for start in range(0, len(texts), SEQUENCES_A_CALL)]
     rewards: dict[int, Any] = {}
-    times: list[tuple[float, float]] = []  # of each call, when it was made and answered
+    times: list[tuple[float, float]] = []  # start and end of each call
     found_none: list[float] = []
     numbers = iter(range(len(calls)))
     taking = threading.Lock()
@@ -154,7 +154,7 @@ def put_under_load(ask: Ask, texts: list[str], callers: int) -> Load:
 
 @contextmanager
 def reference_server(critic: str, threads: int) -> Iterator[str]:
-    """The FastAPI server, until the block ends."""
+    """Runs the FastAPI server until the block ends."""
     port = free_port()
     specification = {"contender": "reference", "critic": critic, "port": port}
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -177,7 +177,7 @@ def reference_server(critic: str, threads: int) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port that is free now."""
+    """Returns a port that is free now."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -185,7 +185,7 @@ def free_port() -> int:
 
 
 def ask_over_http(url: str) -> Ask:
-    """Asks ``/get_reward``, which both servers have, without OpenRLHF's client."""
+    """Calls ``/get_reward``, which both servers have, without OpenRLHF's client."""
     client = httpx.Client(timeout=CALL_TIMEOUT_S, limits=httpx.Limits(max_connections=None))
 
     def ask(texts: Sequence[str]) -> Any:
@@ -197,7 +197,7 @@ def ask_over_http(url: str) -> Ask:
 
 
 def main(options: Options) -> None:
-    """Measures in turns, and prints."""
+    """Measures the contenders in turn and prints."""
     os.environ.update(HF_HUB_OFFLINE="1", RAY_USAGE_STATS_ENABLED="0", DS_ACCELERATOR="cpu")
     most = max(options.callers)
     results: dict[tuple[str, ...], list[Load]] = {}
@@ -263,7 +263,7 @@ def main(options: Options) -> None:
                             float(np.abs(np.subtract(load.rewards, direct["rewards"][: len(load.rewards)])).max())
                         )
                     record((profile, "http", str(most)), put_under_load(by_http_here, texts, most))
-                    # It computes one request after the other, at the same rate from the first on.
+                    # It computes one request after the other, always at the same rate.
                     some = texts[: (most + CALLS_OF_REFERENCE) * SEQUENCES_A_CALL]
                     record((profile, "reference", str(most)), put_under_load(by_http_there, some, most))
                 if options.replicas:
@@ -283,7 +283,7 @@ def report(
     direct_rates: dict[str, list[float]],
     difference: float,
 ) -> None:
-    """Prints the table, the ratios and, if asked for, the JSON."""
+    """Prints the table, the ratios and, on request, JSON."""
     most = str(max(options.callers))
 
     def ratios(one: list[float], other: list[float]) -> list[float]:
@@ -353,7 +353,7 @@ def report(
 
 
 def shown(values: list[float]) -> str:
-    """A median and its spread."""
+    """Formats a median and its spread."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

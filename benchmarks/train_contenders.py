@@ -30,8 +30,8 @@ WARM_UP_STEPS = 2
 
 
 def ours(specification: Specification) -> Result:
-    """`CriticEngine.train_step` on one rank, ZeRO-0."""
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    """Trains with `CriticEngine.train_step` on one rank, ZeRO-0."""
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed requires it
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     pairs = pairs_of(specification)
     engine, preferences = build_engine(specification), table_of(pairs)
@@ -50,7 +50,7 @@ def ours(specification: Specification) -> Result:
 
 
 def build_engine(specification: Specification) -> CriticEngine:
-    """An engine with a new head; ``torch.distributed`` is initialised."""
+    """Returns an engine with a new head; requires initialised ``torch.distributed``."""
     init_distributed("gloo")
     options = TrainConfig(
         zero_stage=specification.get("zero_stage", 0),
@@ -62,7 +62,7 @@ def build_engine(specification: Specification) -> CriticEngine:
 
 
 def table_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> EncodedPreferences:
-    """Pairs of token ids as the table that preference files become."""
+    """Returns pairs of token ids as a table of encoded preferences."""
     columns = {
         "responses": [[chosen, rejected] for chosen, rejected in pairs],
         "lengths": [[len(chosen), len(rejected)] for chosen, rejected in pairs],
@@ -78,7 +78,7 @@ def table_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> EncodedPreferences:
 
 
 def trl(specification: Specification) -> Result:
-    """TRL's RewardTrainer; the batch size divides the 8 pairs of a step, gradients accumulate."""
+    """Trains with TRL's RewardTrainer; the batch size divides the 8 pairs of a step, and gradients accumulate."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer
     from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -138,13 +138,13 @@ def trl(specification: Specification) -> Result:
 
 
 def pairs_of(specification: Specification) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Chosen and rejected of every drawn prompt."""
+    """Returns chosen and rejected sequences of every random prompt."""
     drawn = draw_prompts(PROFILES[specification["profile"]], specification["pairs"], 2)
     return [(chosen, rejected) for chosen, rejected in drawn]
 
 
 def work(specification: Specification) -> Result:
-    """Runs the contender and adds what is common."""
+    """Runs the contender and adds the common results."""
     threads = torch.get_num_threads()
     result = {"ours": ours, "trl": trl}[specification["contender"]](specification)
     pairs = pairs_of(specification)

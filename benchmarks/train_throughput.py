@@ -30,24 +30,24 @@ SWEEP_STEPS = 4
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of the benchmark."""
 
     profile: Literal["hh", "tldr", "chat"] = "hh"
     """Lengths of prompts and responses: dialogue, summarisation or long answers."""
     layers: int = 4
-    """Layers of the model, of SmolLM2-135M's 30."""
+    """Number of layers of the model; SmolLM2-135M has 30."""
     rounds: int = 5
-    """Runs of each contender."""
+    """Number of runs of each contender."""
     steps: int = 6
-    """Optimizer steps of a run; the first two warm up."""
+    """Number of optimizer steps per run; the first two warm up."""
     threads: int = 2
-    """Threads of a run."""
+    """Number of threads per run."""
     json_line: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object on the last line of standard output."""
 
 
 def best_peer_setting(common: Specification, threads: int) -> tuple[Specification, list[tuple[str, float]]]:
-    """TRL's fastest setting out of the sweep, and what each reached, in pairs a second."""
+    """Returns TRL's fastest setting, and the pairs per second of each."""
     reached: list[tuple[float, Specification]] = []
     for batch_size in BATCH_SIZES:
         for group_by_length in (False, True):
@@ -60,12 +60,12 @@ def best_peer_setting(common: Specification, threads: int) -> tuple[Specificatio
 
 
 def describe(setting: Specification) -> str:
-    """A setting of the sweep in words."""
+    """Formats a setting of the sweep."""
     return f"batch size {setting['batch_size']}" + (", grouped by length" if setting["group_by_length"] else "")
 
 
 def utilisation(rounds: Rounds, parameters: int) -> float:
-    """6 x parameters outside the embedding x tokens a second, over the rate of one large matrix product of that run."""
+    """Computes 6 x parameters outside the embedding x tokens per second, over the matrix-product rate of that run."""
     shares = [
         6 * parameters * run["computed_tokens"] / sum(run["seconds"]) / run["matrix_product_rate"]
         for run in rounds.results["ours"]
@@ -74,7 +74,7 @@ def utilisation(rounds: Rounds, parameters: int) -> float:
 
 
 def main(options: Options) -> None:
-    """Sweeps, measures and prints."""
+    """Finds the best setting of the peer, measures and prints."""
     with tempfile.TemporaryDirectory() as directory:
         parameters = save_model(Path(directory), options.layers)
         common = {"model": directory, "profile": options.profile, "pairs": PAIRS_PER_STEP * options.steps}

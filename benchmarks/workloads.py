@@ -1,4 +1,4 @@
-"""What the benchmarks work on: length profiles, token ids drawn from them, and a model of SmolLM2-135M's shape.
+"""Workloads of the benchmarks: length profiles, random token ids, and a model with the shape of SmolLM2-135M.
 
 Everything is drawn from a seed, so every process makes the same. Knows nothing of who is measured.
 """
@@ -15,14 +15,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 49152
-FIRST_ORDINARY_ID = 16  # those below stand for special tokens
+FIRST_ORDINARY_ID = 16  # lower ids are special tokens
 
 IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens, log-normal and clipped."""
+    """Log-normal distribution of lengths in tokens, clipped."""
 
     median: float
     sigma: float
@@ -30,13 +30,13 @@ class Lengths:
     high: int
 
     def draw(self, rng: np.random.Generator) -> int:
-        """One length."""
+        """Samples one length."""
         return int(np.clip(np.round(rng.lognormal(np.log(self.median), self.sigma)), self.low, self.high))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How long prompts and responses are."""
+    """Lengths of prompts and responses."""
 
     prompt: Lengths
     response: Lengths
@@ -50,7 +50,7 @@ PROFILES = {
 
 
 def draw_prompts(profile: Profile, prompts: int, responses: int, seed: int = 0) -> list[list[IntArray]]:
-    """For each prompt the token ids of its responses, prompt included; every prompt begins alike with one token."""
+    """Samples token ids of responses, each with its prompt, per prompt. All prompts start with the same token."""
     rng = np.random.default_rng(seed)
 
     def tokens(length: int) -> IntArray:
@@ -64,12 +64,12 @@ def draw_prompts(profile: Profile, prompts: int, responses: int, seed: int = 0) 
 
 
 def text_of(ids: IntArray) -> str:
-    """A text that the tokenizer of `save_model` turns into these ids."""
+    """Returns a text that the tokenizer of `save_model` encodes as these ids."""
     return " ".join(f"<{token}>" for token in ids)
 
 
 def head_weight() -> torch.Tensor:
-    """The same head for all contenders, ``[1, D]``."""
+    """Returns the common head of all contenders, ``[1, D]``."""
     return torch.randn(1, 576, generator=torch.Generator().manual_seed(0)) / 24
 
 

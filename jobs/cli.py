@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import logging
 import os
 import sys
@@ -87,6 +88,16 @@ def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
             raise
         print(f"failed: {error}. Free some space; --resume continues a run that had started", file=sys.stderr)
         sys.exit(EXIT_FAILED)
+
+
+def validate_wandb(project: str | None) -> None:
+    """Checks that the package for ``run.wandb_project`` is installed.
+
+    Raises:
+        ConfigError: The option is given, and the package is missing.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
 
 
 def validate_resume(storage_path: str, name: str, exists: bool, resume: bool) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 from rich.table import Table
 from tqdm import tqdm
 
-from actors.training.worker import load_data, total_steps
 from rlhf_critic.algorithms.preference_objective import needs_values
 from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.prefix_tree import PrefixTree
 from rlhf_critic.batching.sampler import rows_of_step
 from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.data.training_data import load_data, total_steps
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, check_critic_model, limit_training, validate_positions
 from rlhf_critic.training.memory_estimate import ModelCount, activation_bytes, count_model, shard_memory

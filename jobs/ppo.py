@@ -28,7 +28,7 @@ from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
 from actors.serving.job_cleanup import ends_with_this_job
-from jobs.cli import command, run_job, validate_outside_package, validate_resume
+from jobs.cli import command, run_job, validate_outside_package, validate_resume, validate_wandb
 from jobs.run_lock import lock_run
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line, shown_path
@@ -62,6 +62,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
     """
     config.validate_complete()
     validate_outside_package("run.storage_path", config.run.storage_path)
+    validate_wandb(config.run.wandb_project)
     prompts, held_out = read_prompts(config)
     with lock_run(config.run.storage_path, config.run.name):
         return _run(config, prompts, held_out)

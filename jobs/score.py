@@ -210,7 +210,7 @@ def _claim(out: Path, job: dict[str, Any]) -> None:
 
 def _score_parts(missing: list[int], rows: int, job: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig) -> None:
     if not ray.is_initialized():
-        init_ray(logging_level="WARNING")
+        init_ray()
     to_do = sum(min(job.rows_per_part, rows - number * job.rows_per_part) for number in missing)
     with tqdm(total=rows, initial=rows - to_do, desc="scoring", unit="row", disable=None) as bar:
         try:

@@ -62,11 +62,11 @@ def join_ray(may_start: bool) -> bool:
         return False
     address = address_to_join()
     if address is None and may_start:
-        init_ray(address="local", logging_level="WARNING", log_to_driver=False)
+        init_ray(address="local", log_to_driver=False)
         return True
     try:
         # "auto" finds the local Ray of another jobs.serve among the processes of this machine.
-        init_ray(address=address or "auto", logging_level="WARNING", log_to_driver=False)
+        init_ray(address=address or "auto", log_to_driver=False)
     except ConnectionError as error:
         raise ConfigError(
             f"no Ray cluster could be joined ({error}): set RAY_ADDRESS, or submit this as a job to the pool's cluster"

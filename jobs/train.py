@@ -6,7 +6,6 @@ Runs alone (it starts a local Ray) or as a Ray job:
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from math import ceil
@@ -33,11 +32,11 @@ from actors.runtime.session import init_ray
 from actors.runtime.storage import remove_broken_list, resolve_run, run_exists
 from actors.training.result import SCORE, TrainOutcome
 from actors.training.torch_backend import PrivateTorchConfig
-from jobs.cli import DISK_FULL_ERRNOS, command, run_job, validate_outside_package, validate_resume
+from jobs.cli import DISK_FULL_ERRNOS, command, run_job, validate_outside_package, validate_resume, validate_wandb
 from jobs.run_lock import lock_run
 from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.train import TrainJobConfig
-from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
+from rlhf_critic.errors import CheckpointError, PlacementError
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +132,7 @@ def train(config: TrainJobConfig) -> Result:
     """
     config.validate_complete()
     validate_outside_package("run.storage_path", config.run.storage_path)
-    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
+    validate_wandb(config.run.wandb_project)
     with lock_run(config.run.storage_path, config.run.name):
         return _train(config)
 
@@ -156,7 +154,7 @@ def _train(config: TrainJobConfig) -> Result:
     if not run.use_gpu:
         worker_environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"] = "cpu"
     if not ray.is_initialized():
-        init_ray(logging_level="WARNING")
+        init_ray()
     if is_elastic:
         _wait_for_min_workers(config, resources)
     trainer = TorchTrainer(

@@ -62,6 +62,11 @@ def configure_logging(level: str | None = None, *, quiet_libraries: bool = True)
             logging.getLogger(library).addFilter(_errors_only)  # DeepSpeed sets its own level when it is imported
 
 
+def level_of_libraries() -> str:
+    """Returns the level from which libraries log: ``ERROR``, or ``INFO`` where this project logs at ``DEBUG``."""
+    return "INFO" if os.environ.get(LEVEL_VARIABLE, "").upper() == "DEBUG" else "ERROR"
+
+
 def _handler() -> logging.Handler:
     if sys.stderr.isatty():
         from rich.console import Console

@@ -1,6 +1,6 @@
 """Fixtures that tests share: a small tokenizer, tiny models, one Ray for a session, and groups of ranks on it.
 
-Two processes of pytest-xdist share the tests (``-n 2 --dist loadgroup``). Fixtures decide which tests stay together:
+Two processes of pytest-xdist share the files (``-n 2 --dist loadfile``). Fixtures decide which files stay together:
 those of scorers, those of ranks, the others that need Ray, and each file of pure tests.
 """
 
@@ -17,10 +17,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +52,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     durations.write(terminalreporter, config)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Says which tests must share a process, where several processes share the tests."""
-    if IN_PARALLEL:
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each process of pytest-xdist whole groups of test files: see `group_of`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(config.rootpath, nodeid.partition("::")[0])
+
+    return ByFixture(config, log)
 
 
-def group_of(item: pytest.Item) -> str:
-    """Returns the name of the tests that run in one process, one after another, with this one."""
-    fixtures = getattr(item, "fixturenames", ())
-    for fixture in ("serve_port", "ranks", "ray_address"):  # the first two need the last
-        if fixture in fixtures:
-            return fixture
-    return item.nodeid.partition("::")[0]
+@cache
+def group_of(root: Path, file: str) -> str:
+    """Returns the name of the group of files that run in one process, one after another, with this one."""
+    signatures = " ".join(re.findall(r"def \w+\(([^)]*)\)", (root / file).read_text(encoding="utf-8")))
+    fixtures = set(re.findall(r"\w+", signatures))
+    if fixtures & {"serving", "serve_port"}:
+        return "scorers"
+    return next((name for name in ("ranks", "ray_address") if name in fixtures), file)
 
 
 @pytest.fixture(scope="session")

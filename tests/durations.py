@@ -14,7 +14,6 @@ import pytest
 
 OPTION = "--durations-file"
 LINE = re.compile(r"^ *(\d+\.\d+)  (tests/.*)$")
-PROCESS_GROUP = re.compile(r"@[^\[\]]*$")  # pytest-xdist appends it to the id of a test
 HEADER = "# Seconds of each test (set-up, call and tear-down), the slowest first; `make test-all` writes this file.\n"
 
 
@@ -33,7 +32,7 @@ def write(reporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for reports in reporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport):
-                measured[PROCESS_GROUP.sub("", report.nodeid)] += report.duration
+                measured[report.nodeid] += report.duration
     path.write_text(as_text({**seconds, **measured}), encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
-"""Rollouts: Ray actors that draw responses from the policy and have them judged, and the pool of them.
+"""Rollout workers: Ray actors that sample responses from the policy and request their rewards, and their handle.
 
-A worker draws the next task's responses while scorers judge the last ones. What is drawn depends on the task alone, not
-on the worker, so a task whose worker was lost is given to another and comes out the same; workers may come and go.
-Knows nothing of critics, advantages or updates.
+A worker samples the responses of the next task while scorers score those of the last one. The responses depend on the
+task and not on the worker. So a task of a lost worker is given to another with the same result. Knows nothing about
+critics, advantages or updates.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from actors.ppo.policy_group import PolicyOptions, PolicyWeights
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import CriticError, RankLost, RolloutsUnavailable
+from rlhf_critic.logs import configure_logging
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation
 
-TASKS_PER_WORKER = 2  # one is drawn, one is judged
-MOST_LOSSES = 5  # of each worker on average, for one call; more are no accident
+TASKS_PER_WORKER = 2  # one is sampled while one is scored
+MAX_LOSSES = 5  # per worker on average and call; more are no accident
 
 
 @dataclass(frozen=True)
 class RolloutTask:
-    """What a worker does at once.
+    """Prompts whose responses a worker samples in one call.
 
     Attributes:
-        rows: The prompt of each rollout, as its number in the data; several may be equal.
-        prompts: The prompts.
-        prompt_ids: Their token ids.
-        seed: Of what is drawn.
+        rows: Row of each rollout's prompt in the data; several may be equal.
+        prompts: Prompts of the rollouts.
+        prompt_ids: Token ids of the prompts.
+        seed: Random seed for sampling.
     """
 
     rows: tuple[int, ...]
@@ -50,21 +51,22 @@ class RolloutTask:
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """A response of the policy, judged.
+    """A response of the policy, with its reward.
 
     Attributes:
-        row: The number of its prompt in the data.
-        prompt: The prompt.
-        prompt_ids: Its token ids.
-        response: The text of the response, without EOS.
-        response_ids: Its token ids, EOS included where it came to its end; int64 ``[R]``.
-        log_probs: With which each was drawn, fp32 ``[R]``, in nats.
-        truncated: Whether it was cut.
-        prompt_truncated_for_reward: Whether it and its prompt were too long for the scorers, which then leave out the beginning.
-        reward: What scorers gave it.
-        components: Of the reward, before their weights; empty where the critic is the only one.
-        model_version: Which version of the reward model that was.
-        policy_version: Updates of the policy that drew it.
+        row: Row of the prompt in the data.
+        prompt: Prompt of the response.
+        prompt_ids: Token ids of the prompt.
+        response: Text of the response, without EOS.
+        response_ids: Token ids of the response, int64 ``[R]``, with EOS unless it is truncated.
+        log_probs: Log-probabilities at which the tokens were sampled, fp32 ``[R]``, in nats.
+        truncated: Whether the response reached the maximum length before EOS.
+        prompt_truncated_for_reward: Whether prompt and response were too long for the scorers, which truncate from the
+            left.
+        reward: Reward from the scorers.
+        components: Components of the reward by name, before their weights; empty if the critic is the only one.
+        model_version: Version of the reward model.
+        policy_version: Version of the policy: its number of updates.
     """
 
     row: int
@@ -83,11 +85,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds that workers spent, over all of them.
+    """Seconds that workers spent, summed over all of them.
 
     Attributes:
-        generating: Drawing responses.
-        waiting: For rewards, while nothing else was drawn or also while it was.
+        generating: Seconds of sampling.
+        waiting: Seconds of waiting for rewards, whether or not another task was sampled meanwhile.
     """
 
     generating: float
@@ -95,32 +97,33 @@ class Timings:
 
 
 class RolloutWorker:
-    """Draws responses and asks scorers for their rewards; runs in an actor with two threads.
+    """Samples responses and requests their rewards from scorers; runs in an actor with two threads.
 
     Args:
-        options: Of the policy.
-        client: Of the scorers.
-        max_new_tokens: Most tokens of a response.
-        threads: Torch threads, where there is no GPU.
-        use_gpu: Whether it has a GPU.
+        options: Options of the policy.
+        client: Client of the scorers.
+        max_new_tokens: Maximum tokens of a response.
+        threads: Number of torch threads if there is no GPU.
+        use_gpu: Whether the worker has a GPU.
     """
 
     def __init__(
         self, options: PolicyOptions, client: ScorerClient, max_new_tokens: int, threads: int, use_gpu: bool
     ) -> None:
+        configure_logging()
         self._options = options
         self._client = client
         self._max_new_tokens = max_new_tokens
         self._threads = threads
         self._use_gpu = use_gpu
-        self._drawing = threading.Lock()
+        self._sampling = threading.Lock()
         self._version: int | None = None
 
     def ready(self) -> None:
-        """Builds the policy; a call of its own, because what an actor's constructor raises looks like its loss.
+        """Builds the policy. Not part of the constructor, whose errors would look like the loss of the actor.
 
         Raises:
-            CriticError: It cannot be built.
+            CriticError: The policy cannot be built.
         """
         from rlhf_critic.model.generation import create_generator
 
@@ -129,19 +132,19 @@ class RolloutWorker:
         self._generator = create_generator(options.model, self._tokenizer, options.temperature, self._use_gpu)
 
     def run(self, task: RolloutTask, weights: PolicyWeights) -> tuple[list[Rollout], Timings]:
-        """Draws a response to each prompt and waits for their rewards; meanwhile another thread may draw.
+        """Samples a response to each prompt and waits for the rewards; meanwhile another thread may sample.
 
         Raises:
-            CriticError: The scorers cannot judge them, or did not in time; or the policy's output is NaN.
+            CriticError: The scorers cannot score the responses, or not in time, or the policy's output is NaN.
         """
-        with self._drawing:
+        with self._sampling:
             started = time.perf_counter()
             if weights.version != self._version:
                 self._generator.load(ray.get(weights.tensors[0]))
                 self._version = weights.version
-            torch.set_num_threads(self._threads)  # which is each thread's own
-            drawn = self._generator.generate(task.prompt_ids, self._max_new_tokens, task.seed)
-            texts = [self._text(response.ids, response.truncated) for response in drawn]
+            torch.set_num_threads(self._threads)  # a setting of each thread
+            sampled = self._generator.generate(task.prompt_ids, self._max_new_tokens, task.seed)
+            texts = [self._text(response.ids, response.truncated) for response in sampled]
             generated = time.perf_counter()
         scores = self._client.score_items(
             [Conversation(prompt, text) for prompt, text in zip(task.prompts, texts, strict=True)]
@@ -162,35 +165,35 @@ class RolloutWorker:
                 model_version=scores.model_version,
                 policy_version=weights.version,
             )
-            for index, response in enumerate(drawn)
+            for index, response in enumerate(sampled)
         ]
         return rollouts, timings
 
     def _text(self, ids: NDArray[np.int64], truncated: bool) -> str:
-        """The response as scorers read it. Special tokens in it are shown: the critic judges what was said."""
+        """Decodes a response for scorers. Special tokens stay visible, because they are part of what is scored."""
         content = ids if truncated else ids[:-1]
         return str(self._tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker as its pool sees it."""
+    """State of a worker."""
 
     actor: Any
     is_ready: bool = False
-    tasks: dict[Any, int] = field(default_factory=dict)  # of its calls, the number of the task
+    tasks: dict[Any, int] = field(default_factory=dict)  # from pending calls to the numbers of their tasks
 
 
 class RolloutWorkers:
-    """Rollout workers, which are replaced when they are lost; a context manager that ends them.
+    """Handle of rollout workers, which replaces lost ones; a context manager that ends them.
 
     Args:
-        workers: How many.
-        options: Of the policy.
-        client: Of the scorers.
-        max_new_tokens: Most tokens of a response.
-        cpus_per_worker: CPUs that Ray reserves for each; torch threads where there is no GPU.
-        use_gpu: One GPU for each (not yet run on a GPU).
+        workers: Number of workers.
+        options: Options of the policy.
+        client: Client of the scorers.
+        max_new_tokens: Maximum tokens of a response.
+        cpus_per_worker: CPUs that Ray reserves for each worker, and torch threads if there is no GPU.
+        use_gpu: Whether each worker has a GPU.
     """
 
     def __init__(
@@ -224,20 +227,20 @@ class RolloutWorkers:
         timeout_s: float,
         progress: Callable[[int], None] = lambda _: None,
     ) -> tuple[list[Rollout], Timings]:
-        """Makes the rollouts of some tasks, each once, whoever is lost on the way.
+        """Makes the rollouts of all tasks, each once, even if workers are lost.
 
         Args:
-            tasks: Given to whichever worker is free.
-            weights: Of the policy that draws.
-            timeout_s: For all of them.
-            progress: Is told the number of rollouts that were finished just now.
+            tasks: Tasks, which are given to free workers.
+            weights: Weights of the policy.
+            timeout_s: Maximum seconds for all tasks.
+            progress: Called with the number of rollouts of each finished task.
 
         Returns:
-            The rollouts, task by task, and what workers spent.
+            The rollouts in the order of tasks, and the seconds that workers spent.
 
         Raises:
-            RolloutsUnavailable: They were not there in time, or workers were lost again and again.
-            RankLost: The weights were lost with the policy's shard.
+            RolloutsUnavailable: Rollouts did not come in time, or workers were lost too often.
+            RankLost: The weights were lost with the policy's rank.
             CriticError: A worker failed for a reason that another would meet too, such as `ScorerUnavailable`.
         """
         waiting = deque(range(len(tasks)))
@@ -255,26 +258,26 @@ class RolloutWorkers:
                 ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
                 if not ready:
                     raise RolloutsUnavailable(
-                        f"waited {timeout_s:g} s for {len(tasks)} tasks of rollouts, and {len(finished)} are there; "
+                        f"waited {timeout_s:g} s for {len(tasks)} tasks of rollouts, and {len(finished)} are finished; "
                         f"{sum(worker.is_ready for worker in self._workers)} of {len(self._workers)} workers have "
                         "started: give the cluster more room, or wait longer (--rollout.timeout-s)"
                     )
                 worker = self._calls.pop(ready[0])
                 try:
                     answer = ray.get(ready[0])
-                except RayTaskError as error:  # first: what a task raised may be of the other classes, too
+                except RayTaskError as error:  # first, because a task's error may also be one of the other classes
                     if isinstance(error.cause, CriticError):
                         raise error.cause from error
-                    if isinstance(error.cause, ObjectLostError):  # or its owner was
+                    if isinstance(error.cause, ObjectLostError):  # the weights or their owner
                         raise RankLost(
-                            f"the policy's weights were lost with the shard that held them: {error}"
+                            f"the policy's weights were lost with the rank that held them: {error}"
                         ) from error
                     raise
-                except (RayActorError, ObjectLostError) as error:  # it is gone, or its node with what it had made
+                except (RayActorError, ObjectLostError) as error:  # the worker, or its node with the answer
                     losses += 1
-                    if losses > MOST_LOSSES * len(self._workers):
+                    if losses > MAX_LOSSES * len(self._workers):
                         raise RolloutsUnavailable(
-                            f"{losses} rollout workers were lost during one iteration, the last one so: {error}"
+                            f"{losses} rollout workers were lost during one iteration; the last error: {error}"
                         ) from error
                     waiting.extendleft(sorted(self._replace(worker), reverse=True))
                     continue
@@ -303,7 +306,7 @@ class RolloutWorkers:
         self.shutdown()
 
     def _free_worker(self) -> _Worker | None:
-        """The worker with the least to do, if one can take a task."""
+        """Returns the worker with the fewest tasks, if one can take another."""
         ready = [worker for worker in self._workers if worker.is_ready and len(worker.tasks) < TASKS_PER_WORKER]
         return min(ready, key=lambda worker: len(worker.tasks), default=None)
 
@@ -313,17 +316,17 @@ class RolloutWorkers:
         self._calls[worker.actor.ready.remote()] = worker
 
     def _replace(self, lost: _Worker) -> list[int]:
-        """Puts another in the place of a lost worker; returns the tasks that it had."""
+        """Replaces a lost worker; returns the numbers of its tasks."""
         numbers = [*lost.tasks.values()]
         for other in lost.tasks:
             self._calls.pop(other, None)
         self._workers.remove(lost)
-        ray.kill(lost.actor)  # if only an object of it was lost, it still holds what its successor needs
+        ray.kill(lost.actor)  # if only an object was lost, the worker still holds resources that its successor needs
         self._start_worker()
         return numbers
 
     def _abandon(self) -> None:
-        """Forgets what was asked for: whoever asks again gets all of it anew."""
+        """Drops all pending tasks, so that the next `run` starts with none."""
         for worker in self._workers:
             for call in worker.tasks:
                 self._calls.pop(call, None)
@@ -331,7 +334,7 @@ class RolloutWorkers:
 
 
 def score_again(rollouts: Sequence[Rollout], client: ScorerClient) -> list[Rollout]:
-    """The same rollouts, all judged by one version of the reward model.
+    """Scores rollouts again, all by one version of the reward model.
 
     Raises:
         CriticError: See `rlhf_critic.scoring.client.ScorerClient.score_items`.

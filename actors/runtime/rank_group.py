@@ -1,8 +1,9 @@
 """Ranks of one process group in Ray actors, and one sequencer that calls them all.
 
-What is sharded over ranks computes in collectives: all ranks must make the same calls in the same order. `RankGroup` is
-the only caller its actors have, and it lets one call in at a time. When a rank is lost the others would wait for it
-without end; then the group ends itself, says so, and whoever holds it starts another. Knows nothing of what ranks do.
+A sharded model computes in collectives, so all ranks must make the same calls in the same order. `RankGroup` is the
+only caller of its actors and makes one call at a time. When a rank is lost, the others would wait for it forever. So
+the group ends all ranks and raises `RankLost`, and its owner starts another group. Knows nothing about what ranks
+compute.
 """
 
 from __future__ import annotations
@@ -24,45 +25,47 @@ from safetensors import SafetensorError
 from torch.distributed import TCPStore
 
 from rlhf_critic.errors import CriticError, NonFiniteLossError, PlacementError, RankLost
+from rlhf_critic.logs import configure_logging
 
 START_TIMEOUT_S = 600.0
-# Ranks that refuse a call all do so at once; one that does not answer within this has gone another way.
+# All ranks reject a bad call at once. A rank that has not answered after this time made other calls than the rest.
 AGREEMENT_TIMEOUT_S = 20.0
 
 
 class Rank:
-    """One rank, in an actor; what a group does is in subclasses.
+    """One rank, in an actor. Subclasses add methods.
 
     Args:
-        rank: Its number.
-        world_size: Number of ranks.
-        local_world_size: Ranks on its node.
-        use_gpu: Whether it has a GPU.
-        collective_timeout_s: After which a collective that a peer does not join fails.
+        rank: Number of the rank.
+        world_size: Number of all ranks.
+        local_world_size: Number of ranks on this rank's node.
+        use_gpu: Whether the rank has a GPU.
+        collective_timeout_s: Seconds after which a collective that a peer does not join fails.
     """
 
     def __init__(
         self, rank: int, world_size: int, local_world_size: int, use_gpu: bool, collective_timeout_s: float
     ) -> None:
+        configure_logging()
         self.rank = rank
         self._use_gpu = use_gpu
         self._collective_timeout_s = collective_timeout_s
-        # Ray shows an actor its own devices only, so that the local one is always the first.
+        # Ray shows an actor its own devices only, so the local device is always the first.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
         os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
         self._on_one_node = local_world_size == world_size
         if use_gpu:
-            torch.cuda.set_device(0)  # not yet run on a GPU
+            torch.cuda.set_device(0)
 
     def open_store(self) -> tuple[str, int]:
-        """Opens the store in which ranks find each other; returns where it is."""
+        """Opens the store in which ranks find each other; returns its address and port."""
         from rlhf_critic.training.process_group import open_store
 
         self._store, address = open_store(ray.util.get_node_ip_address(), self._on_one_node)
         return address, self._store.port
 
     def join(self, address: str, port: int) -> None:
-        """Meets the other ranks."""
+        """Joins the process group of all ranks."""
         from rlhf_critic.training.process_group import init_distributed, init_process_group
 
         timeout = timedelta(seconds=max(1.0, self._collective_timeout_s))
@@ -73,22 +76,22 @@ class Rank:
 
 
 class RankGroup:
-    """The handle of all ranks. It stays in the process that made it: two of them could interleave collectives.
+    """Handle of all ranks. It stays in the process that made it, because two handles could interleave collectives.
 
     Args:
-        what: What the ranks are, for messages: ``critic``.
-        actor_class: A subclass of `Rank`.
-        ranks: How many.
-        cpus_per_rank: CPUs that Ray reserves for each.
-        use_gpu: One GPU for each, and NCCL (not yet run on a GPU).
-        start_timeout_s: How long to wait for room, for the ranks to start and for them to meet.
-        call_timeout_s: How long a call may take, unless it says otherwise.
+        what: Name of the ranks in messages, such as ``critic``.
+        actor_class: Class of the ranks, a subclass of `Rank`.
+        ranks: Number of ranks.
+        cpus_per_rank: CPUs that Ray reserves for each rank.
+        use_gpu: Whether each rank has a GPU and ranks use NCCL.
+        start_timeout_s: Seconds to wait for room, for the ranks to start and for them to join.
+        call_timeout_s: Maximum seconds of a call, unless the call has its own.
         environment: Environment variables of the ranks.
-        in_own_bundles: Whether the placement group of the calling actor has bundles for the ranks, behind its own, each
-            with room for a rank of this group and one of its successor.
+        in_own_bundles: Whether the placement group of the calling actor has bundles for the ranks after its own bundle.
+            Each has room for a rank of this group and one of its successor.
 
     Raises:
-        PlacementError: The cluster has no room for the ranks, and got none in time.
+        PlacementError: The cluster had no room for the ranks in time.
         RankLost: A rank did not start.
     """
 
@@ -118,12 +121,12 @@ class RankGroup:
             nodes = placement_group_table(group)["bundles_to_node_id"]
             bundles = sorted(bundles, key=lambda bundle: (nodes[bundle], bundle))
             neighbours = [nodes[bundle] for bundle in bundles]
-            # Half of a bundle that is not the group's own: its successor starts beside it, on the same device.
+            # Half of a bundle that is not the group's own, because its successor starts beside it on the same device.
             share = 1.0 if group is self._own_group else 0.5
             remote_class = ray.remote(num_cpus=share * cpus_per_rank, num_gpus=share if use_gpu else 0, max_restarts=0)(
                 actor_class
             )
-            # Ray would take the CPUs that are reserved for the threads that there may be.
+            # Without this, Ray derives the number of threads from the reserved CPUs.
             variables = {"OMP_NUM_THREADS": str(max(1, int(cpus_per_rank))), **(environment or {})}
             self._ranks = [
                 remote_class.options(
@@ -139,8 +142,8 @@ class RankGroup:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            f"the handle of a {self.what} group stays in its process, where it puts calls in one order; hold it in an "
-            "actor of your own to share it"
+            f"the handle of a {self.what} group stays in its process, where it puts calls in one order; to share it, "
+            "hold it in an actor of your own"
         )
 
     def __len__(self) -> int:
@@ -150,18 +153,18 @@ class RankGroup:
         """Calls a method on all ranks and waits for all answers; one caller at a time.
 
         Args:
-            doing: What for, for messages: ``compute values``.
-            method: Its name.
-            *arguments: The same for all ranks.
-            timeout_s: Instead of the group's.
+            doing: Purpose of the call in messages, such as ``compute values``.
+            method: Name of the method.
+            *arguments: Arguments, the same for all ranks.
+            timeout_s: Maximum seconds of this call. Default: the group's.
 
         Returns:
-            What each rank returned.
+            The answers of the ranks, in their order.
 
         Raises:
             RankLost: A rank was lost, failed, or did not answer in time; the group has ended.
-            CriticError: All ranks refused the call; the group goes on, unless its loss was not finite.
-            ValueError: Likewise.
+            CriticError: All ranks rejected the call; the group is still usable, unless its loss was not finite.
+            ValueError: All ranks rejected the call; the group is still usable.
         """
         with self._sequencer:
             if self._ended:
@@ -170,30 +173,30 @@ class RankGroup:
             try:
                 return self._answers(doing, calls, self.call_timeout_s if timeout_s is None else timeout_s)
             except (RankLost, NonFiniteLossError) as error:
-                # Ranks may no longer agree on what comes next, or hold half of a step's gradient.
+                # Ranks may be at different calls, or hold half of a step's gradient.
                 self.close(str(error))
                 raise
 
     def close(self, why: str = "it was shut down") -> None:
-        """Ends the ranks and gives back what they had reserved; may be called again."""
+        """Ends the ranks and frees what they had reserved; may be called again."""
         self._ended = self._ended or why
         for rank in self._ranks:
             ray.kill(rank)
-        # Taken first: two threads may close at once, the one that noticed a loss and the one that gives up.
+        # Cleared first, because two threads may close at once: the one that noticed a loss, and the owner's.
         own_group, self._own_group = self._own_group, None
         if own_group is not None:
             ray.util.remove_placement_group(own_group)
 
     def _answers(self, doing: str, calls: list[Any], timeout_s: float) -> list[Any]:
-        """The answers as they come, so that a loss is noticed while the others still wait for the lost."""
+        """Collects answers as they come, so that a loss is noticed while other ranks still wait for the lost one."""
         answers: dict[Any, Any] = {}
-        refusals: dict[Any, Exception] = {}
+        rejections: dict[Any, Exception] = {}
         deadline = time.monotonic() + timeout_s
-        while len(answers) + len(refusals) < len(calls):
-            pending = [call for call in calls if call not in answers and call not in refusals]
+        while len(answers) + len(rejections) < len(calls):
+            pending = [call for call in calls if call not in answers and call not in rejections]
             ready, _ = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                if refusals:
+                if rejections:
                     break
                 raise RankLost(f"waited {timeout_s:g} s for {len(calls)} {self.what} ranks to {doing}")
             try:
@@ -204,27 +207,27 @@ class RankGroup:
                         f"{self.what} rank {calls.index(ready[0])} failed to {doing}: "
                         f"{type(error.cause).__name__}: {error.cause}"
                     ) from error
-                refusals[ready[0]] = error.cause
+                rejections[ready[0]] = error.cause
                 deadline = min(deadline, time.monotonic() + AGREEMENT_TIMEOUT_S)
             except RayError as error:
                 raise RankLost(
-                    f"{self.what} rank {calls.index(ready[0])} was lost while it was to {doing}: {error}"
+                    f"{self.what} rank {calls.index(ready[0])} was lost during a call to {doing}: {error}"
                 ) from error
-        if not refusals:
+        if not rejections:
             return [answers[call] for call in calls]
-        first = next(iter(refusals.values()))
-        if len(refusals) < len(calls):
-            raise RankLost(f"some {self.what} ranks refused to {doing}, others did not: {first}") from first
+        first = next(iter(rejections.values()))
+        if len(rejections) < len(calls):
+            raise RankLost(f"some {self.what} ranks rejected a call to {doing}, others did not: {first}") from first
         raise first
 
     def _place(
         self, ranks: int, resources: dict[str, float], timeout_s: float, in_own_bundles: bool
     ) -> tuple[PlacementGroup, list[int]]:
-        """Where the ranks go: the placement group and the numbers of their bundles in it."""
+        """Reserves room for the ranks; returns the placement group and the numbers of their bundles in it."""
         current = ray.util.get_current_placement_group()
         if in_own_bundles and current is not None:
             return current, list(range(1, ranks + 1))
-        # Asked for first, looked at later: a group that waits is what makes an autoscaler add nodes.
+        # Created before any check of free resources, because a pending group makes an autoscaler add nodes.
         self._own_group = ray.util.placement_group([resources] * ranks, strategy="PACK")
         if not self._own_group.wait(timeout_s):
             raise PlacementError(
@@ -234,9 +237,9 @@ class RankGroup:
         return self._own_group, list(range(ranks))
 
     def _join(self, deadline: float) -> None:
-        """Lets the ranks meet, at a port that the first holds: one that was merely free could be taken meanwhile."""
+        """Joins the ranks at a port that the first rank holds, because a free port may be taken meanwhile."""
         address, port = self._answers("start", [self._ranks[0].open_store.remote()], _seconds_to(deadline))[0]
-        self._answers("meet", [rank.join.remote(address, port) for rank in self._ranks], _seconds_to(deadline))
+        self._answers("join", [rank.join.remote(address, port) for rank in self._ranks], _seconds_to(deadline))
 
 
 def _seconds_to(deadline: float) -> float:
@@ -244,17 +247,17 @@ def _seconds_to(deadline: float) -> float:
 
 
 @contextmanager
-def write_failures_told() -> Iterator[None]:
-    """Around a call by which ranks write: a disk that is full is no lost rank, and another group would meet it too.
+def raise_write_errors() -> Iterator[None]:
+    """Raises the write error of a rank instead of `RankLost`, because another group would meet a full disk too.
 
     Raises:
-        OSError: A rank could not write; the group has ended, because the others wait for it.
+        OSError: A rank could not write. The group has ended, because the other ranks wait for it.
     """
     try:
         yield
     except RankLost as error:
         cause = getattr(error.__cause__, "cause", None)
-        # What Python, safetensors and torch raise, of which the last has no class of its own.
+        # The errors of Python, safetensors and torch; torch's has no class of its own.
         is_of_disk = isinstance(cause, OSError | SafetensorError) or "PytorchStreamWriter" in str(cause)
         if is_of_disk and not isinstance(cause, ConnectionError):
             raise OSError(str(cause)) from error

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from actors.runtime.ray_internals import add_port_to_grpc_server, build_address, find_bootstrap_address, ray_constants
+from rlhf_critic.logs import level_of_libraries
 
 ANSWER_TIMEOUT_S = 5.0
 
@@ -47,6 +48,7 @@ def init_ray(**options: Any) -> None:
         ConnectionError: There is no Ray to join; from ``ray.init``.
     """
     options.setdefault("address", address_to_join() or "local")
+    options.setdefault("logging_level", level_of_libraries())
     usual = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:

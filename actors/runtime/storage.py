@@ -1,12 +1,13 @@
-"""The run's directory as its workers see it: a local path, or a URI that is reached through a spool.
+"""Directory of a run, at a local path or a URI: its checkpoints, its history, and free space.
 
-TensorBoard and an appended file need a local directory. Where the storage is an object store, history is written to a
-local spool and copied up now and then. Knows nothing of what is written.
+TensorBoard and an appended file need a local directory. If the storage is an object store, the history is written to
+a local spool, which is copied to storage periodically. Knows nothing about what is written.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -19,30 +20,32 @@ import pyarrow.fs as pafs
 
 from rlhf_critic.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 COPY_EVERY_S = 30.0
 HISTORY_FOLDER = "history"
-REWRITTEN_SUFFIX = "-again"  # after the name of a checkpoint that was damaged and is made again
+REWRITTEN_SUFFIX = "-again"  # follows the name of a checkpoint that replaces a damaged one
 CHECKPOINT = re.compile(rf"step-(\d+)(?:{REWRITTEN_SUFFIX})*")
 
 
 def resolve_run(storage_path: str, name: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a run, and the run's directory on it."""
+    """Returns the file system of a run, and the run's directory on it."""
     filesystem, path = pafs.FileSystem.from_uri(storage_path)
     return filesystem, f"{path}/{name}"
 
 
 def run_exists(filesystem: pafs.FileSystem, run_path: str) -> bool:
-    """Whether a run has left anything in its directory."""
+    """Returns whether a run has a directory."""
     return bool(filesystem.get_file_info(run_path).type != pafs.FileType.NotFound)
 
 
 def checkpoint_name(step: int) -> str:
-    """The directory of a checkpoint below that of its run."""
+    """Returns the name of a checkpoint's directory, which is inside that of its run."""
     return f"step-{step:06d}"
 
 
 def checkpoint_names(filesystem: pafs.FileSystem, run_path: str) -> list[str]:
-    """All that is there of checkpoints, the newest first."""
+    """Lists a run's checkpoints, the newest first, complete or not."""
     selector = pafs.FileSelector(run_path, allow_not_found=True)
     found = [match for info in filesystem.get_file_info(selector) if (match := CHECKPOINT.fullmatch(info.base_name))]
     return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), len(match[0])), reverse=True)]
@@ -51,8 +54,8 @@ def checkpoint_names(filesystem: pafs.FileSystem, run_path: str) -> list[str]:
 def remove_broken_list(filesystem: pafs.FileSystem, run_path: str) -> None:
     """Removes Ray Train's list of a run's checkpoints if it cannot be read.
 
-    Ray Train writes it in place, so that a disk which is full leaves it empty, and does not start with such a one.
-    Checkpoints are found without it; those that it had are no longer counted by ``run.keep_checkpoints``.
+    Ray Train writes the list in place, so a full disk leaves it empty, and Ray Train does not start with an empty one.
+    Checkpoints are found without it. Those that it named are no longer counted by ``run.keep_checkpoints``.
     """
     from actors.runtime.ray_internals import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME  # seconds of import
 
@@ -65,16 +68,18 @@ def remove_broken_list(filesystem: pafs.FileSystem, run_path: str) -> None:
         json.loads(content)
     except ValueError:
         filesystem.delete_file(path)
-        print(
-            f"warning: {path} could not be read (was the disk full?) and is removed: checkpoints are found without it"
+        logger.warning(
+            "removed unreadable Ray Train snapshot %s (possibly written on a full disk); checkpoints are located by "
+            "directory instead",
+            path,
         )
 
 
 def remove_leftover(filesystem: pafs.FileSystem, run_path: str, checkpoint: str) -> None:
-    """Removes what an attempt that was lost left of a checkpoint, before another attempt writes it.
+    """Removes the incomplete checkpoint of a lost attempt, before another attempt writes it.
 
-    Nodes write their parts into one directory, so what is there stays: shards of another number of ranks would be taken
-    for some of its own.
+    Nodes write their parts into one directory and remove nothing there. Shards from another number of ranks would
+    otherwise become part of the new checkpoint.
     """
     path = f"{run_path}/{checkpoint}"
     if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
@@ -82,23 +87,23 @@ def remove_leftover(filesystem: pafs.FileSystem, run_path: str, checkpoint: str)
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of its files."""
+    """Returns the size in bytes of all files of a directory."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def check_free_space(filesystem: pafs.FileSystem, run_path: str, size: int) -> None:
-    """Checks that there is room for a checkpoint; of an object store that is not known.
+    """Checks that there is room for a checkpoint. The free space of an object store is unknown and not checked.
 
     Raises:
-        CheckpointError: There is not.
+        CheckpointError: There is too little.
     """
     if not isinstance(filesystem, pafs.LocalFileSystem):
         return
     free = shutil.disk_usage(run_path).free
     if free < size:
         raise CheckpointError(
-            f"{run_path}: the next checkpoint takes up to {size / 1e6:.3g} MB and {free / 1e6:.3g} MB are free; those "
-            "before it are whole. Free some space, and go on with --resume"
+            f"{run_path}: the next checkpoint takes up to {size / 1e6:.3g} MB and {free / 1e6:.3g} MB are free; "
+            "earlier checkpoints are complete. Free some space, then continue with --resume"
         )
 
 
@@ -106,46 +111,52 @@ class HistoryDirectory:
     """A local directory that stands for the ``history`` folder of a run.
 
     Args:
-        filesystem: Of the run, as `resolve_run` gives it.
-        run_path: The run's directory on it.
+        filesystem: File system of the run, from `resolve_run`.
+        run_path: Directory of the run on it.
+        local: A local directory that is kept and copied to storage. Default: the storage itself if it is local, else a
+            temporary spool that begins with the stored history.
+
+    Attributes:
+        local: The local directory.
     """
 
-    def __init__(self, filesystem: pafs.FileSystem, run_path: str) -> None:
+    def __init__(self, filesystem: pafs.FileSystem, run_path: str, local: Path | None = None) -> None:
         self._filesystem = filesystem
         self._stored = f"{run_path}/{HISTORY_FOLDER}"
-        self._is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
+        is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
+        self._is_copied = local is not None or not is_local
+        self._is_spool = local is None and not is_local
         self._copied_at = time.monotonic()
-        if self._is_local:
-            self.local = Path(self._stored)
-            return
-        self.local = Path(tempfile.mkdtemp(prefix="rlhf-critic-history-"))
-        if self._filesystem.get_file_info(self._stored).type == pafs.FileType.Directory:
-            pafs.copy_files(self._stored, str(self.local), self._filesystem, pafs.LocalFileSystem())
+        self.local = local or Path(self._stored)
+        if self._is_spool:
+            self.local = Path(tempfile.mkdtemp(prefix="rlhf-critic-history-"))
+            if self._filesystem.get_file_info(self._stored).type == pafs.FileType.Directory:
+                pafs.copy_files(self._stored, str(self.local), self._filesystem, pafs.LocalFileSystem())
 
     def copy_up(self, now: bool = False) -> None:
-        """Copies the spool to storage, if it is time or ``now``."""
-        if self._is_local or not (now or time.monotonic() - self._copied_at > COPY_EVERY_S):
+        """Copies the directory to storage, at most every `COPY_EVERY_S` seconds unless ``now``."""
+        if not self._is_copied or not (now or time.monotonic() - self._copied_at > COPY_EVERY_S):
             return
         self._filesystem.create_dir(self._stored, recursive=True)
         pafs.copy_files(str(self.local), self._stored, pafs.LocalFileSystem(), self._filesystem)
         self._copied_at = time.monotonic()
 
     def close(self) -> None:
-        """Copies what is left and removes the spool."""
-        if not self._is_local:
-            self.copy_up(now=True)
+        """Copies the directory a last time, and removes a spool."""
+        self.copy_up(now=True)
+        if self._is_spool:
             shutil.rmtree(self.local, ignore_errors=True)
 
 
 @contextmanager
 def local_directory(path_or_uri: str) -> Iterator[Path]:
-    """A directory on this machine: the one at a path, or, within the block, a copy of the one at a URI.
+    """Yields a directory on this machine: the one at a path, or, within the block, a copy of the one at a URI.
 
     Raises:
         CheckpointError: There is no directory at the path.
     """
     if "://" in path_or_uri:
-        from ray.train import Checkpoint  # seconds of import that a local directory does not need
+        from ray.train import Checkpoint  # seconds of import, needed for URIs only
 
         with Checkpoint(path_or_uri).as_directory() as copy:
             yield Path(copy)

@@ -81,5 +81,5 @@ def connect(app: str = DEFAULT_APP, **options: Any) -> ScorerClient:
         **options: Options of `rlhf_critic.scoring.client.ScorerClient`.
     """
     if not ray.is_initialized():
-        init_ray(logging_level="WARNING")
+        init_ray()
     return ScorerClient(HandleTransport(app), **options)

@@ -1,7 +1,7 @@
-"""What a training run tells its driver and Ray Train: how validation went, and how the run ended.
+"""Result of a training run: what workers report to the driver and to Ray Train about validation and the run's end.
 
-Apart from the workers' loop, so that the driver and Ray Train's controller need no model code: that costs each of them
-seconds before the first worker starts.
+Kept apart from the train loop, so that the driver and Ray Train's controller import no model code, which would cost
+each of them seconds before the first worker starts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ SCORE = "validation_log_loss"  # the metric by which Ray Train keeps the best ch
 
 @dataclass(frozen=True)
 class ValidationProgress:
-    """What validations have shown so far; the same on all ranks, and kept in checkpoints.
+    """Results of validations so far; the same on all ranks, and kept in checkpoints.
 
     Attributes:
-        best_step: The step with the lowest log-loss; 0 before the first validation.
-        best_log_loss: That log-loss, in nats; None before the first validation.
-        without_better: Validations since.
+        best_step: Step with the lowest log-loss; 0 before the first validation.
+        best_log_loss: Lowest log-loss, in nats; None before the first validation.
+        without_better: Number of validations since the lowest log-loss.
     """
 
     best_step: int = 0
@@ -29,7 +29,7 @@ class ValidationProgress:
     without_better: int = 0
 
     def after(self, log_loss: float, step: int) -> ValidationProgress:
-        """The progress with one validation more."""
+        """Returns the progress after one more validation."""
         if self.best_log_loss is None or log_loss < self.best_log_loss:
             return ValidationProgress(step, log_loss, 0)
         return replace(self, without_better=self.without_better + 1)
@@ -37,16 +37,16 @@ class ValidationProgress:
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """What a training run returns to its driver.
+    """Return value of a training run.
 
     Attributes:
-        error: Why the run ended early: an error that another try would meet again. Ray Train would retry an exception,
-            so such errors are returned instead of raised.
+        error: Error that ended the run early and that another attempt would meet again. Ray Train would retry an
+            exception, so such errors are returned instead of raised.
         steps: Optimizer steps done.
-        checkpoint: The name of the last one's directory. (Ray Train tells none that it did not see made: one whose
-            worker was lost before it was told, where that one was the last.)
-        evaluation: Of the final critic on the validation data, where there is any.
-        progress: How validation went.
+        checkpoint: Name of the last checkpoint's directory. Ray Train does not know a checkpoint whose worker was lost
+            before it reported it, so its own result may name an earlier one.
+        evaluation: Evaluation of the final critic on the validation data, if there is any.
+        progress: Results of validations so far.
     """
 
     error: CriticError | None = None

@@ -46,3 +46,8 @@ def rows_of_step(prompts_N: IntArray, size: int, seed: int, step: int, epochs: f
         in_epoch_G = positions_G // num_rows == epoch
         rows_G[in_epoch_G] = order_N[positions_G[in_epoch_G] % num_rows]
     return rows_G
+
+
+def is_due(step: int, every: int) -> bool:
+    """Returns whether something that happens every ``every`` steps (0: never) happens after this step."""
+    return every > 0 and step % every == 0

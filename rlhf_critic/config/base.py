@@ -10,7 +10,7 @@ import argparse
 import inspect
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -126,6 +126,45 @@ class Section(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def changed_options(before: BaseModel, after: BaseModel, ignore: Sequence[str] = ()) -> list[str]:
+    """Lists the options that differ between two configs, as ``section.option: old -> new``.
+
+    Args:
+        before: The earlier config. Options that its file did not have count as their default values.
+        after: The later config.
+        ignore: Options that may differ, such as ``model.path``, and whole sections, such as ``run.``.
+    """
+    old, new = (dict(_flat(config.model_dump(mode="json"))) for config in (before, after))
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not any(name == one or (one.endswith(".") and name.startswith(one)) for one in ignore)
+    ]
+
+
+def validate_same_options(run: str, before: BaseModel, after: BaseModel, ignore: Sequence[str]) -> None:
+    """Checks that a run is resumed with the options it began with; see `changed_options`.
+
+    Raises:
+        ConfigError: Names the options that differ.
+    """
+    changed = changed_options(before, after, ignore)
+    if changed:
+        raise ConfigError(
+            f"the run {run!r} cannot continue with other options: {'; '.join(changed)}. Restore them, or start a run "
+            "with another --run.name"
+        )
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | None = None, prog: str = "") -> ConfigT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -184,6 +184,14 @@ class AlgorithmConfig(Section):
     )
     seed: NonNegativeInt = Field(0, description="Random seed for prompt order, sampling and minibatches.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_name(cls, options: Any) -> Any:
+        """Reads ``lam``, the name of ``gae_lambda`` in files of earlier versions."""
+        if isinstance(options, dict) and "lam" in options:
+            options = {("gae_lambda" if name == "lam" else name): value for name, value in options.items()}
+        return options
+
 
 class PPORunConfig(Section):
     """Name, storage, hardware and checkpoints of the run."""
@@ -195,6 +203,12 @@ class PPORunConfig(Section):
     use_gpu: bool = Field(False, description="Use one GPU for each shard, worker and replica.")
     checkpoint_every: NonNegativeInt = Field(10, description="Iterations between checkpoints; 0 saves at the end only.")
     keep_checkpoints: PositiveInt = Field(2, description="Number of checkpoints to keep in the run's directory.")
+    wandb_project: str | None = Field(
+        None, description="Project of Weights & Biases that also receives the history; needs the wandb package."
+    )
+    history_uri: PathOrUri | None = Field(
+        None, description="URI (s3://, gs://) or path to which the history is also copied, as NAME/history."
+    )
     evaluate_every: NonNegativeInt = Field(
         0,
         description="Iterations between evaluations on held-out prompts; 0 evaluates before the first and after the "

@@ -33,6 +33,6 @@ def present_fields(turns: Iterable[Mapping[str, Any]]) -> list[Message]:
     return [{name: value for name, value in turn.items() if value is not None} for turn in turns]
 
 
-def to_prompt(prompt: str | Turns) -> Prompt:
+def to_prompt(prompt: str | Sequence[Turn]) -> Prompt:
     """Returns a validated prompt in the form that `rlhf_critic.data.encoding.Encoder` takes."""
     return prompt if isinstance(prompt, str) else [turn.model_dump() for turn in prompt]

@@ -6,11 +6,13 @@ nothing about sockets or the computation of scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from rlhf_critic.data.conversation import Turn, to_prompt
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring.items import Conversation, Item, Scores, Text
 
@@ -26,26 +28,18 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TurnModel(_Message):
-    """A message of a conversation."""
-
-    role: Name
-    content: StrictStr
-
-
 class ConversationModel(_Message):
     """A prompt and the response to score. The response may be empty."""
 
-    prompt: StrictStr | ListOf[TurnModel]
+    prompt: StrictStr | ListOf[Turn]
     response: StrictStr
 
     def to_item(self) -> Item:
         """Converts to the item of `rlhf_critic.scoring.items`."""
-        prompt = self.prompt if isinstance(self.prompt, str) else [turn.model_dump() for turn in self.prompt]
-        return Conversation(prompt, self.response)
+        return Conversation(to_prompt(self.prompt), self.response)
 
 
-def conversation_of(messages: list[TurnModel]) -> Conversation:
+def conversation_of(messages: Sequence[Turn]) -> Conversation:
     """Splits a chat into a prompt and the response to score.
 
     Raises:
@@ -56,13 +50,13 @@ def conversation_of(messages: list[TurnModel]) -> Conversation:
         raise ScorerRejected(
             "no_response", f"messages: the last turn must have the role 'assistant', not {last.role[:40]!r}"
         )
-    return Conversation([turn.model_dump() for turn in before], last.content)
+    return Conversation(to_prompt(before), last.content)
 
 
 class ChatModel(_Message):
     """A conversation. Its last turn, by the assistant, is scored."""
 
-    messages: Nonempty[TurnModel]
+    messages: Nonempty[Turn]
 
     def to_item(self) -> Item:
         """Converts to the item of `rlhf_critic.scoring.items`."""
@@ -95,6 +89,11 @@ class TokensModel(_Message):
 
 
 ItemModel: TypeAlias = ConversationModel | ChatModel | TextModel | TokensModel
+
+
+def _item_to_json(item: Item) -> dict[str, Any]:
+    # The fields of a conversation and of a text have the names of their models.
+    return item._asdict() if isinstance(item, Conversation | Text) else {"token_ids": np.asarray(item).tolist()}
 
 
 class ScoreRequest(_Message):
@@ -170,7 +169,7 @@ class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
     model: StrictStr | None = Field(None, description="If given, answer only if this version is served.")
     input: StrictStr | ListOf[StrictStr] | Nonempty[TokenId] | ListOf[ListOf[TokenId]] | None = None
-    messages: Nonempty[TurnModel] | None = None
+    messages: Nonempty[Turn] | None = None
 
 
 class ClassifyDatum(_Message):
@@ -240,11 +239,3 @@ class InfoResponse(_Message):
     normalized: bool
     components: dict[str, float]
     limits: LimitsModel
-
-
-def _item_to_json(item: Item) -> dict[str, Any]:
-    if isinstance(item, Conversation):
-        return {"prompt": item.prompt, "response": item.response}
-    if isinstance(item, Text):
-        return {"text": item.text, "response": item.response, "finish": item.finish}
-    return {"token_ids": np.asarray(item).tolist()}

@@ -26,7 +26,7 @@ class ScorableRow(BaseModel):
 
 
 FIELDS = tuple(ScorableRow.model_fields)
-WAYS = (("prompt", "response"), ("prompt", "responses"), ("messages",), ("text",), ("token_ids",))
+FORMATS = (("prompt", "response"), ("prompt", "responses"), ("messages",), ("text",), ("token_ids",))
 
 
 def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> list[Item]:
@@ -42,8 +42,8 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
     """
     parsed = validate_row(ScorableRow, row, place, fields)
     given = tuple(name for name in FIELDS if getattr(parsed, name) is not None)
-    if given not in WAYS:
-        ways = ", or ".join(" and ".join(way) for way in WAYS)
+    if given not in FORMATS:
+        ways = ", or ".join(" and ".join(way) for way in FORMATS)
         theirs = " and ".join(fields.get(name, name) for name in given) or "none of them"
         raise DataError(
             f"{place}: expected {ways}; this row has {theirs}. Fix or remove this row, or rename fields with --fields"
@@ -59,7 +59,7 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
                 f"{place}: field {fields.get('messages', 'messages')!r}: the last turn must be the assistant's; fix or "
                 "remove this row"
             )
-        return [Conversation([turn.model_dump() for turn in before], last.content)]
+        return [Conversation(to_prompt(before), last.content)]
     prompt = to_prompt(parsed.prompt or ())
     responses = (parsed.response,) if parsed.response is not None else parsed.responses or ()
     return [Conversation(prompt, response) for response in responses]

@@ -1,4 +1,4 @@
-"""What tests of groups of ranks share: rollouts, the processes behind a group, and what must be gone after it."""
+"""Helpers for tests of actors: rollouts, processes of a group, what a group must leave behind, a remote file system."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow.fs as pafs
 import ray
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from ray.util.placement_group import placement_group_table
 
 from actors.runtime.rank_group import RankGroup
 from tests.helpers import wait_until
 
-CPUS = 0.5  # of a rank: several groups fit beside each other
+CPUS = 0.5  # CPUs of a rank; several groups fit on the machine
 GONE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Rollouts and, for each, a number for every action of it."""
+    """Rollouts with two numbers for every response token."""
 
     sequences: list[list[int]]
     prompt_lengths: list[int]
@@ -32,7 +36,7 @@ class Rollouts:
     old_values: list[NDArray[np.float32]]
 
     def changed(self, rollout: int, **of_actions: NDArray[np.float32]) -> Rollouts:
-        """The same with other numbers for one rollout."""
+        """Returns a copy with other numbers for one rollout."""
         return replace(
             self,
             **{
@@ -43,12 +47,12 @@ class Rollouts:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """As `actors.ppo.critic_group.CriticGroup.update` takes them."""
+        """Arguments of `actors.ppo.critic_group.CriticGroup.update`."""
         return self.sequences, self.prompt_lengths, self.returns, self.old_values
 
 
 def make_rollouts(prompts: int, per_prompt: int = 3, seed: int = 0, longest: int = 24) -> Rollouts:
-    """Rollouts of very different lengths of prompts that several of them share; some responses are empty."""
+    """Makes rollouts of very different lengths; several share a prompt, and some responses are empty."""
     rng = random.Random(seed)
     sequences, prompt_lengths = [], []
     for _ in range(prompts):
@@ -63,8 +67,13 @@ def make_rollouts(prompts: int, per_prompt: int = 3, seed: int = 0, longest: int
     return Rollouts(sequences, prompt_lengths, returns, old_values)
 
 
+def remote_file_system(directory: Path) -> pafs.FileSystem:
+    """Returns a file system kept in a directory, which pyarrow and Ray take for a remote one."""
+    return pafs.PyFileSystem(pafs.FSSpecHandler(DirFileSystem(str(directory), LocalFileSystem())))
+
+
 def processes(group: RankGroup) -> list[psutil.Process]:
-    """The processes of a group's ranks."""
+    """Returns the processes of a group's ranks."""
     return [
         psutil.Process(pid)
         for pid in ray.get([rank.__ray_call__.remote(lambda _: os.getpid()) for rank in group._ranks])
@@ -82,7 +91,7 @@ def require_gone(ranks: list[psutil.Process]) -> None:
 
 @contextmanager
 def leaves_nothing() -> Iterator[None]:
-    """Waits, after the block, until no placement group and no actor is left that was not there before."""
+    """Waits after the block until all its placement groups and actors are gone."""
     groups, working = _placement_groups(), set(_worker_titles())
     yield
     _wait_for_none(lambda: _placement_groups() - groups, "placement groups")
@@ -101,25 +110,25 @@ def _placement_groups() -> set[str]:
 
 
 def _actor_processes(but: set[int]) -> set[tuple[int, str]]:
-    """This session's actors, by pid and class, without the processes that did work before.
+    """Returns this session's actors by pid and class, without the processes that worked before.
 
-    Those are told by their pid alone: a title read while its process changes it is not the actor's name.
+    Those are recognised by pid only, because a title that is read while its process changes it is not a name.
     """
     return {(pid, title) for pid, title in _worker_titles().items() if pid not in but and title.startswith("ray::")}
 
 
 def _worker_titles() -> dict[int, str]:
-    """What this session's processes call themselves, by pid, without idle workers (any may become an actor)."""
+    """Returns titles of this session's processes by pid, without idle workers, any of which may become an actor."""
     titles = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             title = " ".join(process.cmdline()).partition(".")[0]
-            # Ray's own agents are called so too, once they have started.
+            # Ray's own agents get such titles too, once they have started.
             if not title.startswith("ray::IDLE") and not title.endswith("Agent") and _is_ours(process):
                 titles[process.pid] = title
     return titles
 
 
 def _is_ours(process: psutil.Process) -> bool:
-    """Whether this process started it: by way of the raylet."""
+    """Returns whether this process started it, through the raylet."""
     return os.getpid() in [parent.pid for parent in process.parents()]

@@ -1,4 +1,4 @@
-"""What is compared does the same work: same lengths as stated, same sequences, same scores."""
+"""Contenders do the same work: stated lengths, same sequences, same scores."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
-"""Runs a scenario with a Ray of its own, in namespaces of its own: it sees no other process, port or Ray, nor they it.
+"""Runs a scenario with a separate Ray in separate namespaces, isolated from all other processes, ports and Rays.
 
-A scenario is a module with ``observe(directory) -> dict``: it does what users do, and tells what it saw; tests judge
-it. So slow things happen once, for many tests. With its process all it started ends, however it ends.
+A scenario is a module with ``observe(directory) -> dict``. It acts like a user and returns its observations, which
+tests check. So slow operations happen once for many tests. When its process ends, everything that it started ends too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 RESULT_NAME = "observed.json"
-# Of processes (the first is the shell, which buries orphans), network, name and mounts; for ordinary users, too.
+# Namespaces of processes (the first is the shell, which reaps orphans), network, name and mounts; works without root.
 UNSHARE = "unshare --map-root-user --pid --fork --kill-child --net --uts --mount --mount-proc".split()
-# A new network's loopback is down, and Ray looks its host's name up. Where it is, it tells at a fixed place.
+# The loopback of a new network is down, and Ray resolves its host name. Ray records its address at a fixed place.
 PREPARE = """
 ip link set lo up && hostname localhost && mkdir -p /tmp/ray && mount --bind "$0" /tmp/ray || exit 1
 "$@"
@@ -32,15 +32,15 @@ SHOWN_CHARACTERS = 8000
 
 
 def observe_alone(scenario: str, directory: Path, timeout_s: float) -> dict[str, Any]:
-    """Runs a scenario; skips the test where the system gives no namespaces.
+    """Runs a scenario; skips the test if the system provides no namespaces.
 
     Args:
-        scenario: The module's name, such as ``tests.cluster.scenarios.autoscaling``.
-        directory: An empty one, for its files and Ray's.
-        timeout_s: After which it is ended, and the test fails.
+        scenario: Name of the module, such as ``tests.cluster.scenarios.autoscaling``.
+        directory: Empty directory for the files of the scenario and of Ray.
+        timeout_s: Timeout after which the scenario is ended and the test fails.
 
     Returns:
-        What it saw.
+        Observations of the scenario.
     """
     of_ray = directory / "ray"
     of_ray.mkdir()
@@ -91,4 +91,4 @@ if __name__ == "__main__":
     observed = importlib.import_module(name).observe(where)
     (where / RESULT_NAME).write_text(json.dumps(observed, indent=2))
     sys.stdout.flush()
-    os._exit(0)  # the end of the first process ends all others; taking Ray apart in order would be for nothing
+    os._exit(0)  # the end of the first process ends all others, so an orderly shutdown of Ray is unnecessary

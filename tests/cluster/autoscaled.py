@@ -1,7 +1,6 @@
-"""A head whose autoscaler makes nodes out of processes of this machine (Ray's ``fake_multinode`` provider).
+"""A head whose autoscaler starts nodes as processes on this machine (Ray's ``fake_multinode`` provider).
 
-The provider is a fake one, the autoscaler is the real one. Knows how such a cluster is begun and how many nodes it has;
-what is done on it is for the scenarios.
+The provider is fake, the autoscaler is real. Starts such a cluster and counts its nodes; scenarios run the jobs.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ import ray
 ADDRESS = "127.0.0.1:6379"
 IDLE_S = 8.0
 OBJECT_STORE_BYTES = 100 * 1024**2
-# Generous: nodes are started on a machine that has other things to do.
+# Generous, because nodes start on a busy machine.
 NODES_TIMEOUT_S = 300.0
 
 
 def start_head(directory: Path, most_nodes: Mapping[str, int], environment: Mapping[str, str] | None = None) -> None:
-    """``ray start --head`` with an autoscaling config, which is how ``ray up`` starts a head.
+    """Runs ``ray start --head`` with an autoscaling config, as ``ray up`` does.
 
     Args:
-        directory: For the config.
-        most_nodes: Of each type of nodes, all of which have one CPU, and a resource of the type's name.
-        environment: For the head's processes.
+        directory: Directory of the config.
+        most_nodes: Maximum number of nodes per type. Each node has one CPU and a resource with the name of the type.
+        environment: Environment of the head's processes.
     """
     path = write_config(directory, most_nodes)
     options = ["--num-cpus=0", f"--object-store-memory={OBJECT_STORE_BYTES}", "--node-ip-address=127.0.0.1"]
@@ -44,7 +43,7 @@ def start_head(directory: Path, most_nodes: Mapping[str, int], environment: Mapp
 
 
 def write_config(directory: Path, most_nodes: Mapping[str, int]) -> Path:
-    """Writes the autoscaling config, whole at once: an autoscaler that runs reads it again each second."""
+    """Writes the autoscaling config atomically, because a running autoscaler reads it every second."""
     nothing: dict[str, Any] = {name: {} for name in ("auth", "docker", "file_mounts")}
     no_commands = "initialization setup head_setup worker_setup head_start_ray worker_start_ray".split()
     nothing |= {f"{name}_commands": [] for name in no_commands}
@@ -55,7 +54,7 @@ def write_config(directory: Path, most_nodes: Mapping[str, int]) -> Path:
         "provider": {
             "type": "fake_multinode",
             "gcs_address": ADDRESS,
-            # All nodes have one address, and there is nothing to log in to.
+            # All nodes have one address, and no login is needed.
             **dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True),
         },
         "max_workers": sum(most_nodes.values()),
@@ -79,7 +78,7 @@ def write_config(directory: Path, most_nodes: Mapping[str, int]) -> Path:
 
 
 class Nodes:
-    """How many nodes beside the head there are, as it changes."""
+    """Counter of nodes without the head, over time."""
 
     def __init__(self) -> None:
         self.changes: list[tuple[float, int]] = []
@@ -104,11 +103,11 @@ class Nodes:
         return max(count for _, count in self.changes[change:])
 
     def when(self, count: int) -> int:
-        """Waits until there are so many; returns how many there are then, or when it took too long."""
+        """Waits for a number of nodes; returns the number at that time, or at the timeout."""
         return self.after(lambda: self.now == count)
 
     def after(self, condition: Callable[[], bool]) -> int:
-        """Likewise, until a condition is met."""
+        """Waits until a condition on the number of nodes is met."""
         deadline = time.monotonic() + NODES_TIMEOUT_S
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The files in cluster/ as Ray reads them, what the project's actors ask for, and the nodes that Ray would bring."""
+"""The files in cluster/ as Ray reads them, the resources that actors request, and the nodes that Ray would add."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 
 from actors.serving import control
+from rlhf_critic import __version__
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig, ServeJobConfig
@@ -29,34 +30,34 @@ from rlhf_critic.config.train import TrainJobConfig
 
 TOP = Path(__file__).parents[2]
 CLUSTER = TOP / "cluster"
+VERSION = __version__
 PYPROJECT = (TOP / "pyproject.toml").read_text(encoding="utf-8")
-VERSION = re.search(r'^version = "(.+)"$', PYPROJECT, flags=re.MULTILINE)[1]
 RAY = Requirement(re.search(r'"(ray\[.+?)"', PYPROJECT)[1])
 RAY_UP = ("aws", "gcp", "on-premise")
-CLOUDS = ("aws", "gcp")  # where nodes have types; a list of machines has none
+CLOUDS = ("aws", "gcp")  # clouds with node types; a list of machines has none
 RAY_MANIFESTS = {"raycluster": (), "rayjob-train": ("rayClusterSpec",), "rayservice-scorers": ("rayClusterConfig",)}
 
 Bundle = dict[str, float]
-Gang = list[Bundle]  # what is placed together or not at all
+Gang = list[Bundle]  # placed as a unit
 
 
 def cluster_file(name: str) -> dict[str, Any]:
-    """A cluster file as it is written."""
+    """Reads a cluster file without changes."""
     return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def ray_up(name: str) -> dict[str, Any]:
-    """A cluster file with what Ray adds to it."""
+    """Reads a cluster file with the defaults that Ray adds."""
     return prepare_config(copy.deepcopy(cluster_file(name)))
 
 
 def manifest(name: str) -> dict[str, Any]:
-    """A Kubernetes object as it is written."""
+    """Reads a Kubernetes object without changes."""
     return yaml.safe_load((CLUSTER / "kuberay" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def ray_cluster(name: str) -> dict[str, Any]:
-    """The Ray cluster that a Kubernetes object is, or brings along."""
+    """Returns the Ray cluster that a Kubernetes object is or contains."""
     spec = manifest(name)["spec"]
     for key in RAY_MANIFESTS[name]:
         spec = spec[key]
@@ -64,7 +65,7 @@ def ray_cluster(name: str) -> dict[str, Any]:
 
 
 def autoscaling(name: str) -> dict[str, Any]:
-    """What Ray's autoscaler knows of a cluster: of the clouds', or, by Ray's own reading, of one on Kubernetes."""
+    """Returns the autoscaler's config of a cluster on a cloud, or of one on Kubernetes as Ray converts it."""
     if name in RAY_UP:
         return ray_up(name)
     return _derive_autoscaling_config_from_ray_cr(
@@ -73,13 +74,13 @@ def autoscaling(name: str) -> dict[str, Any]:
 
 
 def workers(name: str) -> dict[str, dict[str, Any]]:
-    """The types of nodes beside the head."""
+    """Returns the node types without the head."""
     config = autoscaling(name)
     return {kind: node for kind, node in config["available_node_types"].items() if kind != config["head_node_type"]}
 
 
 def spot_types(name: str) -> set[str]:
-    """The types of nodes that the cloud may take away; on Kubernetes those that may run where others may not."""
+    """Returns the spot node types; on Kubernetes those that tolerate the spot taint."""
     if name in RAY_UP:
         return {
             kind
@@ -99,18 +100,18 @@ def fits(bundle: Bundle, node: dict[str, Any]) -> bool:
 
 
 def nodes_for(name: str, gangs: Sequence[Gang] = (), singles: Sequence[Bundle] = ()) -> dict[str, int]:
-    """The nodes that Ray's autoscaler would add to an empty cluster, by type.
+    """Returns the number of nodes per type that Ray's autoscaler would add to an empty cluster.
 
     Args:
-        name: Of the cluster.
-        gangs: Placement groups, each placed together or not at all.
-        singles: What actors ask for, all at once.
+        name: Name of the cluster.
+        gangs: Placement groups, each placed as a unit.
+        singles: Resources of actors that are requested at the same time.
 
     Raises:
-        AssertionError: Some of the demand would wait for ever.
+        AssertionError: Some of the demand would wait forever.
     """
     described = autoscaling(name)
-    if name == "aws":  # where Ray looks up more about a type, as it starts; both count when it compares types
+    if name == "aws":  # Ray looks up more resources of a type at start and compares types with them
         for node in described["available_node_types"].values():
             gpu = {"accelerator_type:GPU": 1} if "GPU" in node["resources"] else {}
             node["resources"] = {"memory": 2**30, **gpu, **node["resources"]}
@@ -131,20 +132,20 @@ def nodes_for(name: str, gangs: Sequence[Gang] = (), singles: Sequence[Bundle] =
 
 
 def shard(cpus: float, use_gpu: bool) -> Bundle:
-    """What Ray reserves for a training worker, a rank, a rollout worker or a worker of jobs.score."""
+    """Returns the resources of a training worker, a rank, a rollout worker or a worker of jobs.score."""
     return {"CPU": cpus, **({"GPU": 1} if use_gpu else {})}
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job makes Ray reserve: what is placed together, and what is placed one by one."""
+    """Resources that a job requests: groups that are placed as a unit, and single actors."""
 
     gangs: tuple[Gang, ...] = ()
     singles: tuple[Bundle, ...] = ()
 
 
 def demand(config: BaseModel) -> Demand:
-    """The demand of a job; of a pool, that of all its replicas."""
+    """Returns the demand of a job; for a pool, that of all its replicas."""
     if isinstance(config, TrainJobConfig):
         run = config.run
         return Demand(([shard(run.cpus_per_worker, run.use_gpu)] * run.num_workers,))
@@ -166,14 +167,14 @@ def demand(config: BaseModel) -> Demand:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The shell commands in the fenced blocks of a page, each as its words."""
+    """Returns the shell commands in the fenced blocks of a page, each as a list of words."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def job_config(words: Sequence[str]) -> BaseModel | None:
-    """The options of a job that a command runs, as the job itself reads them; None if it runs none."""
+    """Returns the options of the job that a command runs, parsed by the job; None if it runs no job."""
     places = [place for place, word in enumerate(words) if word.startswith("jobs.") and words[place - 1] == "-m"]
     if not places:
         return None
@@ -181,5 +182,5 @@ def job_config(words: Sequence[str]) -> BaseModel | None:
     (config_class,) = set(re.findall(r"parse_command_line\((\w+)", Path(module.__file__).read_text(encoding="utf-8")))
     try:
         return parse_command_line(getattr(module, config_class), words[places[0] + 1 :])
-    except SystemExit as error:  # which would end the tests
+    except SystemExit as error:  # it would end the tests
         raise AssertionError(f"no such options: {' '.join(words)}") from error

@@ -1,7 +1,7 @@
-"""Fields that the clouds and KubeRay know, as JSON schemas: the part of their APIs that cluster/ uses, or well may.
+"""JSON schemas of cloud and KubeRay fields: the part of their APIs that cluster/ uses or may use.
 
-Ray does not look into a ``node_config``, so that a misspelt field would come out on the cloud only. What is not listed
-here is taken for a slip of the pen; what is needed and right is added. Sources: the parameters of EC2's RunInstances
+Ray does not check a ``node_config``, so a misspelt field would fail only on the cloud. Unlisted fields count as
+mistakes; add a field here when it is needed and correct. Sources: the parameters of EC2's RunInstances
 (boto3's ``create_instances``), the Instance resource of Compute Engine v1, KubeRay's ``ray.io/v1`` definitions as of
 1.5.1, and the Kubernetes core API.
 """
@@ -21,7 +21,7 @@ QUANTITY: Schema = {"type": ["string", "integer"], "pattern": r"^\d+(\.\d+)?(m|[
 
 
 def record(*required: str, **fields: Schema) -> Schema:
-    """An object that has no other fields than these."""
+    """Returns the schema of an object with exactly these fields."""
     return {"type": "object", "properties": fields, "required": [*required], "additionalProperties": False}
 
 
@@ -44,7 +44,7 @@ AWS_NODE = record(
     ImageId={"type": "string", "pattern": "^ami-[0-9a-f]{17}$"},
     InstanceType=TEXT,
     SecurityGroupIds=list_of({"type": "string", "pattern": "^sg-[0-9a-f]{17}$"}),
-    SubnetIds=list_of(TEXT),  # Ray's own: it makes a SubnetId of one of them
+    SubnetIds=list_of(TEXT),  # a field of Ray, which makes a SubnetId of one of them
     KeyName=TEXT,
     EbsOptimized=FLAG,
     UserData=TEXT,

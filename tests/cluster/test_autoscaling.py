@@ -1,10 +1,10 @@
-"""Work brings nodes and idleness takes them away, without a lost request or a wrong answer on the way."""
+"""The autoscaler adds nodes for work and removes idle ones, without lost requests or wrong answers."""
 
 import pytest
 
 from tests.cluster.alone import observe_alone
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1900)]  # a hang guard: on a quiet machine it takes minutes
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1900)]  # guards against hangs; normally minutes
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def test_training_waits_for_nodes_runs_to_its_end_and_gives_them_back(seen):
     assert training["checkpoints"] == ["step-000004"]
     nodes = training["nodes"]
     assert nodes["before"] == nodes["when idle"] == 0
-    # Two are needed; where they are slow to start, Ray may ask for another meanwhile.
+    # Two are needed; if they start slowly, Ray may request another.
     assert nodes["at most"] in {2, 3}
 
 

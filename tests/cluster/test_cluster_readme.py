@@ -1,4 +1,4 @@
-"""What cluster/README.md tells a newcomer to type exists, and brings the nodes that the page says."""
+"""The commands of cluster/README.md exist, and add the nodes that the page states."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ README = (CLUSTER / "README.md").read_text(encoding="utf-8")
 COMMANDS = commands(README)
 JOBS = [config for words in COMMANDS if (config := job_config(words)) is not None]
 ALL_KINDS = (*CLOUDS, "raycluster")
-BURST = 4  # as many small GPU actors the page says may be asked for at once
+BURST = 4  # number of small GPU actors that may be requested at once, according to the page
 SHELL = {"&&", "||", "|", ";", ">", ">>"}
 
 
 def the_job(kind, accept=lambda config: True):
-    """The one job of a kind that the page submits."""
+    """Returns the only job of a kind that the page submits."""
     (config,) = (config for config in JOBS if type(config) is kind and accept(config))
     return config
 
@@ -42,7 +42,7 @@ def starts_pool(config):
 
 
 def ray_commands():
-    """The commands of Ray, without variables that are set for them; of a submission, what is before the job itself."""
+    """Yields the commands of Ray without variables before them; of a submission, the words before the job."""
     for words in COMMANDS:
         start = next((place for place, word in enumerate(words) if "=" not in word), 0)
         if words[start] == "ray":
@@ -65,7 +65,7 @@ def test_ray_knows_the_command_and_its_options(words):
 
 @pytest.mark.parametrize("config", JOBS, ids=lambda config: type(config).__name__)
 def test_a_submitted_job_writes_where_it_lasts(config):
-    """Not into the copy of the working directory that Ray deletes."""
+    """The job must not write into its copy of the working directory, which Ray deletes."""
     run = getattr(config, "run", None)
     assert run is None or run.storage_path.startswith("/mnt/rlhf/")
 
@@ -92,7 +92,7 @@ def test_scorers_bring_small_nodes_one_for_each(name, at_once):
 
 @pytest.mark.parametrize("name", ALL_KINDS)
 def test_a_burst_of_scorers_brings_a_large_node(name):
-    """As the page warns; should Ray come to choose otherwise, the warning may go."""
+    """The page warns about it. If Ray ever chooses otherwise, remove the warning."""
     burst = demand(the_job(ServeJobConfig, starts_pool)).singles
     assert len(burst) == 8
     assert "trainers" in nodes_for(name, singles=burst)
@@ -108,7 +108,7 @@ def test_ppo_brings_one_large_node_for_its_shards_and_small_ones_for_rollouts(na
 
 @pytest.mark.parametrize("name", ALL_KINDS)
 def test_what_trains_fits_no_node_that_the_cloud_may_take_away(name):
-    """Not left to what the autoscaler prefers: with free GPUs on spot nodes, Ray would place it there."""
+    """The preference of the autoscaler is not enough, because Ray would use free GPUs on spot nodes."""
     for kind in (TrainJobConfig, PPOJobConfig):
         for gang in demand(the_job(kind)).gangs:
             assert not any(fits(bundle, workers(name)[spot]) for bundle in gang for spot in spot_types(name))
@@ -116,7 +116,7 @@ def test_what_trains_fits_no_node_that_the_cloud_may_take_away(name):
 
 @pytest.mark.parametrize("name", ALL_KINDS)
 def test_with_one_cpu_for_each_gpu_a_small_training_job_would_land_on_spot_nodes(name):
-    """Why the page asks for more; should Ray come to choose otherwise, the page may be simpler."""
+    """This is why the page requests more CPUs. If Ray ever chooses otherwise, simplify the page."""
     config = the_job(TrainJobConfig)
     careless = config.run.model_copy(update={"cpus_per_worker": 1, "num_workers": BURST})
     asked = demand(config.model_copy(update={"run": careless}))

@@ -1,4 +1,4 @@
-"""The cluster files: Ray takes them, every actor finds a node, the head does no work, and nothing stands open."""
+"""The cluster files: Ray accepts them, every actor fits a node, the head does no work, and no port is open."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SECRET = re.compile(
     r"|RAY_AUTH_TOKEN\s*[:=]\s*['\"]?[0-9a-zA-Z]|password\s*[:=]",
     re.IGNORECASE,
 )
-# Every actor on a GPU, with the CPUs that it asks for unless told otherwise; a training job on one shard.
+# Every actor on a GPU, with its default CPUs; a training job on one shard.
 DEFAULTS = {
     "a training worker": demand(TrainJobConfig(run={"use_gpu": True})),
     "a scorer": demand(ServeJobConfig(checkpoint="critic", use_gpu=True)),
@@ -58,7 +58,7 @@ DEFAULTS = {
 
 
 def start_options(command: str) -> dict[str, object]:
-    """What a ``ray start`` command asks for, by Ray's own command line."""
+    """Parses the options of a ``ray start`` command with Ray's command line."""
     words = shlex.split(command)
     return start.make_context("start", words[words.index("start") + 1 :]).params
 
@@ -147,7 +147,7 @@ def test_the_dashboard_listens_on_loopback(name):
 def test_every_node_has_the_token_and_asks_for_it(name):
     config = cluster_file(name)
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
-    # Ray looks for it in the home of the image's user, and it comes from there on the machine of whoever starts it.
+    # Ray reads it from the home of the image's user; `ray up` copies it from the home of the local user.
     assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     assert not {"head_run_options", "worker_run_options"} & set(config["docker"])
 
@@ -160,7 +160,7 @@ def test_aws_lets_in_whom_our_own_group_lets_in():
 
 @pytest.mark.parametrize("path", TEXTS, ids=str)
 def test_no_secret_is_in_the_file(path):
-    # The digest of a token is none, and users fill it in.
+    # The digest of a token is a placeholder that users replace.
     assert not SECRET.search(re.sub(r"token_sha256: [0-9a-f]{64}\b", "", TEXTS[path]))
 
 
@@ -198,9 +198,9 @@ def test_the_image_has_the_ray_that_the_project_wants():
 
 
 def test_the_image_gets_all_packages_and_nothing_else():
-    packages = re.search(r"packages = \[(.*?)\]", PYPROJECT, flags=re.DOTALL)[1].split('"')[1::2]
+    packages = re.search(r"^include = \[(.*?)\]", PYPROJECT, flags=re.MULTILINE)[1].split('"')[1::2]
     copied = {word for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for word in line.split()[1:-1]}
-    assert copied == {"pyproject.toml", "README.md", "LICENSE", *(one.split(".")[0] for one in packages)}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", *(one.rstrip("*") for one in packages)}
     ignored = (TOP / ".dockerignore").read_text(encoding="utf-8").split("\n")
     assert "*" in ignored
     assert {line[1:] for line in ignored if line.startswith("!")} == copied

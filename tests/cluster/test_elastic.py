@@ -1,10 +1,10 @@
-"""A run that shrinks when a node goes and grows when the autoscaler brings one is the run that nothing disturbs."""
+"""A run that shrinks when it loses a node, and grows when the autoscaler adds one, equals an undisturbed run."""
 
 import pytest
 
 from tests.cluster.alone import observe_alone
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1000)]  # a hang guard: on a quiet machine it takes minutes
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1000)]  # guards against hangs; normally minutes
 
 
 @pytest.fixture(scope="module")

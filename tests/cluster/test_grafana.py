@@ -1,4 +1,4 @@
-"""The dashboard asks for every metric that a real pool gives to Prometheus, for no other, and draws nothing twice."""
+"""The dashboard shows every metric that a real pool exports to Prometheus, no other, and none twice."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def test_every_metric_of_a_pool_is_on_the_dashboard(no_pool, serving, critics):
     assert re.search(r'ray_rlhf_critic_refusals_total{.*kind="empty_text".*} 1\.0', text)
     assert re.search(
         r'ray_rlhf_critic_http_refusals_total{.*kind="bad_request".*} [1-9]', text
-    )  # of all that this app had
+    )  # all metrics of this app
     mean = float(re.search(rf'ray_rlhf_critic_reward_mean{{.*model_version="{version}".*}} (\S+)', text).group(1))
     assert mean == pytest.approx(float(scores.rewards_S.mean()), abs=1e-4)
     shared = float(re.search(r"ray_rlhf_critic_shared_token_ratio{.*} (\S+)", text).group(1))
@@ -56,14 +56,14 @@ def test_every_metric_of_a_pool_is_on_the_dashboard(no_pool, serving, critics):
 
 
 def defined_metrics():
-    """The metrics that replicas and the gateway have, by the names that they give them."""
+    """Lists the metrics of replicas and the gateway by name."""
     metrics = [one for one in vars(ScorerMetrics("app", "replica")).values() if isinstance(one, METRIC_KINDS)]
     metrics.append(http_refusals("app"))
     return {metric.info["name"]: metric for metric in metrics}
 
 
 def test_every_metric_that_is_defined_is_asked_for_as_what_it_is():
-    """Also those that a short run does not export; `test_every_metric_of_a_pool_is_on_the_dashboard` has the names."""
+    """Covers metrics that a short run omits; `test_every_metric_of_a_pool_is_on_the_dashboard` covers names."""
     defined = defined_metrics()
     queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     unused = dict(defined)

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: KubeRay knows their fields, every actor finds a pod, and nothing stands open."""
+"""The Kubernetes manifests: KubeRay knows their fields, every actor fits a pod, and no port is open."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ CLUSTERS = tuple(RAY_MANIFESTS)
 
 
 def pods(name):
-    """The pod templates of a cluster, the head's first."""
+    """Returns the pod templates of a cluster, the head first."""
     cluster = ray_cluster(name)
     return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
 def serve_config():
-    """What the service deploys, as Ray Serve reads it."""
+    """Returns the deployed application as Ray Serve parses it."""
     return ServeDeploySchema.model_validate(yaml.safe_load(manifest("rayservice-scorers")["spec"]["serveConfigV2"]))
 
 
@@ -90,7 +90,7 @@ def test_the_head_does_no_work(name):
 
 
 def test_the_manifests_have_one_head():
-    """Kubernetes has no includes; what is said thrice must stay the same."""
+    """Kubernetes has no includes, so repeated parts must stay equal."""
     cluster, job, service = (pods(name)[0] for name in ("raycluster", "rayjob-train", "rayservice-scorers"))
     assert job == cluster
     (container,) = service["containers"]
@@ -159,7 +159,7 @@ def test_versions_are_those_of_the_project(name):
         encoding="utf-8"
     )
     for pod in pods(name):
-        assert all(one["image"].endswith(f"/rlhf-critic:{VERSION}") for one in pod["containers"])  # of any registry
+        assert all(one["image"].endswith(f"/rlhf-critic:{VERSION}") for one in pod["containers"])  # in any registry
 
 
 def test_the_training_job_is_one_that_its_own_cluster_has_room_for():
@@ -176,7 +176,7 @@ def test_the_training_job_gives_its_nodes_back():
 
 
 def test_the_service_deploys_what_jobs_serve_would():
-    """Field by field, so that the manifest follows when `actors.serving.control` changes what it tells Serve."""
+    """Compares field by field, so that the manifest follows changes of `actors.serving.control`."""
     (deployed,) = serve_config().applications
     scorer, gateway = deployed.deployments
     told = scorer.user_config
@@ -210,7 +210,7 @@ def test_the_services_pool_has_room_in_its_own_cluster():
 
 
 def test_nobody_is_let_in_before_a_token_is_set():
-    """The service listens beyond loopback, so it asks for a token whose digest, until it is filled in, nothing has."""
+    """The service listens beyond loopback, so it requires a token. No token matches the placeholder digest."""
     assert serve_config().http_options.host == "0.0.0.0"
     settings = HttpSettings(**serve_config().applications[0].deployments[1].user_config["http"])
     assert re.fullmatch("change-me|[0-9a-f]{64}", str(settings.token_sha256))

@@ -1,10 +1,10 @@
-"""Jobs that are submitted to a cluster of several nodes: what comes of them, what users see, what is left."""
+"""Jobs submitted to a cluster of several nodes: their results, the output for users, and their leftovers."""
 
 import pytest
 
 from tests.cluster.alone import observe_alone
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1900)]  # a hang guard: on a quiet machine it takes minutes
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1900)]  # guards against hangs; normally minutes
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_pool_serves_after_the_job_that_started_it_and_ends_with_the_job_that_
 
 
 def test_only_scorers_and_their_way_in_keep_nodes_from_an_autoscaler(seen):
-    """What a pool has once is on the head, which is never given back; a proxy goes with its node's last replica."""
+    """Single actors of a pool run on the head, which stays; a proxy ends with the last replica of its node."""
     assert set(seen["serve"]["on nodes"]) <= {"ServeReplica:scorers:Scorer", "ProxyActor"}
     assert "ServeReplica:scorers:Scorer" in seen["serve"]["on nodes"]
 
@@ -63,17 +63,17 @@ def test_offline_scoring_gives_every_row_the_reward_of_the_engine(seen):
 def test_ppo_spreads_a_critic_over_nodes_and_asks_the_pool_that_runs(seen):
     job = seen["ppo"]
     assert job["code"] == 0, job["output"]
-    assert "rewards are given by first@4#" in job["output"]
+    assert "versions=first@4#" in job["output"]
     assert {"critic", "policy"} <= set(job["files"])
     assert job["nodes of groups"]["2"] == 2
 
 
 @pytest.mark.parametrize(
     ("job", "workers"),
-    [("train", ["RayTrainWorker"]), ("ppo", ["CriticShard", "RolloutWorker", "ServeReplica:scorers:Scorer"])],
+    [("train", ["RayTrainWorker"]), ("ppo", ["CriticRank", "RolloutWorker", "ServeReplica:scorers:Scorer"])],
 )
 def test_a_job_that_is_stopped_leaves_nothing(seen, job, workers):
-    """Though it is killed at once; what it had in Ray Serve outlives it for some seconds."""
+    """The job is killed at once; its deployments in Ray Serve remain for some seconds."""
     stopped = seen[f"stopped {job}"]
     assert stopped["code"] == 0, stopped["output"]
     assert {f"actor {worker}" for worker in workers} <= set(stopped["worked"])

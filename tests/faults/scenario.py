@@ -323,7 +323,7 @@ def node_of_shard(world: World) -> dict[str, Any]:
         with ThreadPoolExecutor(1) as thread:
             updating = thread.submit(update_until_lost, group, rollouts.arguments, lost)
             time.sleep(0.5)  # in the middle of updates
-            world.remove_node_of("CriticShard")
+            world.remove_node_of("CriticRank")
             removed = time.monotonic()
             updating.result(TIMEOUT_S)
         seconds = time.monotonic() - removed

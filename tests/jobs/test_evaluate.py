@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import ConfigError
 from rlhf_critic.model.factory import create_critic_model
 from rlhf_critic.scoring.local import score_sequences
-from tests.helpers import make_preferences
+from tests.helpers import make_preferences, run_command
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,10 @@ def test_a_directory_in_use_is_refused_before_anything_is_read(run, tmp_path):
     with pytest.raises(ConfigError, match=r"report: .*give a new one, or empty it first"):
         run(["not even a preference"], "--report", str(tmp_path / "report"))
     assert (tmp_path / "report" / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("module", ["jobs.evaluate", "jobs.inspect_data"])
+def test_the_command_starts_without_ray_and_deepspeed(module):
+    script = f"import {module}, sys; assert not {{'ray', 'deepspeed', 'matplotlib'}} & set(sys.modules)"
+    done = run_command(["-c", script], Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr

@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.ppo.checkpoint import checkpoints
+from actors.ppo.evaluation import Sample
 from actors.ppo.rollout_workers import RolloutWorkers
-from actors.ppo.trainer import PPOOutcome, PPOTrainer, Sample
+from actors.ppo.trainer import PPOOutcome, PPOTrainer
 from actors.serving import control
 from actors.serving.handle import connect
 from jobs import ppo
@@ -147,7 +148,7 @@ def actors_of(name: str) -> list[psutil.Process]:
 
 def assert_nothing_is_left_running() -> None:
     wait_until(
-        lambda: not any(actors_of(name) for name in ("RolloutWorker", "CriticShard", "PolicyShard")),
+        lambda: not any(actors_of(name) for name in ("RolloutWorker", "CriticRank", "PolicyRank")),
         "actors to end",
         60,
     )
@@ -279,11 +280,11 @@ def test_a_critic_shard_that_is_killed_changes_nothing(options, undisturbed, cap
     job.start()
     for number, iterations in enumerate((1, 4), 1):
         wait_until(lambda at_least=iterations: len(history_of(run)) >= at_least, f"iteration {iterations}", 240)
-        actors_of("CriticShard")[-1].send_signal(signal.SIGKILL)
+        actors_of("CriticRank")[-1].send_signal(signal.SIGKILL)
         wait_until(lambda times=number: caplog.text.count(resumed) == times, "the job to notice")
     job.join(400)
     assert finished, "the job did not survive a killed shard"
-    assert len(re.findall(r"critic rank \d (?:was lost while it was|failed) to ", caplog.text)) == 2
+    assert len(re.findall(r"critic rank \d (?:was lost during a call|failed) to ", caplog.text)) == 2
     assert f"{resumed} failures=2/3" in caplog.text
     assert_same_beginning(run, undisturbed, SHORT)
     for name, tensor in weights_of(checkpoints(run)[-1] / "policy").items():
@@ -379,7 +380,7 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy ran away"),
+        ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy left"),
         pytest.param(
             "nan",
             {"epochs": 1, "minibatches": 1},
@@ -422,7 +423,7 @@ def test_a_critic_of_another_tokenizer_is_refused_before_anything_starts(options
     ):
         ppo.run(config)
     assert not directory_of(options, "tokenizers").exists()
-    assert not actors_of("PolicyShard")
+    assert not actors_of("PolicyRank")
 
 
 def test_a_pool_in_the_way_is_refused_and_goes_on(options, critics):

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.ppo.checkpoint import changed_options
+from actors.ppo.checkpoint import free_options
 from jobs import ppo
 from jobs.cli import EXIT_REFUSED
+from rlhf_critic.config.base import changed_options
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.errors import ConfigError
 from tests.jobs.command_line import run
@@ -76,7 +77,7 @@ DATA = {
     "not JSON": ('{"prompt": "a"', "prompts.jsonl:2: not JSON"),
     "no such field": ('{"text": "a"}', "prompts.jsonl:2: field 'prompt': must be a text, or a list of turns"),
     "an empty text under a plain template": ('{"prompt": ""}', "prompts.jsonl:2: field 'prompt': has no token"),
-    "nothing to hold out": (ROW, "of 1 different prompts leaves nothing to train or nothing to hold out"),
+    "nothing to hold out": (ROW, "of 1 different prompts leaves nothing to train on or nothing to hold out"),
 }
 
 
@@ -111,7 +112,7 @@ def test_lengths_beyond_the_critics_are_refused(arguments, critics, monkeypatch,
     longer = [*arguments, "--critic.model.path", critics["first"], "--prompts.max-tokens", "57"]
     said = refusal(longer, monkeypatch, capsys)
     assert "make up to 65 tokens, but the critic" in said
-    assert "reads 64: lower them, or fit a critic with a longer encoding.max_length" in said
+    assert "reads 64: lower them, or train a critic with a longer encoding.max_length" in said
 
 
 def test_a_policy_without_a_tokenizer_is_refused(arguments, monkeypatch, capsys):
@@ -153,18 +154,22 @@ def test_a_machine_without_room_says_so_at_once(ray_address):
 def test_a_run_may_be_prolonged_only_where_no_schedule_depends_on_its_length(schedule, warmup, refused):
     optimizer = {"optimizer": {"schedule": schedule, "warmup_fraction": warmup}}
     before, after = (
-        PPOJobConfig.model_validate(
-            {"policy": optimizer, "critic": optimizer, "ppo": {"iterations": iterations}}
-        ).model_dump(mode="json")
+        PPOJobConfig.model_validate({"policy": optimizer, "critic": optimizer, "ppo": {"iterations": iterations}})
         for iterations in (10, 20)
     )
-    assert changed_options(before, after) == (["ppo.iterations: 10 -> 20"] if refused else [])
+    assert changed_options(before, after, free_options(before, after)) == (
+        ["ppo.iterations: 10 -> 20"] if refused else []
+    )
 
 
 def test_options_of_where_and_how_fast_may_change():
-    before = PPOJobConfig.model_validate({"rollout": {"workers": 1}}).model_dump(mode="json")
+    before = PPOJobConfig.model_validate({"rollout": {"workers": 1}})
     moved = {"rollout": {"workers": 3, "timeout_s": 9}, "run": {"storage_path": "/elsewhere"}, "resume": True}
     moved |= {"critic": {"offload": True, "optimizer": {"token_budget": 99}}, "reward": {"app": "other"}}
-    assert not changed_options(before, PPOJobConfig.model_validate(moved).model_dump(mode="json"))
-    seeded = PPOJobConfig.model_validate({"ppo": {"seed": 3}, "critic": {"shards": 2}}).model_dump(mode="json")
-    assert changed_options(before, seeded) == ["critic.shards: 1 -> 2", "ppo.seed: 0 -> 3"]
+    after = PPOJobConfig.model_validate(moved)
+    assert not changed_options(before, after, free_options(before, after))
+    seeded = PPOJobConfig.model_validate({"ppo": {"seed": 3}, "critic": {"shards": 2}})
+    assert changed_options(before, seeded, free_options(before, seeded)) == [
+        "critic.shards: 1 -> 2",
+        "ppo.seed: 0 -> 3",
+    ]

@@ -123,7 +123,7 @@ def test_a_submitted_job_trains_and_tells_the_user(submitted):
     run, output = submitted
     assert "succeeded" in output
     assert f"trained {STEPS} steps" in output
-    assert "fitting: loss" in output
+    assert "training: loss" in output
     assert "train.jsonl: 90 preferences" in output
     accuracy = float(re.search(r"validation accuracy (\d\.\d+)", output).group(1))
     assert accuracy > 0.9

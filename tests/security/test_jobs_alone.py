@@ -168,7 +168,7 @@ def ppo(watched, tiny_model, critics, tmp_path_factory):
     ) as (observed, process):
         wait_for_success(observed, process)
     shutil.copytree(directory / "runs", observed.directory / "runs")
-    observed.require_listened("gcs_server", "raylet", "ray::CriticShard", "ray::ProxyActor")
+    observed.require_listened("gcs_server", "raylet", "ray::CriticRank", "ray::ProxyActor")
     return observed
 
 

@@ -1,11 +1,19 @@
-"""A run of PPO goes on from its newest checkpoint that is whole."""
+"""A PPO run resumes from its newest complete checkpoint, also one that an earlier version wrote."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from actors.ppo.checkpoint import PPO_STATE_NAME, checkpoints, latest_checkpoint, quarantine_damaged_checkpoints
+from actors.ppo.checkpoint import (
+    PPO_STATE_NAME,
+    checkpoints,
+    free_options,
+    latest_checkpoint,
+    quarantine_damaged_checkpoints,
+)
+from rlhf_critic.config.base import changed_options
+from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import write_manifest
 
@@ -35,15 +43,14 @@ def test_what_is_whole_keeps_its_name(run, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", ["policy/model.safetensors", "critic/model.safetensors", PPO_STATE_NAME])
-def test_what_is_damaged_is_kept_under_another_name(run, damaged, capsys):
+def test_what_is_damaged_is_kept_under_another_name(run, damaged, caplog):
     newest, before = latest_checkpoint(run), checkpoints(run)[1]
     (newest / damaged).write_text("broken")
     quarantine_damaged_checkpoints(run)
     assert latest_checkpoint(run) == before
     assert (run / f"damaged-{newest.name}" / damaged).read_text() == "broken"
-    said = capsys.readouterr().out
-    assert f"{damaged}: damaged" in said
-    assert f"going on from {before.name}" in said
+    assert f"{damaged}: damaged" in caplog.text
+    assert f"resuming_from={before.name}" in caplog.text
 
 
 def test_a_checkpoint_that_is_damaged_again_after_it_was_made_again_is_kept_too(run):
@@ -64,3 +71,17 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(run):
     with pytest.raises(CheckpointError, match=r"iteration-000009.*missing"):
         quarantine_damaged_checkpoints(run)
     assert names(run) == before
+
+
+def test_options_of_an_earlier_version_are_compared_by_their_new_names_and_new_options_by_their_defaults():
+    saved = PPOJobConfig.model_validate({"ppo": {"gae_lambda": 0.9}}).model_dump(mode="json")
+    saved["ppo"]["lam"] = saved["ppo"].pop("gae_lambda")
+    del saved["run"]["wandb_project"], saved["ppo"]["clip"]
+    before = PPOJobConfig.model_validate(saved)
+    for options, expected in (
+        ({"gae_lambda": 0.9}, []),
+        ({"gae_lambda": 0.9, "clip": 0.3}, ["ppo.clip: 0.2 -> 0.3"]),
+        ({"gae_lambda": 0.95}, ["ppo.gae_lambda: 0.9 -> 0.95"]),
+    ):
+        after = PPOJobConfig.model_validate({"ppo": options})
+        assert changed_options(before, after, free_options(before, after)) == expected

@@ -1,7 +1,7 @@
 """The online critic is one critic, however many shards it has: its values, updates and checkpoints are those of a loop.
 
-Groups take seconds to start, so that most tests look at one that is still there after a whole run (`Life`): its rate
-has come down to 0, and further updates change nothing. Knows nothing of policies.
+Groups take seconds to start, so most tests share one after a complete run (`Life`). Its learning rate has reached 0, so
+further updates change nothing. Knows nothing about policies.
 """
 
 import itertools
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.ppo import critic_group
-from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticShard
+from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticRank
 from jobs.evaluate import evaluate
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, check_critic, load_critic, read_card
 from rlhf_critic.config.deepspeed import deepspeed_config
@@ -68,7 +68,7 @@ def make(path: str, shards: int, stage: int, **changes: object) -> CriticGroup:
 
 
 def alone(critic: Critic, sequences: list[list[int]]) -> list[np.ndarray]:
-    """The values of each sequence, computed by itself on this process."""
+    """Returns the values of each sequence, computed separately in this process."""
     with torch.no_grad():
         return [critic.values(critic.batch_of([ids]))[0].numpy() for ids in sequences]
 
@@ -80,7 +80,7 @@ def assert_values(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
 
 
 def loss_alone(critic: Critic, rollouts: Rollouts) -> torch.Tensor:
-    """The mean value loss of all actions, from its definition, one rollout at a time."""
+    """Returns the mean value loss of all response tokens, from its definition, one rollout at a time."""
     total, actions = torch.zeros(()), 0
     for ids, length, *numbers in zip(*rollouts.arguments, strict=True):
         values = critic.values(critic.batch_of([ids]))[0][length - 1 : len(ids) - 1]
@@ -93,7 +93,7 @@ def loss_alone(critic: Critic, rollouts: Rollouts) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain_losses(critics) -> list[float]:
-    """The losses of updates by torch alone: no group, no engine, no DeepSpeed, no batches."""
+    """Losses of updates by torch only: no group, engine, DeepSpeed or batches."""
     critic = load_critic(critics["first"]).critic
     optimizer = PlainOptimizer(critic, "linear", round(0.2 * STEPS), STEPS)
     losses = []
@@ -107,7 +107,7 @@ def plain_losses(critics) -> list[float]:
 
 @dataclass(frozen=True)
 class Life:
-    """A group after a run of `STEPS` updates, between two of which its state was offloaded; and what was seen."""
+    """A group after `STEPS` updates, between two of which its state was offloaded, with the results."""
 
     group: CriticGroup
     shards: int
@@ -122,7 +122,7 @@ class Life:
 
     @property
     def critic(self) -> Critic:
-        """The critic that it saved at the end."""
+        """The critic that the group saved at the end."""
         return load_critic(self.saved).critic
 
 
@@ -138,7 +138,7 @@ def live(group: CriticGroup, shards: int, stage: int, saved: Path) -> Life:
         lambda: group.update(*ROLLOUTS.arguments, clip=CLIP),
         lambda: group.save(saved),
     ):
-        with pytest.raises(ValueError) as refused:  # noqa: PT011  looked at by the test of this
+        with pytest.raises(ValueError) as refused:  # noqa: PT011  another test checks the message
             call()
         refusals.append(str(refused.value))
     assert group.offload() == offloaded_bytes, "what is away already leaves no second time"
@@ -189,8 +189,8 @@ def test_updates_are_those_of_a_plain_loop(life, plain_losses):
 
 def test_offloading_takes_parameters_and_moments_away_and_brings_them_back_exactly(life, critics):
     size = 4 * sum(parameter.numel() for parameter in load_critic(critics["first"]).critic.parameters())
-    copies = life.shards if life.stage == 0 else 1  # what is not sharded is on every shard
-    # Parameters and two moments; ZeRO has copies of parameters, gradients and, at stage 3, buckets set aside for them.
+    copies = life.shards if life.stage == 0 else 1  # without sharding, every rank has all of it
+    # Parameters and two moments. ZeRO adds copies of parameters and gradients and, at stage 3, buckets.
     config = deepspeed_config(ModelConfig(), TrainConfig(zero_stage=life.stage))
     buckets = 4 * config["zero_optimization"]["reduce_bucket_size"] * life.shards if life.stage == 3 else 0
     assert 2 * size * copies < life.offloaded_bytes - buckets < 9 * size * life.shards
@@ -313,7 +313,7 @@ BAD_UPDATES = [
     (ROLLOUTS.changed(3, returns=np.ones(1000)), r"rollout 3: returns has the shape \(1000,\)"),
     (ROLLOUTS.changed(2, returns=np.full_like(ROLLOUTS.returns[2], np.nan)), "rollout 2: returns is nan at action 0"),
     (ROLLOUTS.changed(0, old_values=np.full_like(ROLLOUTS.returns[0], np.inf)), "rollout 0: old_values is inf"),
-    # Finite until it becomes the fp32 that shards compute in.
+    # Finite in fp64, infinite in the fp32 of the ranks.
     (ROLLOUTS.changed(2, returns=np.full(len(ROLLOUTS.returns[2]), 1e300)), "rollout 2: returns is inf at action 0"),
     (Rollouts([[3]], [0], [np.ones(1)], [np.ones(1)]), "rollout 0: a prompt of 0 tokens"),
     (Rollouts([[3, 4]], [1, 1], [np.ones(1)], [np.ones(1)]), "prompt_lengths has 2 entries"),
@@ -340,7 +340,7 @@ def test_a_clip_that_is_no_distance_is_refused_and_the_group_goes_on(pair):
 
 
 def eight_of_one_prompt() -> Rollouts:
-    """A prompt of 40 tokens and eight responses of 10 that part at once: what is shared is the prompt."""
+    """Makes a prompt of 40 tokens and eight responses of 10, which share the prompt only."""
     sequences = [[*range(3, 43), *range(50 + 10 * n, 60 + 10 * n)] for n in range(8)]
     return Rollouts(sequences, [40] * 8, *([np.ones(10, dtype=np.float32)] * 8 for _ in range(2)))
 
@@ -350,7 +350,7 @@ def test_a_prompt_is_computed_once_for_all_its_rollouts(life):
     life.group.values(rollouts.sequences)
     metrics = life.group.update(*rollouts.arguments, clip=CLIP)
     assert metrics.tokens == 8 * 50
-    # Of an update the last token is not computed: it stands before no action.
+    # An update does not compute the last token, because no response token follows it.
     for computed, tokens in ((life.group.computed_tokens, 40 + 8 * 10), (metrics.computed_tokens, 40 + 8 * 9)):
         if life.shards == 1:
             assert computed == tokens
@@ -436,7 +436,7 @@ def test_a_run_that_lost_a_shard_ends_with_the_weights_of_one_that_did_not(ray_a
 
 
 def kill_in_an_update(group: CriticGroup, rank: psutil.Process, rollouts: Rollouts) -> float:
-    """Kills a rank while the group updates again and again; returns when, on the monotonic clock."""
+    """Kills a rank while the group updates repeatedly; returns the time of it on the monotonic clock."""
     killed_at = []
 
     def kill() -> None:
@@ -445,7 +445,7 @@ def kill_in_an_update(group: CriticGroup, rank: psutil.Process, rollouts: Rollou
 
     threading.Timer(2.0, kill).start()
     deadline = time.monotonic() + 60
-    with pytest.raises(RankLost, match=r"critic rank [01] (was lost while it was|failed) to update the critic"):
+    with pytest.raises(RankLost, match=r"critic rank [01] (was lost during a call|failed) to update the critic"):
         while time.monotonic() < deadline:
             group.update(*rollouts.arguments)
     return killed_at[0]
@@ -496,7 +496,7 @@ def test_offloading_gives_the_system_its_memory_back(ray_address, tmp_path):
         assert len(group.values([[3, 4]])[0]) == 2
 
 
-class SecondCannotBuild(CriticShard):
+class SecondCannotBuild(CriticRank):
     def build(self, options: CriticOptions) -> None:
         if self.rank == 1:
             raise CheckpointError("weights.safetensors: not on this node")
@@ -517,13 +517,13 @@ def test_a_group_that_cannot_start_leaves_nothing_behind(ray_address, critics, t
             CriticGroup(options_of(tiny_model, 0), 2, cpus_per_shard=400, start_timeout_s=3)
         with pytest.raises(CheckpointError, match="not a checkpoint of a critic group"):
             CriticGroup.restore(with_manifest(critics["first"], tmp_path / "other"))
-        monkeypatch.setattr(critic_group, "CriticShard", SecondCannotBuild)
-        with pytest.raises(RankLost, match=r"some critic ranks refused to build the critic.*not on this node"):
+        monkeypatch.setattr(CriticGroup, "rank_class", SecondCannotBuild)
+        with pytest.raises(RankLost, match=r"some critic ranks rejected a call to build the critic.*not on this node"):
             make(tiny_model, 2, 0)
 
 
 def with_manifest(critic: str, copy: Path) -> Path:
-    """A critic as a run of preferences leaves it: whole, but not a group's."""
+    """Makes a complete critic as a preference run saves it, which is not a group's."""
     from rlhf_critic.files import write_manifest
 
     shutil.copytree(critic, copy)

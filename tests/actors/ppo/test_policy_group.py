@@ -1,6 +1,6 @@
 """The policy's shards are one policy: its updates, reference, weights and checkpoints are those of a single process.
 
-Knows nothing of critics or rewards.
+Knows nothing about critics or rewards.
 """
 
 import os
@@ -44,7 +44,7 @@ def make(path: str, shards: int, stage: int, **changes: object) -> PolicyGroup:
 
 
 def log_probs_alone(policy: Policy, rollouts: Rollouts) -> list[torch.Tensor]:
-    """The log-probability of every action, by transformers' own forward pass, one rollout at a time."""
+    """Returns log-probabilities of response tokens by transformers' forward pass, one rollout at a time."""
     found = []
     for ids, length in zip(rollouts.sequences, rollouts.prompt_lengths, strict=True):
         logits = policy.model(input_ids=torch.tensor([ids])).logits[0, length - 1 : len(ids) - 1]
@@ -59,7 +59,7 @@ def plain_policy(path: str) -> Policy:
 
 @pytest.fixture(scope="module")
 def drawn(tiny_model) -> Rollouts:
-    """Rollouts with log-probabilities near the policy's in place of returns, and advantages in place of old values."""
+    """Makes rollouts with log-probabilities near the policy's as returns, and advantages as old values."""
     noise = np.random.default_rng(1)
     with torch.no_grad():
         log_probs = [numbers.numpy() for numbers in log_probs_alone(plain_policy(tiny_model), ROLLOUTS)]
@@ -69,7 +69,7 @@ def drawn(tiny_model) -> Rollouts:
 
 @pytest.fixture(scope="module")
 def plain_losses(tiny_model, drawn) -> list[float]:
-    """The losses of updates by torch alone: no group, no engine, no DeepSpeed, no batches."""
+    """Losses of updates by torch only: no group, engine, DeepSpeed or batches."""
     policy = plain_policy(tiny_model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
@@ -90,7 +90,7 @@ def plain_losses(tiny_model, drawn) -> list[float]:
 
 @pytest.fixture(scope="module", params=slow_except([(2, 3)], [(1, 0), (2, 0), (2, 3)], of_fixture=True), ids=str)
 def group(request, ray_address, tiny_model, tmp_path_factory):
-    """A policy that can go back to where it started, with the directory in which that is."""
+    """A policy, with a checkpoint of its start."""
     with make(tiny_model, *request.param) as policy:
         start = tmp_path_factory.mktemp("policies") / "start"
         policy.save(start)
@@ -99,7 +99,7 @@ def group(request, ray_address, tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def fresh(group):
-    """A policy as at its start."""
+    """A policy in its initial state."""
     policy, start = group
     policy.load(start)
     return policy
@@ -112,7 +112,7 @@ def test_reference_log_probs_are_those_of_transformers_for_each_rollout_by_itsel
         found = fresh.reference_log_probs(drawn.sequences, drawn.prompt_lengths)
         assert [len(numbers) for numbers in found] == [len(numbers) for numbers in wanted]
         np.testing.assert_allclose(np.concatenate(found), np.concatenate(wanted), rtol=0, atol=TOLERANCE)
-        fresh.update(*drawn.arguments, clip=CLIP)  # which changes the policy, and not the reference
+        fresh.update(*drawn.arguments, clip=CLIP)  # changes the policy and not the reference
     one = fresh.reference_log_probs(drawn.sequences[:1], drawn.prompt_lengths[:1])
     np.testing.assert_allclose(one[0], wanted[0], rtol=0, atol=TOLERANCE)
 
@@ -150,7 +150,7 @@ def test_weights_make_a_generator_the_policy(fresh, tiny_model, drawn, tmp_path)
     generator.load(tensors)
     for name, tensor in generator._policy.model.state_dict().items():
         torch.testing.assert_close(tensor, saved[name], rtol=0, atol=0)
-    # What it draws has the log-probabilities of the policy that was saved, by transformers' own forward pass.
+    # Its samples have the log-probabilities of the saved policy in transformers' forward pass.
     prompts = [ids[:length] for ids, length in zip(drawn.sequences, drawn.prompt_lengths, strict=True)][:4]
     responses = generator.generate(prompts, max_new_tokens=8, seed=3)
     sequences = [[*prompt, *response.ids.tolist()] for prompt, response in zip(prompts, responses, strict=True)]
@@ -225,7 +225,7 @@ def test_a_lost_shard_ends_the_group(ray_address, tiny_model, drawn):
 def test_a_loss_that_is_not_finite_ends_the_group(ray_address, tiny_model, drawn):
     with leaves_nothing(), make(tiny_model, 1, 0) as policy:
         ranks = processes(policy._ranks)
-        # Drawn with a probability that the policy has never had: the ratio to it is infinite.
+        # A probability far below the policy's, so that the ratio is infinite.
         huge = drawn.changed(
             0, returns=np.full_like(drawn.returns[0], -1e6), old_values=-np.ones_like(drawn.returns[0])
         )

@@ -1,6 +1,6 @@
-"""Rollouts come out the same and once each, whoever is killed; their numbers are those of policy and scorers.
+"""Each rollout is made once with the same result, whichever process is killed, with the numbers of its policy.
 
-Real workers and a real pool of scorers. Knows nothing of updates.
+Real workers and a real pool of scorers. Knows nothing about updates.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def slow_scorers(serving, critics, tmp_path_factory):
-    """Two replicas that take their time: 0.3 s for a call."""
+    """Two slow replicas: 0.3 s per call."""
     components = tmp_path_factory.mktemp("components") / "components.yaml"
     components.write_text(
         "components:\n  - {kind: critic}\n"
@@ -84,7 +84,7 @@ def undisturbed(workers, tasks, weights):
 
 
 def pids_of(name: str) -> list[int]:
-    """Processes of this session's Ray that carry a name, as Ray gives actors theirs."""
+    """Returns processes of this session's Ray with the title of an actor class."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -155,7 +155,7 @@ def test_killed_workers_and_replicas_lose_nothing_and_double_nothing(undisturbed
         killed[name] = len(finished)
 
     def disturb(_: int) -> None:
-        """In the middle of what is drawn and judged: after the second task, and after the fourth."""
+        """Kills during sampling and scoring: after the second task, and after the fourth."""
         finished.append(_)
         if len(finished) == 2:
             kill("worker", pids_of("RolloutWorker"))
@@ -172,7 +172,7 @@ def test_killed_workers_and_replicas_lose_nothing_and_double_nothing(undisturbed
 
 
 def test_a_worker_draws_the_next_task_while_scorers_judge_the_last(options, client, tasks, weights, tmp_path):
-    """Its second call comes while the first is not answered, and the first is answered when the second has come."""
+    """A client whose first call is answered only when the second has come."""
     meeting = [dataclasses.replace(task, prompts=(f"meet {tmp_path}",) * PROMPTS) for task in tasks[:2]]
     with RolloutWorkers(1, options, client, TOKENS, cpus_per_worker=0.3) as alone:
         assert len(alone.run(meeting, weights, 120)[0]) == 2 * PROMPTS
@@ -205,7 +205,7 @@ def test_a_deadline_is_kept_and_the_next_call_is_not_confused(undisturbed, worke
 
 
 def test_a_policy_that_cannot_be_built_is_an_error_at_once(options, client, tasks, weights):
-    """Not the loss of a worker, after which others would be tried."""
+    """This is not the loss of a worker, after which another would be tried."""
     nowhere = PolicyOptions(BodyConfig(path="nowhere"), options.optimizer, "plain", 1, 0, 1.0)
     with (
         RolloutWorkers(1, nowhere, client, TOKENS, cpus_per_worker=0.3) as broken,
@@ -215,14 +215,14 @@ def test_a_policy_that_cannot_be_built_is_an_error_at_once(options, client, task
 
 
 def test_workers_that_are_lost_too_often_are_given_up(workers, tasks, weights, monkeypatch):
-    monkeypatch.setattr(rollout_workers, "MOST_LOSSES", 0)  # of each
+    monkeypatch.setattr(rollout_workers, "MAX_LOSSES", 0)
     with pytest.raises(RolloutsUnavailable, match="1 rollout workers were lost during one iteration"):
         workers.run(tasks, weights, 120, lambda _: os.kill(pids_of("RolloutWorker")[0], signal.SIGKILL))
 
 
 @ray.remote(num_cpus=0)
 class Holder:
-    """Owns weights as a policy's shard does."""
+    """Owner of weights, as a policy's rank is."""
 
     def put(self, weights):
         return (ray.put(weights),)
@@ -262,7 +262,7 @@ def test_what_was_too_long_for_the_scorers_says_so(undisturbed, client):
 
 
 def test_scorers_that_are_gone_are_an_error_of_the_call_after_its_deadline(options, tasks, weights, slow_scorers):
-    """The last test of this module: it ends the pool."""
+    """The last test of this module, because it ends the pool."""
     with connect(deadline_s=4) as impatient, RolloutWorkers(1, options, impatient, TOKENS, cpus_per_worker=0.3) as made:
         made.run(tasks[:1], weights, 120)
         gone = threading.Thread(target=control.stop, args=("scorers",))

@@ -1,6 +1,6 @@
-"""Ranks are called as one: in one order, with one answer, and none is left waiting when another is lost.
+"""Ranks are called together: in one order, with one answer, and none waits forever when another is lost.
 
-Knows nothing of critics; the ranks here are real actors that meet in a real process group.
+Knows nothing about critics; the ranks here are real actors in a real process group.
 """
 
 import os
@@ -21,17 +21,17 @@ from actors.runtime.rank_group import Rank, RankGroup
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError, PlacementError, RankLost
 from tests.actors.groups import CPUS, leaves_nothing, processes, require_gone
 
-RESTING_S = 600.0  # far longer than any test lasts: what rests so long was ended, not waited for
+RESTING_S = 600.0  # far longer than any test: such a rank is killed and not waited for
 
 
 class Talker(Rank):
-    """A rank that answers, refuses, fails or rests as it is told."""
+    """A rank that answers, rejects, fails or rests on request."""
 
     def where(self) -> tuple[int, str, str]:
         return self.rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
 
     def agree_on(self, number: int) -> list[int]:
-        """What each rank was called with in this collective."""
+        """Returns the number that each rank was called with in this collective."""
         numbers = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
         dist.all_gather(numbers, torch.tensor([number]))
         return [int(one) for one in numbers]
@@ -72,7 +72,7 @@ def make(ranks: int = 2, actor_class: type[Rank] = Talker, **options: object) ->
 
 @pytest.fixture(scope="module")
 def pair(ray_address):
-    """Two ranks for the tests after which the group goes on."""
+    """Two ranks for the tests that do not end the group."""
     group = make()
     yield group
     group.close()
@@ -80,7 +80,7 @@ def pair(ray_address):
 
 @pytest.fixture
 def doomed(request, ray_address):
-    """Two ranks, or as many as its parameter says, for a test that ends them; it must leave nothing behind."""
+    """Two ranks, or the number in the parameter, for a test that ends them and must leave nothing behind."""
     with leaves_nothing():
         group = make(getattr(request, "param", 2))
         ranks = processes(group)
@@ -116,16 +116,16 @@ def test_the_handle_does_not_leave_its_process(pair, serialize):
 
 
 def test_ranks_of_which_only_one_refuses_end(doomed):
-    with pytest.raises(RankLost, match="some talking ranks refused to load, others did not: no such file"):
+    with pytest.raises(RankLost, match="some talking ranks rejected a call to load, others did not: no such file"):
         doomed.call_all("load", "raise_on", (0,), CheckpointError("no such file"))
-    with pytest.raises(RankLost, match=r"has ended \(some talking ranks refused.*restore another"):
+    with pytest.raises(RankLost, match=r"has ended \(some talking ranks rejected.*restore another"):
         doomed.call_all("agree", "agree_on", 1)
 
 
 def test_a_rank_that_waits_for_one_that_refused_is_not_waited_for_without_end(doomed, monkeypatch):
     monkeypatch.setattr(rank_group, "AGREEMENT_TIMEOUT_S", 2.0)
     begin = time.monotonic()
-    with pytest.raises(RankLost, match="some talking ranks refused to load"):
+    with pytest.raises(RankLost, match="some talking ranks rejected a call to load"):
         doomed.call_all("load", "raise_on", (1,), ValueError("mine is damaged"), True)
     assert time.monotonic() - begin < 30
 
@@ -154,7 +154,7 @@ def test_a_rank_that_is_killed_in_a_collective_ends_all_at_once(doomed, killed):
     ranks = processes(doomed)
     threading.Timer(2.0, lambda: os.kill(ranks[killed].pid, signal.SIGKILL)).start()
     begin = time.monotonic()
-    with pytest.raises(RankLost, match=r"talking rank [01] (was lost while it was|failed) to meet once more"):
+    with pytest.raises(RankLost, match=r"talking rank [01] (was lost during a call|failed) to meet once more"):
         doomed.call_all("meet once more", "wait_for_peers_without_end", killed)
     assert 1.5 < time.monotonic() - begin < 30
     begin = time.monotonic()
@@ -184,8 +184,8 @@ def test_without_room_nothing_is_left_behind(ray_address):
 @pytest.mark.parametrize(
     ("actor_class", "message"),
     [
-        (SecondCannotStart, "rank 1 was lost while it was to meet.*no such device"),
-        (SecondCannotMeet, "rank 1 failed to meet: OSError: no route to host"),
+        (SecondCannotStart, "rank 1 was lost during a call to join.*no such device"),
+        (SecondCannotMeet, "rank 1 failed to join: OSError: no route to host"),
     ],
 )
 def test_a_group_of_which_one_rank_cannot_start_leaves_nothing_behind(ray_address, actor_class, message):
@@ -195,7 +195,7 @@ def test_a_group_of_which_one_rank_cannot_start_leaves_nothing_behind(ray_addres
 
 @ray.remote(num_cpus=CPUS)
 class Owner:
-    """Has a placement group with bundles for ranks behind its own, as a replica that Ray Serve placed."""
+    """An actor whose placement group has bundles for ranks, as a replica of Ray Serve has."""
 
     def call(self) -> list[list[int]]:
         group = make(in_own_bundles=True)

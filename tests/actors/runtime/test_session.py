@@ -1,4 +1,4 @@
-"""Which Ray a job joins: the one that was meant, and never one that has gone."""
+"""A job joins the Ray that was meant, and never one that has ended."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
-"""A run's history is a local directory to those who write it, wherever the run is stored."""
+"""The directory of a run: its history is a local directory to its writers, wherever the run is stored."""
 
-import pyarrow.fs as pafs
 import pytest
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from actors.runtime.storage import (
     HistoryDirectory,
@@ -18,6 +15,7 @@ from actors.runtime.storage import (
 )
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.training.metrics_log import MetricsLog
+from tests.actors.groups import remote_file_system
 
 
 def test_local_history_is_written_in_place(tmp_path):
@@ -30,8 +28,7 @@ def test_local_history_is_written_in_place(tmp_path):
 
 
 def test_remote_history_is_copied_up_and_continued(tmp_path):
-    # A file system that is not local as far as anyone can tell, kept in a folder.
-    remote = pafs.PyFileSystem(pafs.FSSpecHandler(DirFileSystem(str(tmp_path), LocalFileSystem())))
+    remote = remote_file_system(tmp_path)
     assert not run_exists(remote, "bucket/run")
     for step in (1, 2):
         history = HistoryDirectory(remote, "bucket/run")
@@ -43,6 +40,16 @@ def test_remote_history_is_copied_up_and_continued(tmp_path):
     stored = tmp_path / "bucket" / "run" / "history" / "metrics.jsonl"
     assert len(stored.read_text().splitlines()) == 2
     assert run_exists(remote, "bucket/run")
+
+
+def test_a_local_history_is_kept_and_copied(tmp_path):
+    local = tmp_path / "local"
+    history = HistoryDirectory(remote_file_system(tmp_path), "bucket/run", local)
+    log = MetricsLog(history.local, 0)
+    log.write("train", 1, {"loss": 0.5})
+    log.close()
+    history.close()
+    assert (local / "metrics.jsonl").read_text() == (tmp_path / "bucket/run/history/metrics.jsonl").read_text()
 
 
 def test_a_leftover_goes_and_its_neighbours_stay(tmp_path):
@@ -63,18 +70,18 @@ def test_checkpoints_are_listed_from_the_newest_on_and_one_made_again_comes_befo
     assert checkpoint_name(30) == "step-000030"
 
 
-def test_a_list_that_cannot_be_read_goes_and_another_stays(tmp_path, capsys):
+def test_a_list_that_cannot_be_read_is_removed_and_another_stays(tmp_path, caplog):
     run, path = resolve_run(str(tmp_path), "run"), tmp_path / "run" / "checkpoint_manager_snapshot.json"
     remove_broken_list(*run)
     path.parent.mkdir()
     path.write_text("{}")
     remove_broken_list(*run)
     assert path.exists()
-    assert not capsys.readouterr().out
+    assert not caplog.text
     path.write_text("")
     remove_broken_list(*run)
     assert not path.exists()
-    assert f"{path} could not be read" in capsys.readouterr().out
+    assert f"removed unreadable Ray Train snapshot {path}" in caplog.text
 
 
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(tmp_path):

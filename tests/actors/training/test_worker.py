@@ -1,17 +1,23 @@
-"""What a resumed run may change."""
+"""The options that a resumed run may change, and the downloads of a remote checkpoint."""
+
+import os
+import time
+from pathlib import Path
 
 import pytest
 
-from actors.training.worker import changed_options, is_due, total_steps
-from rlhf_critic.config.train import TrainConfig, TrainJobConfig
-from rlhf_critic.errors import ConfigError
+from actors.training.worker import FREE_OPTIONS, stored_checkpoints
+from rlhf_critic.config.base import changed_options
+from rlhf_critic.config.train import TrainJobConfig
+from tests.actors.groups import remote_file_system
 
 OPTIONS = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"learning_rate": 1e-3}}
 
 
 def changed(**sections: dict) -> list[str]:
     now = {name: {**OPTIONS.get(name, {}), **sections.get(name, {})} for name in {*OPTIONS, *sections}}
-    return changed_options(TrainJobConfig.model_validate(OPTIONS), TrainJobConfig.model_validate(now))
+    before, after = (TrainJobConfig.model_validate(options) for options in (OPTIONS, now))
+    return changed_options(before, after, FREE_OPTIONS)
 
 
 def test_options_that_decide_the_weights_are_named():
@@ -28,10 +34,24 @@ def test_paths_speed_and_how_often_something_is_kept_may_change():
     assert changed(train={"token_budget": 1, "validate_every": 3, "checkpoint_every": 4}) == []
 
 
-def test_steps_and_what_is_due():
-    assert total_steps(10, TrainConfig(global_batch_size=4, epochs=2)) == 5
-    assert total_steps(10, TrainConfig(global_batch_size=4, epochs=2, max_steps=3)) == 3
-    with pytest.raises(ConfigError, match="shows none"):
-        total_steps(10, TrainConfig(epochs=0.01))
-    assert [step for step in range(1, 7) if is_due(step, 3)] == [3, 6]
-    assert not any(is_due(step, 0) for step in range(1, 7))
+def open_newest(storage: str) -> tuple[str, str, str]:
+    """Opens a run's newest checkpoint on a rank, and returns its name, the directory and the content of its file."""
+    name, checkpoint = stored_checkpoints(remote_file_system(Path(storage)), "run")[0]
+    with checkpoint.as_directory() as directory:
+        content = (Path(directory) / "model.safetensors").read_text()
+        time.sleep(2)  # the ranks hold it at the same time, as ranks that load do
+        return name, directory, content
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_of_a_node_share_one_download_of_a_remote_checkpoint(ranks, tmp_path, world_size):
+    for step in (3, 6):
+        checkpoint = tmp_path / "run" / f"step-00000{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").write_text(f"weights after {step}")
+    opened = ranks(world_size).run(open_newest, str(tmp_path))
+    assert len(set(opened)) == 1, "each rank has a copy of its own"
+    name, directory, content = opened[0]
+    assert (name, content) == ("step-000006", "weights after 6")
+    assert not directory.startswith(str(tmp_path))
+    assert not os.path.exists(directory)

@@ -1,6 +1,6 @@
-"""A cluster without workers, whose autoscaler adds nodes for what is asked of it and takes them away when they idle.
+"""A cluster without workers, whose autoscaler adds nodes on demand and removes idle ones.
 
-Training that waits for them, and a pool of scorers that has them come and go.
+Runs training that waits for nodes, and a pool of scorers that scales up and down.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAUSE_OF_THE_LAST_S = 0.2
 def observe(directory: Path) -> dict[str, Any]:
     model = save_tiny_model(directory / "model", tie_word_embeddings=False)
     critic = save_tiny_critic(model, directory / "critic")
-    draining = {"RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "5"}  # instead of half a minute on a node that is not needed
+    draining = {"RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "5"}  # instead of 30 s on an idle node
     start_head(directory, {"worker": MOST_NODES}, draining)
     ray.init(address=ADDRESS, log_to_driver=False)
     with Nodes() as nodes:
@@ -37,14 +37,14 @@ def observe(directory: Path) -> dict[str, Any]:
 
 
 def run_job(*arguments: str) -> dict[str, Any]:
-    """``python -m ARGUMENTS`` in the cluster."""
+    """Runs ``python -m ARGUMENTS`` in the cluster."""
     done = run_command(["-m", *arguments], Path.cwd(), {"RAY_ADDRESS": ADDRESS}, timeout=JOB_TIMEOUT_S)
     print(done.stdout, done.stderr, f"{arguments[0]} ended with {done.returncode}", sep="\n", flush=True)
     return {"code": done.returncode, "output": done.stdout + done.stderr}
 
 
 def observe_training(nodes: Nodes, directory: Path, model: str) -> dict[str, Any]:
-    """A run on two nodes, of which none is there when it starts."""
+    """Trains on two nodes, none of which exists at the start."""
     before, change = nodes.now, len(nodes.changes) - 1
     data = write_preferences(directory / "train.jsonl", 24)
     options = {
@@ -66,7 +66,7 @@ def observe_training(nodes: Nodes, directory: Path, model: str) -> dict[str, Any
 
 
 def observe_scoring(nodes: Nodes, critic: str) -> dict[str, Any]:
-    """A pool that may vanish: load, then one caller, then none, then one again."""
+    """Serves a pool that can scale to zero: load, then one caller, then none, then one again."""
     counts = {"before": nodes.now}
     scaling = {
         "min-replicas": "0",
@@ -108,5 +108,5 @@ def observe_scoring(nodes: Nodes, critic: str) -> dict[str, Any]:
 
 
 def replicas() -> int:
-    """Scorers that run."""
+    """Counts the running scorers."""
     return len(control._state(DEFAULT_APP)[2])

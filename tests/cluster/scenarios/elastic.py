@@ -1,4 +1,4 @@
-"""A run on nodes that an autoscaler brings; the cloud takes one back, has none for a while, then has one again."""
+"""A run on autoscaled nodes: the cloud removes one, has none for a while, then provides one again."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.cluster.autoscaled import ADDRESS, Nodes, start_head, write_config
 from tests.helpers import save_tiny_model, wait_until, write_preferences
 
 TIMEOUT_S = 240
-STEPS = 200  # so many, and so slow, that the run lasts until a node has gone and come
+STEPS = 200  # enough slow steps that a node is removed and added during the run
 ALL_NODES = {"on-demand": 1, "spot": 1}
 NO_SPOT_NODES = {"on-demand": 1, "spot": 0}
-UNHEARD_OF_S = "5"  # when the autoscaler gives a node up that is not heard of; it would be 30
+UNHEARD_OF_S = "5"  # time after which the autoscaler gives up a silent node; the default is 30
 
 
 def observe(directory: Path) -> dict[str, Any]:
-    """Also the history of a run that nothing disturbs."""
+    """Observes the elastic run, and the history of an undisturbed run."""
     jobs.train.ELASTIC_START_TIMEOUT_S = jobs.train.GROW_EVERY_S = 10.0
     options = {
         "model": {"path": save_tiny_model(directory / "model", tie_word_embeddings=False)},
@@ -49,18 +49,18 @@ def observe(directory: Path) -> dict[str, Any]:
         seen = disturb(TrainJobConfig.model_validate(options), directory, nodes)
 
     options["run"] |= {"name": "undisturbed", "num_workers": 1, "min_workers": None}
-    options["train"]["token_budget"] = 4000  # the same losses, sooner
+    options["train"]["token_budget"] = 4000  # the same losses, faster
     jobs.train.train(TrainJobConfig.model_validate(options))
     return {**seen, "nodes": nodes.changes, "undisturbed": history(directory / "runs" / "undisturbed")}
 
 
 def disturb(config: TrainJobConfig, directory: Path, nodes: Nodes) -> dict[str, Any]:
-    """Runs a job, and lets a node go and come."""
+    """Runs a job while a node is removed and added."""
     run = directory / "runs" / config.run.name
     began, seen = time.monotonic(), []
 
     def newest() -> tuple[int, int]:
-        """Step and world size of the newest checkpoint."""
+        """Returns step and world size of the newest checkpoint."""
         states = [path for path in run.glob(f"step-*/{RESUME_FOLDER}/{ENGINE_STATE_NAME}") if path.stat().st_size]
         state = json.loads(max(states).read_text()) if states else {"step": 0, "world_size": 0}
         return state["step"], state["world_size"]
@@ -75,7 +75,7 @@ def disturb(config: TrainJobConfig, directory: Path, nodes: Nodes) -> dict[str, 
         job = pool.submit(jobs.train.train, config)
 
         def wait_for(workers: int) -> None:
-            """Waits for another checkpoint than there is, saved by so many workers."""
+            """Waits for a new checkpoint that was saved by a number of workers."""
             step, _ = newest()
             wait_until(
                 lambda: job.done() or (newest()[0] > step and newest()[1] == workers),
@@ -85,7 +85,7 @@ def disturb(config: TrainJobConfig, directory: Path, nodes: Nodes) -> dict[str, 
             saw("checkpoint")
 
         wait_for(2)
-        wait_for(2)  # the first may not be known to Ray Train yet, the one before the newest is
+        wait_for(2)  # Ray Train may not know the first yet, but it knows the one before the newest
         kill_node("spot")
         write_config(directory, NO_SPOT_NODES)
         saw("node killed")
@@ -99,7 +99,7 @@ def disturb(config: TrainJobConfig, directory: Path, nodes: Nodes) -> dict[str, 
 
 
 def kill_node(node_type: str) -> None:
-    """Kills the raylet of the only node of a type; its workers end with it."""
+    """Kills the raylet of the only node of a type, which ends its workers."""
     (node_id,) = (node["NodeID"] for node in ray.nodes() if node["Alive"] and node_type in node["Resources"])
     raylets = [process for process in psutil.process_iter(["name", "cmdline"]) if process.info["name"] == "raylet"]
     (raylet,) = (process for process in raylets if any(node_id in word for word in process.info["cmdline"]))

@@ -1,4 +1,4 @@
-"""A head that does no work and two nodes, and jobs that are submitted and stopped as users type it."""
+"""A head without work and two nodes, with jobs that are submitted and stopped by the commands of users."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DASHBOARD = "http://127.0.0.1:8265"
 NODES, CPUS = 2, 2
 OBJECT_STORE_BYTES = 100 * 1024**2
 SMALL_CPUS = 0.3
-LARGE_CPUS = 1.1  # two have no room on one node, one always has room beside all that is small
-TIMEOUT_S = 500.0  # generous: the machine may have other things to do
+LARGE_CPUS = 1.1  # two do not fit one node; one always fits together with all small actors
+TIMEOUT_S = 500.0  # generous, because the machine may be busy
 GONE_TIMEOUT_S = 120.0
 CONVERSATIONS = 12
 ITERATIONS = 2
-# Not of a job: agents of Ray, workers that wait for work, what Ray Serve, Train and Data keep for the next one.
+# Not part of a job: agents of Ray, idle workers, and actors that Ray Serve, Train and Data keep for the next job.
 OF_RAY = (
     *("ray::IDLE", "ray::Dash", "ray::Runtime", "ray::ServeController", "ray::Proxy"),
     *("ray::_AutoscalingCoordinator", "ray::_StatsActor", "ray::ActorLocationTracker"),
@@ -68,19 +68,19 @@ def observe(directory: Path) -> dict[str, Any]:
 
 
 def start_cluster() -> None:
-    # A job that is stopped is killed at once: it is not to need the seconds that it would have to tidy up.
+    # A stopped job is killed at once, because it must not depend on time for cleaning up.
     os.environ["RAY_JOB_STOP_WAIT_TIME_S"] = "0"
     node = {"object_store_memory": OBJECT_STORE_BYTES, "wait": False}
     head = {"num_cpus": 0, "include_dashboard": True, "node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args={**head, **node})
-    for number in range(NODES):  # each with an address of its own, by which Ray Train tells nodes apart
+    for number in range(NODES):  # each with a separate address, by which Ray Train distinguishes nodes
         cluster.add_node(num_cpus=CPUS, node_ip_address=f"127.0.0.{2 + number}", **node)
     cluster.wait_for_nodes(TIMEOUT_S)
     ray.init(address=cluster.address, log_to_driver=False)
 
 
 def submit(*arguments: str) -> dict[str, Any]:
-    """What a user sees of a job."""
+    """Submits a job; returns what the user sees."""
     started = time.monotonic()
     done = submit_job(DASHBOARD, list(arguments), timeout=TIMEOUT_S)
     seconds = round(time.monotonic() - started, 1)
@@ -89,7 +89,7 @@ def submit(*arguments: str) -> dict[str, Any]:
 
 
 def submit_and_stop(arguments: list[str], works: Callable[[], bool]) -> dict[str, Any]:
-    """Stops a job once it works; what the user sees of that, and what is left of the job."""
+    """Submits a job and stops it while it works; returns what the user sees, and what is left of the job."""
     name = f"stopped-{arguments[0]}"
     submitted = submit_job(DASHBOARD, arguments, "--no-wait", "--submission-id", name, timeout=TIMEOUT_S)
 
@@ -108,7 +108,7 @@ def submit_and_stop(arguments: list[str], works: Callable[[], bool]) -> dict[str
 
 
 def left_over(wait: bool = True) -> list[str]:
-    """Actors, placement groups and processes of jobs that are there, or that do not go."""
+    """Lists actors, placement groups and processes of jobs that remain."""
 
     def there() -> list[str]:
         found = [f"actor {actor['ActorClassName']}" for actor in actors() if not is_of_ray(actor["ActorClassName"])]
@@ -132,7 +132,7 @@ def actors() -> list[dict[str, Any]]:
 
 
 def is_on_head(actor: dict[str, Any]) -> bool:
-    """Whether it is where this process is."""
+    """Returns whether an actor is on the node of this process, which is the head."""
     here: str = ray.get_runtime_context().get_node_id()
     return bool(actor["Address"]["NodeID"] == here)
 
@@ -143,7 +143,7 @@ def is_of_ray(actor_class: str) -> bool:
 
 @contextmanager
 def placements() -> Iterator[dict[str, int]]:
-    """On how many nodes the placement groups are that come meanwhile, by number of bundles."""
+    """Records the number of nodes of each new placement group, by number of bundles."""
     spread: dict[str, int] = {}
     ended = threading.Event()
 
@@ -164,7 +164,7 @@ def placements() -> Iterator[dict[str, int]]:
 
 
 def train_config(directory: Path, model: str) -> str:
-    """Two workers, each as large as a node."""
+    """Trains with two workers, each as large as a node."""
     data = {"train": write_preferences(directory / "train.jsonl", 24), "cache_dir": str(directory / "cache")}
     return write_config(
         directory / "train.yaml",
@@ -179,7 +179,7 @@ def train_config(directory: Path, model: str) -> str:
 
 
 def ppo_config(directory: Path, model: str) -> str:
-    """A critic of two shards, each on a node of its own."""
+    """Serves a critic of two shards, each on a separate node."""
     prompts = directory / "prompts.jsonl"
     rows = [one.prompt for one in make_conversations(CONVERSATIONS)]
     prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
@@ -208,7 +208,7 @@ def write_config(path: Path, options: dict[str, Any]) -> str:
 
 
 def submit_scoring(directory: Path, checkpoint: str) -> dict[str, Any]:
-    """Scores conversations on two workers, and compares with the engine."""
+    """Scores conversations on two workers and compares with the engine."""
     items = make_conversations(CONVERSATIONS)
     data, out = directory / "responses.jsonl", directory / "scored"
     rows = [{"row": row, "prompt": item.prompt, "response": item.response} for row, item in enumerate(items)]

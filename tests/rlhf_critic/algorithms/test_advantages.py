@@ -1,4 +1,4 @@
-"""What is learned from equals a slow computation from the definitions; minibatches hold every rollout once.
+"""PPO targets equal a slow computation from the definitions; minibatches contain every rollout once.
 
 Knows the definitions; knows nothing of models.
 """
@@ -24,7 +24,7 @@ def floats(*numbers: float) -> np.ndarray:
 
 
 def two_rollouts() -> RolloutBatch:
-    """A response of two tokens that came to its end, and one of one token that was cut."""
+    """Makes a terminated response of two tokens and a truncated response of one token."""
     return RolloutBatch(
         sequences=[[5, 6, 7, 2], [5, 9]],
         prompt_lengths=[2, 1],
@@ -37,7 +37,7 @@ def two_rollouts() -> RolloutBatch:
 
 
 def random_rollouts(seed: int, empty: bool = False) -> RolloutBatch:
-    """Rollouts of every length, of which some were cut and, if asked for, some have no token."""
+    """Makes rollouts of every length. Some are truncated and, on request, some have no token."""
     rng = np.random.default_rng(seed)
     prompt_lengths = rng.integers(1, 4, 9).tolist()
     lengths = rng.integers(1, 6, 9).tolist()
@@ -57,7 +57,7 @@ def random_rollouts(seed: int, empty: bool = False) -> RolloutBatch:
 
 
 def slow_experience(judged: RolloutBatch, algorithm: AlgorithmConfig, reward: RewardConfig, earlier: list[float]):
-    """Advantages, returns and values of the actions by loops over tokens, in Python's own floats."""
+    """Computes advantages, returns and values of the actions by loops over tokens, in Python floats."""
     rewards = [
         float(r) - (reward.missing_eos_penalty if cut else 0.0)
         for r, cut in zip(judged.rewards_S, judged.truncated_S, strict=True)
@@ -82,7 +82,7 @@ def slow_experience(judged: RolloutBatch, algorithm: AlgorithmConfig, reward: Re
         if response and not goes_on:
             of_tokens[-1] += rewards[s]
         row = []
-        for t in range(response):  # from the definition of GAE: a sum over all later temporal differences
+        for t in range(response):  # definition of GAE: a sum over all later temporal differences
             total = 0.0
             for later in range(t, response):
                 is_last = later == response - 1
@@ -208,7 +208,7 @@ def test_a_cut_response_that_is_not_judged_is_refused_too_where_its_reward_is_no
         )
 
 
-PROMPTS_OF_ROLLOUTS = [7, 7, 7, 2, 2, 9, 4, 4, 4, 7]  # one prompt came twice
+PROMPTS_OF_ROLLOUTS = [7, 7, 7, 2, 2, 9, 4, 4, 4, 7]  # one prompt appears twice
 
 
 @pytest.mark.parametrize("minibatches", [1, 2, 3, 4])

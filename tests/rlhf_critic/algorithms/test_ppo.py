@@ -36,7 +36,7 @@ def close(actual, expected, tolerance=1e-6):
 
 
 def random_mask(generator):
-    """Rollouts of many lengths: a full one, one action, none; some with holes, also at either end."""
+    """Makes rollouts of many lengths: full, one action, none; some with holes, also at either end."""
     longest = generator.randint(2, 12)
     lengths = [longest, 1, 0, *(generator.randint(0, longest) for _ in range(9))]
     mask = torch.zeros(len(lengths), longest, dtype=torch.bool)
@@ -48,7 +48,7 @@ def random_mask(generator):
 
 
 def random_like(mask, scale=1.0):
-    """Random numbers with NaN wherever nobody may look."""
+    """Makes random numbers with NaN at every entry that must not be read."""
     return (scale * torch.randn(mask.shape)).masked_fill(~mask, math.nan)
 
 
@@ -67,7 +67,7 @@ def test_values_of_actions_are_those_of_the_token_before_and_the_last_one_is_aft
     # tokens:         a    b  |                       an empty response
     third = np.array([2.1, 2.2], dtype=np.float32)
     actions, last = action_values([first, second, third], [3, 1, 2])
-    # x is drawn after c (0.3), y after x (0.4); after y there is 0.5
+    # x is sampled after c (0.3), y after x (0.4); the value after y is 0.5
     np.testing.assert_array_equal(actions[0], np.array([0.3, 0.4], dtype=np.float32))
     np.testing.assert_array_equal(actions[1], np.array([1.1, 1.2, 1.3], dtype=np.float32))
     assert actions[2].shape == (0,)
@@ -219,7 +219,7 @@ def test_rewards_are_clipped_on_both_sides():
 
 
 def slow_gae(rewards, values, mask, last_values, truncated, gamma, gae_lambda):
-    """A_t = sum_l (gamma gae_lambda)^l delta_{t+l} over the actions alone, in order."""
+    """Computes A_t = sum_l (gamma gae_lambda)^l delta_{t+l} over the actions alone, in order."""
     advantages = torch.zeros(mask.shape, dtype=torch.float64)
     returns = torch.zeros(mask.shape, dtype=torch.float64)
     for s in range(mask.shape[0]):
@@ -266,13 +266,13 @@ def test_with_lambda_1_the_returns_are_the_discounted_rewards_and_the_bootstrap(
 
 
 def test_gae_of_an_example_worked_by_hand():
-    # gamma 0.5, lambda 0.5, so an advantage takes over a quarter of the next one.
+    # gamma 0.5 and lambda 0.5, so an advantage includes a quarter of the next one.
     # Terminated:  delta_1 = 2 + 0.5 * 0 - 1   = 1           A_1 = 1
     #              delta_0 = 0 + 0.5 * 1 - 0.5 = 0           A_0 = 0 + 0.25 * 1     = 0.25
     # Truncated:   delta_1 = 2 + 0.5 * 4 - 1   = 3           A_1 = 3
     #              delta_0 = 0 + 0.5 * 1 - 0.5 = 0           A_0 = 0 + 0.25 * 3     = 0.75
     # One token:   delta_0 = 1 + 0.5 * 0 - 3   = -2          A_0 = -2
-    # A hole:      as the terminated one, with a token of no concern between the two actions
+    # A hole:      as the terminated one, with an ignored token between the two actions
     mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 1]]).bool()
     rewards = torch.tensor([[0.0, 2.0, 9.0], [0.0, 2.0, 9.0], [1.0, 9.0, 9.0], [0.0, 9.0, 2.0]])
     values = torch.tensor([[0.5, 1.0, 9.0], [0.5, 1.0, 9.0], [3.0, 9.0, 9.0], [0.5, 9.0, 1.0]])
@@ -283,7 +283,7 @@ def test_gae_of_an_example_worked_by_hand():
 
 
 def test_a_critic_that_is_right_leaves_no_advantage():
-    # The reward 1 comes surely after four tokens: with gamma 0.9 the values before them are known.
+    # The reward 1 always follows four tokens, so with gamma 0.9 the values before them are known.
     sequence = np.array([0.0, 0.9**3, 0.9**2, 0.9, 1.0, 0.0], dtype=np.float32)
     actions, last_values = action_values([sequence], [2])
     values, mask = pad_rows(actions)
@@ -335,7 +335,7 @@ def test_whiten_of_one_number_of_none_and_of_equal_ones_is_finite():
     one[1, 2] = True
     for mask in (none, one, ~none):
         close(whiten(x, mask), torch.zeros(2, 500))
-    # In fp32 these are the same number; whitening must not blow up what fp32 does not tell apart.
+    # In fp32 these numbers are equal; whitening must not amplify differences below fp32 precision.
     close(whiten(torch.tensor([[0.1, 0.1 + 1e-10]], dtype=torch.float64), torch.ones(1, 2).bool()), torch.zeros(1, 2))
     assert whiten(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool)).shape == (2, 0)
 
@@ -371,7 +371,7 @@ def test_explained_variance_equals_its_definition(seed):
 
 def test_explained_variance_is_nan_where_returns_do_not_vary():
     mask = torch.ones(3, 100, dtype=torch.bool)
-    # 0.1 is no sum of powers of two, so a mean in fp32 would not be exact and the variance not 0
+    # 0.1 is not a sum of powers of two, so a mean in fp32 would be inexact and the variance not 0
     assert explained_variance(torch.randn(3, 100), torch.full((3, 100), 0.1), mask).isnan()
     assert explained_variance(torch.randn(3, 100), torch.randn(3, 100), ~mask).isnan()
     assert explained_variance(torch.zeros(2, 0), torch.zeros(2, 0), torch.zeros(2, 0).bool()).isnan()
@@ -419,7 +419,7 @@ def test_running_moments_survive_json_and_cannot_be_changed():
 
 
 def slow_value_loss(value, old_value, target, clip):
-    """One token, of float64 scalars that may carry gradients; with whether the clipped term counts."""
+    """Computes the loss of one token from float64 scalars with gradients, and whether the clipped term counts."""
     square = (value - target) ** 2
     if clip is None:
         return square / 2, False
@@ -469,7 +469,7 @@ def test_clipped_losses_and_their_gradients_equal_a_loop_over_tokens(loss_of, sl
 
 def test_clipped_losses_of_examples_worked_by_hand():
     # The value moved from 0 to 1 and may move by 0.5. Towards the return 3 it is held at 0.5: (0.5 - 3)^2 / 2 = 3.125.
-    # Away from the return -3 the whole way counts: (1 + 3)^2 / 2 = 8.
+    # Away from the return -3 the full distance counts: (1 + 3)^2 / 2 = 8.
     values, old_values, returns = torch.ones(2), torch.zeros(2), torch.tensor([3.0, -3.0])
     loss, clipped = clipped_value_loss(values, old_values, returns, 0.5)
     close(loss, [3.125, 8.0])
@@ -485,7 +485,7 @@ def test_clipped_losses_of_examples_worked_by_hand():
 
 
 def test_the_first_step_on_new_rollouts_is_the_plain_gradient():
-    # Both terms are equal there, and no part of the gradient may get lost between them.
+    # Both terms are equal there, and no part of the gradient may disappear.
     log_probs = torch.tensor([-0.3, -1.7, -2.0], requires_grad=True)
     advantages = torch.tensor([2.0, -1.0, 0.0])
     loss, clipped = clipped_policy_loss(log_probs, log_probs.detach(), advantages, 0.2)
@@ -500,7 +500,7 @@ def test_the_first_step_on_new_rollouts_is_the_plain_gradient():
 
 
 def test_rounding_does_not_count_as_clipping():
-    # Within the range, but old + (new - old) is not new in fp32.
+    # Within the range, although old + (new - old) differs from new in fp32.
     values, old_values = 0.1 + torch.rand(1000), 1000.0 + torch.rand(1000)
     _, clipped = clipped_value_loss(values, old_values, torch.zeros(1000), 2000.0)
     assert not clipped.any()
@@ -526,7 +526,7 @@ def test_clips_that_mean_nothing_are_refused():
             clipped_policy_loss(x, x, x, clip)
 
 
-# --- what holds of all ---
+# --- properties of all functions ---
 
 MASK = torch.tensor([[True, True, False], [True, False, True]])
 ROW, TOKENS = torch.tensor([True, False]), torch.ones(2, 3)
@@ -571,7 +571,7 @@ def test_arguments_stay_as_they_are(name):
     arguments = random_arguments(templates)
     before = [x.clone() for x in arguments]
     for result in results(call, arguments):
-        result.zero_()  # nor is a result one of them
+        result.zero_()  # the result shares no memory with them
     assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=True))
 
 
@@ -582,8 +582,8 @@ def test_arguments_stay_as_they_are(name):
 def test_shapes_that_differ_are_refused_with_both(name, place):
     call, templates = CALLS[name]
     arguments = list(templates)
-    # One row would broadcast, and give numbers that mean nothing.
+    # One row would broadcast and give wrong numbers.
     arguments[place] = arguments[place][:1]
-    # Both shapes stand in the message, or both numbers of rows where a row has one number.
+    # The message contains both shapes, or both numbers of rows if a row has one number.
     with pytest.raises(ValueError, match=r"differ in shape: (\(1,.*\), \(2,.*\)|\(2,.*\), \(1,.*\))"):
         call(*arguments)

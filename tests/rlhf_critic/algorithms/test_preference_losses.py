@@ -46,7 +46,7 @@ def test_shapes_must_agree():
         bradley_terry_loss(torch.zeros(2), torch.zeros(2), torch.zeros(3))
 
 
-# chosen and rejected token ids: parting in the middle, at once, never; one within the other; one token
+# chosen and rejected token ids that diverge in the middle, at once, never; a prefix of the other; one token
 TOKEN_PAIRS = [
     ([1, 2, 3, 4], [1, 2, 5]),
     ([1, 2], [3, 4, 5]),

@@ -1,4 +1,4 @@
-"""Where actions are is worked out by hand here, and rollouts that do not fit together are named by their number."""
+"""Positions of response tokens equal those found by hand, and errors name inconsistent rollouts by number."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
 
-# Two actions, none, one after a prompt of one token, three.
+# Two response tokens, none, one after a prompt of one token, three.
 SEQUENCES = [[5, 6, 7, 8], [9, 10], [11, 12], [13, 14, 15, 16, 17]]
 PROMPT_LENGTHS = [2, 2, 1, 2]
 
@@ -43,7 +43,7 @@ def test_empty_responses_have_no_action():
 
 
 def numbers() -> list[np.ndarray]:
-    """A number for each action of `SEQUENCES`."""
+    """Makes one number per response token of `SEQUENCES`."""
     return [np.array([0.5, 1.0]), np.array([]), np.array([2.0]), np.array([0.0, -1.0, 3.0])]
 
 

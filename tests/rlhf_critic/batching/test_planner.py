@@ -1,4 +1,4 @@
-"""Plans cover everything exactly once, fit the budget, and keep together what shares a prompt."""
+"""Plans cover every unit exactly once, fit the budget, and keep units with a shared prompt together."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from rlhf_critic.batching.prefix_tree import PrefixTree
 from rlhf_critic.batching.sampler import rows_of_step, steps_in
 
 Unit = tuple[list[int], ...]
-# Few ids and a few common beginnings, so that units share prefixes of all lengths.
+# Few ids and a few common prefixes, so that units share prefixes of all lengths.
 BEGINNINGS = st.sampled_from([[], [1, 2, 1, 2, 1, 2], [1, 2, 1, 1, 1, 1, 2, 2, 2, 2], [2] * 30])
 TEXTS = st.builds(
     lambda beginning, rest: beginning + rest, BEGINNINGS, st.lists(st.integers(1, 2), min_size=1, max_size=25)
@@ -29,7 +29,7 @@ def tokens_of(units: list[Unit], micro_batch: MicroBatch, prefix_tree: bool) -> 
     token_budget=st.integers(1, 400),
     prefix_tree=st.sampled_from([True, False]),
 )
-# Neighbours of neighbours share less than neighbours do: the second and the fourth only one token.
+# Neighbours of neighbours share less than neighbours: the second and the fourth share only one token.
 @example(
     units=[([1, 1, 1, 2],), ([1, 1, 1, 1, 1],), ([1, 2, 2],), ([1, 2, 2, 2, 2],)],
     world_size=2,
@@ -58,12 +58,12 @@ def test_ranks_get_about_the_same_number_of_tokens(prefix_tree, lengths, world_s
     units = [[[1000 * number + token for token in range(length)]] for number, length in enumerate(lengths)]
     plan = plan_micro_batches(units, world_size, 600, prefix_tree)
     tokens = [sum(lengths[unit] for mb in micro_batches if mb.weight for unit in mb.units) for micro_batches in plan]
-    # Greedy placement never leaves two ranks further apart than one unit.
+    # With greedy placement two ranks differ by at most one unit.
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
 def rollouts(prompts: int, each: int, prompt: int = 40, response: int = 10) -> list[list[int]]:
-    """Unrelated prompts, all their responses different, in an order that scatters them."""
+    """Makes unrelated prompts with different responses, in scattered order."""
     rng = np.random.default_rng(0)
     beginnings = [rng.integers(0, 10_000, prompt).tolist() for _ in range(prompts)]
     return [beginning + rng.integers(0, 10_000, response).tolist() for _ in range(each) for beginning in beginnings]
@@ -89,7 +89,7 @@ def test_one_prompt_is_shared_out_when_other_ranks_would_have_nothing_to_do():
 
 
 def test_comparisons_of_the_same_answers_cost_each_answer_once():
-    """A ranking of four answers as its six pairs: the prompt and every answer are computed once."""
+    """Plans a ranking of four answers as six pairs: the prompt and every answer are computed once."""
     answers = rollouts(prompts=1, each=4)
     pairs = [(answers[better], answers[worse]) for better in range(4) for worse in range(better + 1, 4)]
     ((micro_batch,),) = plan_micro_batches(pairs, 1, 10_000, prefix_tree=True)

@@ -1,4 +1,4 @@
-"""The tree holds every distinct prefix once, and every sequence is a path through it."""
+"""The tree contains every distinct prefix once, and every sequence is a path through it."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rlhf_critic.batching.prefix_tree import PrefixTree, PrefixTreeBatch
 
-# Few distinct ids, so that prefixes are shared, contained and repeated all the time.
+# Few distinct ids, so that sequences often share, contain and repeat prefixes.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=12)
 UNRELATED, CONTAINED, TWICE, ONE_TOKEN = [[1, 2], [2, 1]], [[1, 2, 3], [1, 2], [1]], [[5, 6]] * 3, [[70000]]
 
@@ -37,7 +37,7 @@ def test_every_distinct_prefix_is_one_token_and_every_sequence_a_path(sequences)
 @example(CONTAINED)
 @example(TWICE)
 def test_subtrees_are_contiguous(sequences):
-    """The one comparison that block masks rest on: t is below u where u <= t < subtree_ends[u]."""
+    """Block masks rest on this comparison: t is below u if u <= t < subtree_ends[u]."""
     tree = PrefixTree.build(sequences)
     for token in range(len(tree)):
         ancestors = set(tree.path_tokens(token).tolist())
@@ -62,7 +62,7 @@ def test_segments_are_the_nodes_of_the_radix_tree(sequences):
             start = segments.starts_G[segment]
             spelled += tree.input_ids_T[start : start + segments.lengths_G[segment]].tolist()
         assert spelled == sequence
-    # Radix: a segment ends only where sequences end or where at least two branches leave.
+    # Radix property: a segment ends only at the end of a sequence or at two or more branches.
     children = np.bincount(segments.parents_G[segments.parents_G >= 0], minlength=len(segments.starts_G))
     assert all(children[segment] != 1 or segment in segments.leaves_S for segment in range(len(children)))
 

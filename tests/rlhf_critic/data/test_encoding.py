@@ -1,4 +1,4 @@
-"""One text, one sequence of ids: whatever its neighbours, the directory it was loaded from, or the caller."""
+"""A text always gives the same ids, whatever its neighbours, the source of the tokenizer, or the caller."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_a_template_that_asks_for_the_date_gets_the_same_one_for_ever(tokenizer_
 
 @pytest.mark.parametrize("space", [" ", "\n", "  "])
 def test_an_ending_that_begins_with_space_goes_whole(tokenizer_dir, space):
-    """Such as that of Llama 2; with the shorter of two endings taken first, the space would stay."""
+    """Llama 2 has such a template. Removing the shorter of two endings first would leave the space."""
     template = f"{{{{ messages[-1]['content'] }}}}{{{{ {space!r} + eos_token }}}}"
     encoder = Encoder(load_tokenizer(tokenizer_dir(chat_template=template)), max_length=64)
     assert encoder.ending == f"{space}</s>"

@@ -1,4 +1,4 @@
-"""Each way of writing a preference means the same preference."""
+"""Every supported shape of a row gives the same preference."""
 
 import pytest
 
@@ -99,7 +99,7 @@ def test_rankings_scores_subsets_and_other_names():
     assert (ranking.subset, ranking.shape) == ("maths", "standard, explicit prompt, ranked")
     scored = parsed({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 8, "rejected_score": 5.5})
     assert scored.margin == 2.5
-    assert parsed({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "0.5"}).margin == 0.5  # a csv has only text
+    assert parsed({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "0.5"}).margin == 0.5  # as in CSV
     renamed = parsed({"instruction": "p", "output_1": "a", "rejected": "b"}, prompt="instruction", chosen="output_1")
     assert renamed.conversations() == [("p", "a"), ("p", "b")]
     assert parsed({"prompt": "p", "chosen": "a", "rejected": "b", "margin": None, "ranked": None}).subset == ""

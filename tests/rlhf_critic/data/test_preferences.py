@@ -1,4 +1,4 @@
-"""Preference files become token ids whole, once, or not at all; bad input is named by file, line and field."""
+"""Preference files are encoded atomically and once; errors name file, line and field of bad input."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_rows_that_teach_nothing_are_counted_and_left_out(encoder, tmp_path):
     (report,) = kept.reports.values()
     assert (report.rows, report.preferences, report.identical, report.skipped_overlong) == (6, 4, 1, 1)
     assert (report.duplicates, report.contradictions, report.truncated) == (1, 1, 0)
-    cut = load_preferences(str(tmp_path / "all.jsonl"), encoder, str(tmp_path / "cache"))  # not what is cached of it
+    cut = load_preferences(str(tmp_path / "all.jsonl"), encoder, str(tmp_path / "cache"))
     assert len(cut) == 5
     with pytest.raises(DataError, match=r"no row is left of 2: 1 are longer than encoding.max_length 64 and 1"):
         load_preferences(write(tmp_path / "no.jsonl", [long, rows[1]]), encoder, str(tmp_path), overlong="skip")

@@ -1,4 +1,4 @@
-"""Prompts of every shape become what the critic reads before a response; what cannot is refused by file and line."""
+"""Prompts of every shape become the text before a response; bad prompts are rejected by file and line."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The same rows come out of every kind of source; what cannot be read is named."""
+"""Every kind of source gives the same rows; errors name an unreadable source."""
 
 import gzip
 import json
@@ -76,7 +76,7 @@ def test_the_fingerprint_is_of_the_contents(tmp_path):
 def test_the_fingerprint_of_a_saved_dataset_is_of_its_contents_however_they_were_made(
     in_memory_bytes, tmp_path, monkeypatch
 ):
-    """What datasets itself calls a fingerprint knows a function by its name, and not by what it did."""
+    """The fingerprint of datasets covers a function by name only, not by its result."""
     monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", in_memory_bytes)
     rows = [{"text": "a"}, {"text": "b"}]
     for name, text in (("first", "a"), ("second", "a"), ("third", "c")):

@@ -158,7 +158,7 @@ def test_verl_calls(serving, critics, monkeypatch):
 
 @pytest.mark.parametrize("extra_info", [None, {}, {"index": 1}, {"prompt": None}])
 def test_verl_rows_without_a_prompt(extra_info):
-    with pytest.raises(DataError, match=r"hh: field 'extra_info\.prompt' is missing.* put each row's prompt there"):
+    with pytest.raises(DataError, match=r"hh: field 'extra_info\.prompt' is missing.* store each row's prompt there"):
         verl.compute_score("hh", "a", None, extra_info)
 
 

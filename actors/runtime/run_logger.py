@@ -1,0 +1,93 @@
+"""Record of a run: ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases, with a copy in remote storage.
+
+One process of a run holds it, and other processes wait for that one in every step. So a failed write is reported when
+the history is saved, where all processes can fail together. Knows nothing about what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from actors.runtime.storage import HistoryDirectory
+from rlhf_critic.errors import CheckpointError
+from rlhf_critic.training.metrics_log import MetricsLog
+
+
+class RunLogger:
+    """History of a run; a context manager that closes it.
+
+    Args:
+        directory: Directory of the history.
+        resume_step: Step that the run resumes from; see `rlhf_critic.training.metrics_log.MetricsLog`.
+        name: Name of the run. W&B shows it, and continues its run of this name.
+        wandb_project: W&B project that receives the history too; None for none.
+        options: Options of the run, for W&B.
+    """
+
+    def __init__(
+        self,
+        directory: HistoryDirectory,
+        resume_step: int,
+        name: str,
+        wandb_project: str | None,
+        options: dict[str, Any],
+    ) -> None:
+        self._wandb = _start_wandb(wandb_project, name, options) if wandb_project else None
+        self._directory = directory
+        self._log = MetricsLog(directory.local, resume_step)
+        self._failure: OSError | None = None
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        try:
+            self._log.close()
+            self._directory.close()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            if self._wandb:
+                self._wandb.finish()
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Records numbers measured at a step. A write that fails is reported by the next `save`.
+
+        Args:
+            kind: ``train`` or ``validation``.
+            step: Optimizer steps or iterations done.
+            values: Numbers by name.
+        """
+        try:
+            self._log.write(kind, step, values)
+            self._directory.copy_up()
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._wandb:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def save(self) -> None:
+        """Writes everything to storage.
+
+        Raises:
+            CheckpointError: Something could not be written, now or before.
+        """
+        try:
+            self._log.flush()
+            self._directory.copy_up(now=True)
+        except OSError as error:
+            self._failure = self._failure or error
+        if self._failure:
+            raise CheckpointError(
+                f"the history of the run could not be written: {self._failure}; earlier checkpoints are complete. "
+                "Free some space, then continue with --resume"
+            ) from self._failure
+
+
+def _start_wandb(project: str, name: str, options: dict[str, Any]) -> Any:
+    """Starts a W&B run, or continues the one of this name. W&B reads its key from the environment."""
+    import wandb
+
+    return wandb.init(project=project, name=name, id=name, resume="allow", config=options)

@@ -1,0 +1,85 @@
+"""Data of a training run: the encoder, the preferences to train on and those to validate on, and the number of steps.
+
+Knows nothing about models, ranks or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_critic.batching.sampler import steps_in
+from rlhf_critic.config.train import TrainConfig, TrainJobConfig
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.preference_dataset import (
+    EncodedPreferences,
+    concatenate,
+    count_leaked,
+    split_by_prompt,
+    weigh_sources,
+)
+from rlhf_critic.data.preferences import load_preferences
+from rlhf_critic.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Encoded data of a run.
+
+    Attributes:
+        encoder: Encoder of the texts.
+        train: Preferences to train on.
+        validation: Preferences to validate on, if any.
+    """
+
+    encoder: Encoder
+    train: EncodedPreferences
+    validation: EncodedPreferences | None
+
+    def __str__(self) -> str:
+        """Describes the rows that were read, and warns about validation prompts that are also trained on."""
+        if self.validation is None:
+            return str(self.train)
+        leaked = count_leaked(self.train, self.validation)
+        if self.validation.reports == self.train.reports and not leaked:
+            return f"{self.train}\nheld out for validation: {len(self.validation)}, training on {len(self.train)}"
+        warning = f"\nwarning: {leaked} of {len(self.validation)} validation prompts are trained on" if leaked else ""
+        return f"{self.train}\n{self.validation}{warning}"
+
+
+def load_data(config: TrainJobConfig) -> TrainingData:
+    """Reads the data of a run, or maps it from the cache.
+
+    Raises:
+        CriticError: See `rlhf_critic.data.encoding.load_tokenizer` and `rlhf_critic.data.preferences.load_preferences`.
+    """
+    options = config.data
+    tokenizer = load_tokenizer(config.model.path, config.encoding.chat_template)
+    encoder = Encoder(tokenizer, config.encoding.max_length)
+
+    def load(sources: Sequence[str]) -> EncodedPreferences:
+        return concatenate(
+            [
+                load_preferences(source, encoder, options.cache_dir, fields=options.fields, overlong=options.overlong)
+                for source in sources
+            ]
+        )
+
+    train, validation = load(options.train), load(options.validation) if options.validation else None
+    if options.validation_fraction:
+        train, validation = split_by_prompt(train, options.validation_fraction, options.seed)
+    if options.train_weights is not None:
+        train = weigh_sources(train, options.train_weights, options.seed)
+    return TrainingData(encoder, train, validation)
+
+
+def total_steps(num_preferences: int, options: TrainConfig) -> int:
+    """Returns the number of optimizer steps of a whole run.
+
+    Raises:
+        ConfigError: The run would have no step.
+    """
+    steps = steps_in(num_preferences, options.global_batch_size, options.epochs)
+    if steps == 0:
+        raise ConfigError(f"train.epochs is {options.epochs}: with {num_preferences} preferences that is no step")
+    return min(steps, options.max_steps or steps)
