@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.model.factory import load_config
+from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.training.memory_planner import Gpu
 
 

@@ -27,11 +27,11 @@ from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, weights_hash
-from rlhf_critic.config.serve import ScorerConfig
+from rlhf_critic.config.serve import CallLimits, ScorerConfig
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.model.backbone import forward_micro_batches
-from rlhf_critic.scoring.items import Item, Limits, ScorerInfo, Scores, encode_items, finish_items
+from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, encode_items, finish_items
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
@@ -122,7 +122,7 @@ class _Version:
         self.encoder = backend.encoder
         self.components = RewardComponents(config.components, self._count_tokens, lambda: backend.encoder.ending)
         self.name = version_name(backend.card.version, digest, config)
-        self.limits = Limits(config.max_items, config.max_text_bytes, config.max_tokens)
+        self.limits = CallLimits(**config.model_dump(include=set(CallLimits.model_fields)))
         self._encoding = threading.Lock()  # two threads must not use a tokenizer at once
         if config.normalize:
             backend.card.reward_scale()

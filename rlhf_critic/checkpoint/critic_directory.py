@@ -23,7 +23,8 @@ from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import FileRecord, file_blocks, read_manifests, verify_files, write_text_atomically
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, create_critic_model, load_config
+from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, create_critic_model
+from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.model.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"

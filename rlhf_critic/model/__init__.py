@@ -1,1 +1,1 @@
-"""What computes: critic, policy, attention, factories, weights. Knows no optimizer."""
+"""Models: critic, policy, attention, factories, weights. Knows nothing about optimizers."""

@@ -1,7 +1,7 @@
-"""A transformer that computes batches of sequences: prefix trees, or padded rows where its family cannot take trees.
+"""Backbone: a transformer that computes prefix trees, or padded batches if its family cannot compute trees.
 
-What `rlhf_critic.model.critic.Critic` and `rlhf_critic.model.policy.Policy` have in common. Where a sequence ends is known from its
-length, never from a token id. Knows nothing of what is made of the hidden states, of DeepSpeed, files or text.
+`rlhf_critic.model.critic.Critic` and `rlhf_critic.model.policy.Policy` are built on it. The end of a sequence is known
+from its length, never from a token id. Knows nothing about the use of hidden states, DeepSpeed, files or text.
 
 Shape legend: S sequences, L longest sequence, T tokens that are computed (padding included), D hidden size.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 OutputT = TypeVar("OutputT")
 
 ROPE_OF_THE_BATCH = frozenset({"dynamic", "longrope"})
-# Families that the same tests hold in padded batches, because their attention cannot follow a tree.
+# Families that the same tests check in padded batches, because their attention cannot follow a tree.
 PADDED_FAMILIES = frozenset({"bloom"})
 
 
@@ -35,12 +35,12 @@ class Backbone(nn.Module):
     """A Hugging Face model whose body computes batches of sequences.
 
     Args:
-        model: With a head of any kind, which is not used here.
-        prefix_tree: Compute shared prefixes once, where the family and its attention can.
+        model: The model, with a head of any kind, which is not used here.
+        prefix_tree: Whether to compute shared prefixes once, if the family and its attention support it.
 
     Attributes:
         model: The model.
-        prefix_tree: Whether `batch_of` makes prefix trees.
+        prefix_tree: Whether `batch_of` builds prefix trees.
     """
 
     def __init__(self, model: PreTrainedModel, prefix_tree: bool) -> None:
@@ -51,65 +51,65 @@ class Backbone(nn.Module):
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         if rope.get("rope_type") in ROPE_OF_THE_BATCH:
             logger.warning(
-                "rope type %r takes its frequencies from the longest sequence of a batch, in transformers too: beyond "
-                "the model's original length, scores depend on what shares the batch.",
+                "rope type %r: frequencies depend on the longest sequence of a batch, as in transformers. Beyond the "
+                "model's original length, scores depend on the other sequences of the batch.",
                 rope["rope_type"],
             )
         fuse_norms_and_activations(model)
         self.prefix_tree = prefix_tree and enable_prefix_trees(model)
         if model.config.model_type not in PREFIX_TREE_FAMILIES | PADDED_FAMILIES:
             logger.warning(
-                "%s is not among the families this project is tested with (%s). It runs padded batches. Not tested for "
-                "it: that the same text gets the same score in any batch, in training under every ZeRO stage and after "
-                "saving. Compare some scores of a saved critic with plain transformers before you rely on them.",
+                "untested model family %s (tested: %s): using padded batches. Equal scores of a text in any batch, "
+                "at any ZeRO stage and after saving are not tested. Compare some scores of a saved critic with plain "
+                "transformers before you rely on them.",
                 model.config.model_type,
                 ", ".join(sorted(PREFIX_TREE_FAMILIES | PADDED_FAMILIES)),
             )
         elif prefix_tree and not self.prefix_tree:
             logger.warning(
-                "%s with %s attention runs padded batches: prefix trees are not available for it. Scores are the same, "
-                "shared prefixes are computed again for each sequence.",
+                "no prefix trees for %s with %s attention: using padded batches. Scores are the same, but shared "
+                "prefixes are computed once for each sequence.",
                 model.config.model_type,
                 model.config._attn_implementation,
             )
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills padded batches."""
+        """Token id that fills padded batches."""
         return int(self.model.config.pad_token_id)
 
     def batch_of(
         self, sequences: Sequence[TokenIds], device: torch.device | str = "cpu"
     ) -> PrefixTreeBatch | PaddedBatch:
-        """The batch in which this model computes sequences of token ids.
+        """Builds the batch in which this model computes sequences of token ids.
 
         Raises:
-            ValueError: There is no sequence, or an empty one.
+            ValueError: There is no sequence, or one is empty.
         """
         if self.prefix_tree:
             return PrefixTreeBatch.from_sequences(sequences, device)
         return PaddedBatch.from_sequences(sequences, self.pad_token_id, device)
 
     def hidden(self, batch: PrefixTreeBatch | PaddedBatch, leaves_only: bool = False) -> Tensor:
-        """The last hidden states of all tokens that are computed, ``[T, D]``; ``batch.tokens_SL`` finds a sequence's.
+        """Computes the last hidden states of all computed tokens, ``[T, D]``, which ``batch.tokens_SL`` indexes.
 
         Args:
-            batch: What `batch_of` made.
-            leaves_only: Whether only those at ``batch.leaves_S`` will be read; the others may be undefined then.
+            batch: A batch from `batch_of`.
+            leaves_only: Whether only the states at ``batch.leaves_S`` are read. If so, the others may be undefined.
         """
         if isinstance(batch, PaddedBatch):
             return self._run(batch.input_ids_SL, batch.attention_mask_SL, batch.position_ids_SL).flatten(0, 1)
         plan = AttentionPlan(batch.tree, leaves_only, batch.input_ids_1T.device)
-        # transformers takes a 4-D mask as finished and makes none of its own; our attention does not look at it.
+        # transformers uses a 4-D mask as it is and builds none. This project's attention ignores it.
         no_mask = torch.zeros(1, 1, 1, 1, device=batch.input_ids_1T.device)
         return self._run(batch.input_ids_1T, no_mask, batch.position_ids_1T, prefix_tree=plan)[0]
 
     def gradient_checkpointing_enable(self) -> None:
-        """Computes activations again in the backward pass instead of keeping them: less memory, slower."""
+        """Recomputes activations in the backward pass instead of keeping them: less memory, slower."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
+        """Keeps activations for the backward pass."""
         self.model.gradient_checkpointing_disable()
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **options: object) -> Tensor:
@@ -127,17 +127,18 @@ def forward_micro_batches(
     run: Callable[[PrefixTreeBatch | PaddedBatch, Sequence[int]], OutputT],
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[tuple[int, ...], OutputT, int]]:
-    """Runs planned micro-batches without gradients: the one way sequences are computed, in training and outside it.
+    """Runs planned micro-batches without gradients. All scoring uses it, in training and elsewhere.
 
     Args:
-        backbone: Which decides what a batch is.
-        sequences: Token ids.
-        micro_batches: Whose units index ``sequences``. Those of weight zero are run, for ZeRO's sake, and not yielded.
-        run: Computes the batch of these units, on the model itself or the DeepSpeed engine around it.
-        device: Where batches go.
+        backbone: The model, which determines the kind of batch.
+        sequences: Token ids of the sequences.
+        micro_batches: Micro-batches whose units index ``sequences``. Those of weight zero are computed, because ZeRO
+            needs equal numbers on all ranks, but not yielded.
+        run: Computes a batch and its units, on the model or the DeepSpeed engine around it.
+        device: Device of the batches.
 
     Yields:
-        The units of a micro-batch, what ``run`` made of it, and the tokens computed for it.
+        The units of a micro-batch, the output of ``run``, and the number of computed tokens.
     """
     for micro_batch in micro_batches:
         batch = backbone.batch_of([sequences[unit] for unit in micro_batch.units], device)

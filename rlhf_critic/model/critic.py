@@ -1,9 +1,9 @@
-"""The critic: a transformer with a scalar head. Its output at a token is a value; at the last real token, the reward.
+"""Critic: a transformer with a scalar head. Its output at a token is a value; at the last real token, the reward.
 
 `Critic` wraps the family's own ``*ForSequenceClassification`` model, so its weights keep the names that plain
-transformers reads. Sequences reach it as a `PrefixTreeBatch`, in which every shared prefix is computed once, or, where
-the family cannot take that, as a `PaddedBatch`; the answers are the same. Where a sequence ends is known from its
-length, never from a token id. Knows nothing of DeepSpeed, files, text or losses.
+transformers reads. Its input is a `PrefixTreeBatch`, in which every shared prefix is computed once, or a `PaddedBatch`
+for families without prefix trees. The results are the same. The end of a sequence is known from its length, never from
+a token id. Knows nothing about DeepSpeed, files, text or losses.
 
 Shape legend: S sequences, L longest sequence, T tokens that are computed, D hidden size.
 """
@@ -23,10 +23,10 @@ from rlhf_critic.model.deepspeed_chat import Rows, preference_scores
 
 
 class ScalarHead(nn.Module):
-    """The ``score`` head, computed in fp32 whatever the body's dtype.
+    """The ``score`` head, computed in fp32 for any dtype of the body.
 
-    It takes over the weight of the family's own head instead of making one, so that the name in a checkpoint and the
-    partitioning by ZeRO stay as they are.
+    It uses the weight of the family's own head, so that the name in a checkpoint and the partitioning by ZeRO do not
+    change.
     """
 
     def __init__(self, weight_1D: nn.Parameter) -> None:
@@ -34,7 +34,7 @@ class ScalarHead(nn.Module):
         self.weight = weight_1D
 
     def forward(self, hidden_D: Tensor) -> Tensor:
-        """``[..., D]`` to ``[..., 1]``, fp32."""
+        """Computes values fp32 ``[..., 1]`` from hidden states ``[..., D]``."""
         return F.linear(hidden_D.float(), self.weight.float())
 
 
@@ -43,12 +43,12 @@ class Critic(Backbone):
 
     Args:
         model: The family's ``*ForSequenceClassification`` model with ``num_labels=1`` and a head without bias.
-        num_padding_at_beginning: As in DeepSpeed-Chat, tokens a tokenizer puts before every text (OPT: 1). Kept for
-            code that reads it; ends are found from lengths here, so it changes nothing.
-        prefix_tree: Compute shared prefixes once, where the family and its attention can.
+        num_padding_at_beginning: Number of tokens that a tokenizer puts before every text (OPT: 1), as in
+            DeepSpeed-Chat. Kept for code that reads it. It has no effect, because ends are found from lengths.
+        prefix_tree: Whether to compute shared prefixes once, if the family and its attention support it.
 
     Attributes:
-        prefix_tree: Whether `batch_of` makes prefix trees.
+        prefix_tree: Whether `batch_of` builds prefix trees.
 
     Raises:
         ValueError: The model has no single-output ``score`` head.
@@ -65,7 +65,7 @@ class Critic(Backbone):
 
     @property
     def config(self) -> object:
-        """The model's Hugging Face config."""
+        """Hugging Face config of the model."""
         return self.model.config
 
     @overload
@@ -84,21 +84,21 @@ class Critic(Backbone):
         rewards_only: bool = False,
         use_cache: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The values or the rewards of a batch; or, as in DeepSpeed-Chat, the loss and the rewards of padded pairs.
+        """Computes values or rewards of a batch; or, as in DeepSpeed-Chat, loss and rewards of padded pairs.
 
         Call the module, not this method, so that ZeRO's hooks run.
 
         Args:
             input_ids: A batch; or token ids, int64 ``[2P, L]``: the chosen rows, then the rejected rows.
-            attention_mask: With token ids: 1 at the tokens of each row's sequence, 0 at padding, ``[2P, L]``.
-            rewards_only: With a batch: see `values` and `rewards`.
-            use_cache: DeepSpeed-Chat's callers pass it. Nothing is cached.
+            attention_mask: Mask of token ids: 1 at the tokens of each row's sequence, 0 at padding, ``[2P, L]``.
+            rewards_only: Whether to compute rewards instead of values, for a batch.
+            use_cache: Ignored; DeepSpeed-Chat's callers pass it, and nothing is cached.
 
         Returns:
-            See `values` and `rewards`; with token ids `rlhf_critic.model.deepspeed_chat.preference_scores`.
+            See `values` and `rewards`; for token ids `rlhf_critic.model.deepspeed_chat.preference_scores`.
 
         Raises:
-            ValueError: The mask is missing or shaped otherwise, the number of rows is odd, or one has no token.
+            ValueError: The mask is missing or has another shape, the number of rows is odd, or a row has no token.
         """
         if not isinstance(input_ids, Tensor):
             return self._forward_batch(input_ids, rewards_only)
@@ -115,21 +115,21 @@ class Critic(Backbone):
         num_padding_at_beginning: int = 0,
         use_cache: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The values and rewards of padded rows, as DeepSpeed-Chat's PPO asks for them.
+        """Computes values and rewards of padded rows, with the interface of DeepSpeed-Chat's PPO.
 
         Args:
             input_ids: Token ids, int64 ``[B, L]``.
             attention_mask: 1 at the tokens of each row's sequence, 0 at padding, ``[B, L]``.
-            return_value_only: Leave the rewards out.
-            prompt_length: Changes nothing: where an answer ends is read from the mask.
-            num_padding_at_beginning: Changes nothing, for the same reason.
-            use_cache: Changes nothing: nothing is cached.
+            return_value_only: Whether to return the values without the rewards.
+            prompt_length: Ignored; the end of a response is read from the mask.
+            num_padding_at_beginning: Ignored, for the same reason.
+            use_cache: Ignored; nothing is cached.
 
         Returns:
             The values, fp32 ``[B, L]``, 0 at padding; or ``values`` and ``chosen_end_scores``, the rewards, ``[B]``.
 
         Raises:
-            ValueError: The mask is shaped otherwise, or a row has no token.
+            ValueError: The mask has another shape, or a row has no token.
         """
         rows = Rows.from_padded(input_ids, attention_mask)
         values_BS = self.values(self.batch_of(rows.sequences, input_ids.device))
@@ -145,12 +145,12 @@ class Critic(Backbone):
         return self.model.score(hidden_TD).squeeze(-1)[batch.tokens_SL]
 
     def values(self, batch: PrefixTreeBatch | PaddedBatch) -> Tensor:
-        """The value at every token of every sequence, fp32 ``[S, L]``; meaningless where there is no real token.
+        """Computes the value at every token of every sequence, fp32 ``[S, L]``; undefined at padding.
 
-        The rows of a prefix tree start with their sequences' first tokens; those of a padded batch are as it pads.
+        Rows of a prefix tree start with the first token of their sequence. Rows of a padded batch are padded like it.
         """
         return self(batch)
 
     def rewards(self, batch: PrefixTreeBatch | PaddedBatch) -> Tensor:
-        """The reward of every sequence, its value at the last real token, fp32 ``[S]``."""
+        """Computes the reward of every sequence, its value at the last real token, fp32 ``[S]``."""
         return self(batch, rewards_only=True)

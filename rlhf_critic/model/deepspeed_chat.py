@@ -1,27 +1,27 @@
-"""DeepSpeed-Chat's interface to a reward model, for code that is ported from it: rows of token ids in, scores out.
+"""Compatibility with DeepSpeed-Chat's reward model: padded rows of token ids in, scores out.
 
 `rlhf_critic.model.critic.Critic` has its ``forward(input_ids, attention_mask)``, ``forward_value`` and
-``gradient_checkpointing_enable``; here is what lies between rows and sequences. A row is the sequence of the tokens
-that its mask attends to, wherever in the row they stand. So a score is the critic's reward of that sequence by itself,
-and what goes wrong in DeepSpeed-Chat (``reward_model.py``, which looks for the pad token's id) has an answer:
+``gradient_checkpointing_enable``. This module converts between rows and sequences. The sequence of a row consists of
+the tokens with mask 1, at any column. Its score is the critic's reward of that sequence alone. DeepSpeed-Chat's
+``reward_model.py`` searches for the pad token's id instead, and fails in the cases below:
 
 ====================================  ===============================  =============================================
 case                                  DeepSpeed-Chat                   here
 ====================================  ===============================  =============================================
-a leading pad that is not announced   NaN: both rows seem empty        the mask says what is padding; the option
-(OPT, ``num_padding_at_beginning=0``)                                  ``num_padding_at_beginning`` changes nothing
-left padding                          NaN, a score of the last column  as right padding
-pad = EOS inside the prompt           NaN: both seem to end there      a token as any other if attended, left out if
-                                                                       masked; the row goes on behind it
-first tokens that differ              assertion                        counted from the first token
+an unannounced leading pad            NaN: both rows seem empty        the mask defines padding; the option
+(OPT, ``num_padding_at_beginning=0``)                                  ``num_padding_at_beginning`` has no effect
+left padding                          NaN, or the last column's score  same as right padding
+pad = EOS inside the prompt           NaN: both seem to end there      an ordinary token with mask 1, omitted with
+                                                                       mask 0; the row continues after it
+different first tokens                assertion                        counted from the first token
 identical rows                        the values of the last column    a tie: ln 2, without a gradient
-past the end of the shorter row       values of its padding            its last value stands
-``prompt_length`` of 0 or 1           assertion                        any; ends are the mask's: it changes nothing
-an empty answer                       the prompt's last token          the same
-a row without a token                 a score of the last column       ``ValueError``
+past the end of the shorter row       values of its padding            its last value is repeated
+``prompt_length`` of 0 or 1           assertion                        no effect; the mask defines the end
+an empty response                     the prompt's last token          the prompt's last token
+a row without a token                 the score of the last column     ``ValueError``
 ====================================  ===============================  =============================================
 
-Knows nothing of models, files or text.
+Knows nothing about models, files or text.
 
 Shape legend: B rows, P preferences (B = 2P), L columns of the rows, S tokens of the longest sequence.
 """
@@ -42,12 +42,12 @@ from rlhf_critic.batching.prefix_tree import IntArray
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Padded rows of token ids as sequences, and the way back.
+    """Padded rows of token ids as sequences, with their original columns.
 
     Attributes:
-        ids_BL: Token ids, the attended ones of each row first and in their order, int64 ``[B, L]``.
-        columns_BL: The column each of them came from, int64 ``[B, L]``.
-        lengths_B: Attended tokens of each row, int64 ``[B]``.
+        ids_BL: Token ids, those with mask 1 first and in their order, int64 ``[B, L]``.
+        columns_BL: Original column of each token id, int64 ``[B, L]``.
+        lengths_B: Number of tokens with mask 1 in each row, int64 ``[B]``.
     """
 
     ids_BL: Tensor
@@ -56,20 +56,20 @@ class Rows:
 
     @classmethod
     def from_padded(cls, input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> Rows:
-        """Takes rows apart.
+        """Extracts the sequences of padded rows.
 
         Args:
-            input_ids_BL: Token ids, int64 ``[B, L]``; anything where the mask is 0.
-            attention_mask_BL: Not 0 at the tokens of the sequence, any dtype, ``[B, L]``.
+            input_ids_BL: Token ids, int64 ``[B, L]``; arbitrary at mask 0.
+            attention_mask_BL: Mask of any dtype, not 0 at the tokens of the sequence, ``[B, L]``.
 
         Raises:
-            ValueError: There is no mask, or it is shaped otherwise.
+            ValueError: There is no mask, or it has another shape.
         """
         if attention_mask_BL is None or attention_mask_BL.shape != input_ids_BL.shape:
             given = None if attention_mask_BL is None else tuple(attention_mask_BL.shape)
             raise ValueError(
-                f"attention_mask must be shaped as input_ids, {tuple(input_ids_BL.shape)}, and is {given}: where a row "
-                "ends is read from it, not from a token id"
+                f"attention_mask must have the shape of input_ids, {tuple(input_ids_BL.shape)}, not {given}: the end "
+                "of a row is read from the mask, not from a token id"
             )
         real_BL = attention_mask_BL.bool()
         columns_BL = real_BL.int().argsort(dim=1, descending=True, stable=True)
@@ -77,43 +77,42 @@ class Rows:
 
     @cached_property
     def present_BL(self) -> Tensor:
-        """Where `ids_BL` holds a token of the sequence, bool ``[B, L]``."""
+        """Mask of the positions at which `ids_BL` holds a token of the sequence, bool ``[B, L]``."""
         return torch.arange(self.ids_BL.shape[1], device=self.ids_BL.device) < self.lengths_B[:, None]
 
     @cached_property
     def sequences(self) -> list[IntArray]:
-        """The token ids of each row's sequence."""
+        """Token ids of each row's sequence."""
         ends_B = self.lengths_B.cumsum(0).cpu().numpy()
         return np.split(self.ids_BL[self.present_BL].cpu().numpy(), ends_B[:-1])
 
     def in_columns(self, values_BS: Tensor) -> Tensor:
-        """Values of the sequences, from their first token on, at the columns of their tokens; 0 at padding, [B, L]."""
+        """Moves values of sequences, which start at column 0, to the columns of their tokens; 0 at padding, [B, L]."""
         values_BL = F.pad(values_BS, (0, self.ids_BL.shape[1] - values_BS.shape[1])).where(self.present_BL, 0.0)
         return torch.zeros_like(values_BL).scatter(1, self.columns_BL, values_BL)
 
     def at_ends(self, values_BS: Tensor) -> Tensor:
-        """The values at the last token of each sequence, ``[B]``."""
+        """Returns the values at the last token of each sequence, ``[B]``."""
         return values_BS.gather(1, self.lengths_B[:, None] - 1)[:, 0]
 
 
 def preference_scores(rows: Rows, values_BS: Tensor) -> dict[str, Tensor]:
-    """What DeepSpeed-Chat's reward model returns for chosen rows followed by as many rejected ones.
+    """Computes the output of DeepSpeed-Chat's reward model for chosen rows followed by their rejected rows.
 
     Args:
         rows: The chosen rows, then the rejected rows in the same order.
-        values_BS: Values of their sequences, from their first token on; anything past their end.
+        values_BS: Values of their sequences, starting at column 0; arbitrary past their end.
 
     Returns:
-        ``loss``, the mean of `rlhf_critic.algorithms.preference_losses.per_token_loss` over preferences, and ``chosen_mean_scores`` and
-        ``rejected_mean_scores``, ``[P]`` each: rewards, despite the names. All fp32.
+        ``loss``, the mean of `rlhf_critic.algorithms.preference_losses.per_token_loss` over preferences, and
+        ``chosen_mean_scores`` and ``rejected_mean_scores``, ``[P]`` each. These are rewards, despite the names. All
+        fp32.
 
     Raises:
         ValueError: The number of rows is odd.
     """
     if len(rows.ids_BL) % 2:
-        raise ValueError(
-            f"{len(rows.ids_BL)} rows cannot be chosen rows and as many rejected ones: their number is odd"
-        )
+        raise ValueError(f"{len(rows.ids_BL)} rows: the number is odd, but each chosen row needs a rejected row")
     chosen_ids_PL, rejected_ids_PL = rows.ids_BL.chunk(2)
     chosen_values_PS, rejected_values_PS = values_BS.chunk(2)
     chosen_lengths_P, rejected_lengths_P = rows.lengths_B.chunk(2)

@@ -1,9 +1,9 @@
-"""Builds models: from a pretrained directory or hub id to a critic whose vocabulary is padded and whose head is new.
+"""Model factory: builds a critic with padded vocabulary and new head from a pretrained directory or hub id.
 
 `create_hf_model` and `create_critic_model` take the arguments of DeepSpeed-Chat's factories in the same order, so code
-written against those runs unchanged; what they lack is keyword-only. Models are built from their config with the final
-vocabulary size and then filled tensor by tensor. Under ZeRO-3 every parameter is partitioned the moment it is made.
-Knows nothing of data, training or critic directories.
+written for those runs unchanged. Further arguments are keyword-only. Models are built from their config with the final
+vocabulary size and then filled tensor by tensor. Under ZeRO-3 every parameter is partitioned when it is created.
+Knows nothing about data, training or critic directories.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,26 +28,24 @@ from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.critic import Critic
+from rlhf_critic.model.hf_config import (
+    keep_layers,
+    load_config,
+    padded,
+    padded_vocabulary_size,
+    silence_dropout,
+    validate_tokenizer,
+)
 from rlhf_critic.model.lora import add_adapters
 from rlhf_critic.model.weights import WeightReader, full_shape, gathered, is_writer, load_weights, match_weights
 
-VOCABULARY_MULTIPLE = 8
 HeadInit = Literal["normal", "zero"]
 HEAD_NAME = "score.weight"
-# The output layer of causal language models, which a critic has no use for; GPT-NeoX files have the second name.
+# Output layer of causal language models, which a critic does not use. GPT-NeoX files have the second name.
 OUTPUT_LAYERS = ("lm_head.", "embed_out.")
-# Masks and rotations that older versions of transformers saved beside the weights, and that are computed today.
+# Masks and rotations that older versions of transformers saved with the weights. They are computed today.
 OLD_BUFFERS = re.compile(r"\b(?:(?:attn|attention)\.(?:bias|masked_bias|embed_positions)|rotary_emb\.inv_freq)$")
-# Every spelling of dropout in the configs of transformers' decoder families, e.g. attn_pdrop, attention_dropout,
-# hidden_dropout, hidden_dropout_prob, classifier_dropout, dropout, layerdrop.
-DROPOUT_FIELD = re.compile(r"(^|_)(p?drop|dropout)(_prob|_rate|_p)?$|^layerdrop$")
 DTYPE_OF = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def padded_vocabulary_size(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """The least multiple of 8 that holds both the tokenizer's ids and the rows the model has; never fewer rows."""
-    rows = max(len(tokenizer), config.get_text_config().vocab_size)
-    return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def create_hf_model(
@@ -70,26 +67,27 @@ def create_hf_model(
     Args:
         model_class: An ``AutoModel*`` class or a concrete model class.
         model_name_or_path: A directory or hub id with a config and weights (safetensors or a legacy ``.bin``).
-        tokenizer: Decides how many rows the embedding needs, and the pad and EOS ids.
+        tokenizer: The tokenizer, which determines the number of embedding rows and the pad and EOS ids.
         ds_config: DeepSpeed's configuration. At ZeRO stage 3 the model is partitioned from the start, and
-            ``torch.distributed`` must be initialised; other stages change nothing.
-        rlhf_training: Whether the weights are a trained critic's: then a missing head is an error. Otherwise a model
-            without a ``score`` head gets a new one.
-        disable_dropout: Sets every dropout probability of the config to 0.
-        num_layers: Keep only the first layers of the body.
-        head_init: A new head is drawn from N(0, 1 / sqrt(d + 1)), as in OpenAI's lm-human-preferences, or is zero.
-        dtype: Of parameters. Default: as ``ds_config`` says (bf16, fp16), else fp32.
-        attn_implementation: Passed to transformers, which chooses by itself where it is None.
-        weights: Where the weights are read, under the names of ``model_class``. Default: ``model_name_or_path``.
+            ``torch.distributed`` must be initialised. Other stages change nothing.
+        rlhf_training: Whether the weights are those of a trained critic. If so, a missing head is an error. Otherwise a
+            model without a ``score`` head gets a new one.
+        disable_dropout: Whether to set every dropout probability of the config to 0.
+        num_layers: Number of first layers of the body to keep; None keeps all.
+        head_init: Initialisation of a new head: ``normal`` is N(0, 1 / sqrt(d + 1)), as in OpenAI's
+            lm-human-preferences; ``zero`` is zero.
+        dtype: Dtype of the parameters. Default: that of ``ds_config`` (bf16, fp16), else fp32.
+        attn_implementation: Attention implementation for transformers; with None transformers chooses.
+        weights: Reader of the weights, under the names of ``model_class``. Default: ``model_name_or_path``.
 
     Returns:
-        The model, in training mode, on the device DeepSpeed gives it (ZeRO-3) or the CPU.
+        The model in training mode, on the device chosen by DeepSpeed (ZeRO-3) or the CPU.
 
     Raises:
-        CheckpointError: There is no config or no weights, they do not fit, or the options do not fit the model.
+        CheckpointError: Config or weights are missing or do not fit, or the options do not fit the model.
     """
     ds_config = ds_config or {}
-    # Drawn now: how many numbers construction takes from the global generator depends on the ZeRO stage.
+    # Sampled now, because construction advances the global generator by an amount that depends on the ZeRO stage.
     head_seed = int(torch.randint(2**62, ()))
     model = _construct(
         model_class,
@@ -112,7 +110,7 @@ def create_hf_model(
 def check_critic_model(
     model_name_or_path: str, tokenizer: PreTrainedTokenizerBase, num_layers: int | None = None
 ) -> PreTrainedModel:
-    """Checks that a critic can be made of a base model, from its config and the shapes in its files.
+    """Checks that a critic can be built from a base model, using its config and the shapes in its files.
 
     Returns:
         The model without weights, on the meta device.
@@ -136,14 +134,14 @@ def check_critic_model(
 
 
 def critic_without_weights(config: PreTrainedConfig, options: ModelConfig) -> Critic:
-    """The critic that training would make of a base model with this config, on the meta device, as it is trained.
+    """Builds the critic that training would build from this config, on the meta device, as it is trained.
 
     Args:
-        config: Of the base model; it is changed.
-        options: Which of it is used and trained. ``path`` is not looked at.
+        config: Config of the base model; it is changed.
+        options: Options of the model. ``path`` is ignored.
 
     Raises:
-        CheckpointError: transformers makes no critic of it, or the options do not fit it.
+        CheckpointError: transformers has no critic for this model type, or the options do not fit.
         ConfigError: See `rlhf_critic.model.lora.add_adapters`.
     """
     config.num_labels = 1
@@ -152,8 +150,7 @@ def critic_without_weights(config: PreTrainedConfig, options: ModelConfig) -> Cr
     if options.disable_dropout:
         silence_dropout(config)
     text_config = config.get_text_config()
-    rows = text_config.vocab_size
-    text_config.vocab_size = -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text_config.vocab_size = padded(text_config.vocab_size)
     if getattr(text_config, "pad_token_id", None) is None:
         config.pad_token_id = text_config.pad_token_id = 0
     attention = None if options.attn_implementation == "auto" else options.attn_implementation
@@ -178,7 +175,7 @@ def _construct(
     dtype: torch.dtype,
     attn_implementation: str | None,
 ) -> PreTrainedModel:
-    """The model with its final vocabulary and without its weights."""
+    """Builds the model with its final vocabulary and without its weights."""
     config = load_config(model_name_or_path)
     config.num_labels = 1
     if num_layers is not None:
@@ -186,7 +183,7 @@ def _construct(
     if disable_dropout:
         silence_dropout(config)
     text_config = config.get_text_config()
-    _refuse_other_tokenizer(model_name_or_path, tokenizer, text_config.vocab_size)
+    validate_tokenizer(model_name_or_path, tokenizer, text_config.vocab_size)
     text_config.vocab_size = padded_vocabulary_size(tokenizer, config)
     config.pad_token_id = text_config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = text_config.eos_token_id = tokenizer.eos_token_id
@@ -202,30 +199,30 @@ def _build(
     dtype: torch.dtype,
     attention: str | None,
 ) -> PreTrainedModel:
-    """The model of a config without its weights; ``name`` is for errors."""
+    """Builds the model of a config without its weights; ``name`` is for errors."""
     construct = getattr(model_class, "from_config", None) or model_class._from_config
     options = {} if attention is None else {"attn_implementation": attention}
     try:
         with _zero3_construction(ds_config), no_init_weights():
             model = construct(config, dtype=dtype, **options)
-    except ValueError as error:  # whose further lines list every class there is
+    except ValueError as error:  # its further lines list every class of transformers
         raise CheckpointError(
-            f"{name}: transformers makes no {model_class.__name__} of model type "
+            f"{name}: transformers cannot build a {model_class.__name__} for model type "
             f"{config.model_type!r} with these options: {str(error).splitlines()[0]} Choose a model of a family that "
             "has this class, or another --model.attn-implementation."
         ) from error
-    model.tie_weights()  # part of what the block above leaves out
+    model.tie_weights()  # the block above skips it
     return model
 
 
 def _rename_output_layer(model: PreTrainedModel, reader: WeightReader) -> None:
-    """Calls the output layer in GPT-NeoX's files what transformers 5 calls it in its model."""
+    """Renames the output layer in GPT-NeoX's files to its name in transformers 5."""
     if hasattr(model, "lm_head"):
         reader.rename(lambda key: re.sub(r"^embed_out\.", "lm_head.", key))
 
 
 def _tolerances(model: PreTrainedModel, rlhf_training: bool, num_layers: int | None) -> dict[str, Any]:
-    """In what a file may differ from the model that takes its weights; see `rlhf_critic.model.weights.match_weights`."""
+    """Returns the accepted differences between file and model; see `rlhf_critic.model.weights.match_weights`."""
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     return {
         "prefix": f"{model.base_model_prefix}.",
@@ -255,10 +252,10 @@ def create_critic_model(
     prefix_tree: bool = True,
     weights: WeightReader | None = None,
 ) -> Critic:
-    """Builds a `Critic` around the family's sequence-classification model; the arguments are `create_hf_model`'s.
+    """Builds a `Critic` around the family's sequence-classification model. See `create_hf_model` for the arguments.
 
     Args:
-        model_name_or_path: A base model (the head is new) or, with ``rlhf_training``, a trained critic.
+        model_name_or_path: A base model (gets a new head) or, with ``rlhf_training``, a trained critic.
         tokenizer: See `create_hf_model`.
         ds_config: See `create_hf_model`.
         num_padding_at_beginning: See `Critic`.
@@ -290,17 +287,8 @@ def create_critic_model(
     return Critic(model, num_padding_at_beginning, prefix_tree=prefix_tree)
 
 
-def silence_dropout(config: PreTrainedConfig) -> None:
-    """Sets every dropout probability in a config, whatever its family calls it, to 0."""
-    for name, value in vars(config).items():
-        if DROPOUT_FIELD.search(name) and isinstance(value, (int, float)):
-            setattr(config, name, 0.0)
-        elif isinstance(value, PreTrainedConfig):
-            silence_dropout(value)
-
-
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """How many positions a model has learned, which no sequence may exceed; None where positions are computed."""
+    """Returns the number of learned positions, the maximum length of a sequence; None if positions are computed."""
     tokens = model.get_input_embeddings()
     learned = any(isinstance(module, nn.Embedding) and module is not tokens for module in model.modules())
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
@@ -310,21 +298,21 @@ def validate_positions(model: PreTrainedModel, max_length: int) -> None:
     """Checks that a model has a position for every token of the longest sequence.
 
     Raises:
-        CheckpointError: It has learned fewer.
+        CheckpointError: The model has learned fewer positions.
     """
-    most = learned_positions(model)
-    if most is not None and max_length > most:
+    maximum = learned_positions(model)
+    if maximum is not None and max_length > maximum:
         raise CheckpointError(
-            f"encoding.max_length is {max_length}, but the model has learned {most} positions: give a max_length of "
-            f"{most} or less"
+            f"encoding.max_length is {max_length}, but the model has learned {maximum} positions: choose a max_length "
+            f"of at most {maximum}"
         )
 
 
 def limit_training(critic: Critic, options: ModelConfig, seed: int) -> None:
-    """Adds adapters and takes layers out of training, as the options say, in place.
+    """Adds adapters and freezes layers in place, according to the options.
 
     Raises:
-        CheckpointError: There are fewer layers than should be frozen.
+        CheckpointError: The model has fewer layers than should be frozen.
         ConfigError: See `rlhf_critic.model.lora.add_adapters`.
     """
     if options.lora_rank:
@@ -334,7 +322,7 @@ def limit_training(critic: Critic, options: ModelConfig, seed: int) -> None:
 
 
 def freeze_first_layers(backbone: Backbone, number: int) -> None:
-    """Takes the embeddings and the first layers of a model's body out of training.
+    """Freezes the embeddings and the first layers of a model's body.
 
     Raises:
         CheckpointError: The body has fewer layers.
@@ -350,10 +338,10 @@ def freeze_first_layers(backbone: Backbone, number: int) -> None:
 
 
 def init_head(weight_1D: nn.Parameter, how: HeadInit, seed: int) -> None:
-    """Initialises a scalar head in place, under ZeRO-3 on all ranks alike.
+    """Initialises a scalar head in place, identically on all ranks under ZeRO-3.
 
-    ``normal`` is N(0, 1 / sqrt(d + 1)), Ziegler et al., "Fine-tuning language models from human preferences" (2019);
-    ``zero`` gives every text the reward 0 at first.
+    ``normal`` is N(0, 1 / sqrt(d + 1)), Ziegler et al., "Fine-tuning language models from human preferences" (2019).
+    ``zero`` gives every text the initial reward 0.
     """
     with torch.no_grad(), gathered(weight_1D, modify=True):
         if not is_writer(weight_1D):
@@ -362,59 +350,18 @@ def init_head(weight_1D: nn.Parameter, how: HeadInit, seed: int) -> None:
             weight_1D.zero_()
         else:
             generator = torch.Generator().manual_seed(seed)
-            drawn_1D = torch.randn(weight_1D.shape, generator=generator) * (weight_1D.shape[-1] + 1) ** -0.5
-            weight_1D.copy_(drawn_1D)
-
-
-def load_config(model_name_or_path: str) -> PreTrainedConfig:
-    """Loads a model's config; code that comes with it is neither run nor asked about.
-
-    Raises:
-        CheckpointError: There is none, or it cannot be read without running code.
-    """
-    try:
-        # False and not the default, with which transformers asks at the terminal whether to run the code.
-        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model_name_or_path}: no model config could be loaded: {error}") from error
-    if hasattr(config, "auto_map"):
-        del config.auto_map  # or building a model from this config would ask
-    return config
-
-
-def _refuse_other_tokenizer(name_or_path: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Refuses ids that the embedding has no row for; only the pad token, which is never read, may be such a one."""
-    highest = max(index for token, index in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
-    if highest >= rows:
-        raise CheckpointError(
-            f"{name_or_path}: the tokenizer is bigger than the embedding: it has ids up to {highest}, the model "
-            f"rows for {rows}. Use the model's own tokenizer; if tokens were added to it, resize_token_embeddings and "
-            "train them"
-        )
-
-
-def keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
-    """Cuts a config to its first layers; per-layer lists (``layer_types``) are cut with it."""
-    text_config = config.get_text_config()
-    available = text_config.num_hidden_layers
-    if not 1 <= num_layers <= available:
-        raise CheckpointError(
-            f"num_layers is {num_layers}, but the model has {available} layers: choose 1 to {available}"
-        )
-    for name, value in list(vars(text_config).items()):
-        if isinstance(value, list) and len(value) == available:
-            setattr(text_config, name, value[:num_layers])
-    text_config.num_hidden_layers = num_layers
+            normal_1D = torch.randn(weight_1D.shape, generator=generator)
+            weight_1D.copy_(normal_1D * (weight_1D.shape[-1] + 1) ** -0.5)
 
 
 def _layer_number(key: str) -> int:
-    """The number of the layer a weight belongs to: the first whole number in its name."""
+    """Returns the number of a weight's layer, the first integer in its name; -1 if it has none."""
     numbers = re.findall(r"(?:^|\.)(\d+)\.", key)
     return int(numbers[0]) if numbers else -1
 
 
 def _vocabulary_names(model: PreTrainedModel) -> set[str]:
-    """The names of the tensors that have a row per token id."""
+    """Returns the names of the tensors that have a row for each token id."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     rows_per_token = {id(module) for module in (embedding, output) if module is not None}
     return {
@@ -436,12 +383,12 @@ def _dtype_of(ds_config: dict[str, Any]) -> torch.dtype:
 
 @contextmanager
 def _zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within the block transformers partitions what it constructs, if ``ds_config`` asks for ZeRO stage 3."""
+    """Makes transformers partition what it constructs within the block, if ``ds_config`` has ZeRO stage 3."""
     if ds_config.get("zero_optimization", {}).get("stage") != 3:
         yield
         return
-    # transformers holds this object by a weak reference only: without a name of its own it would be gone at once and
-    # the model be built whole on every rank.
+    # transformers keeps only a weak reference to this object. Without this variable it would be freed at once, and
+    # every rank would build the full model.
     keep_alive = HfDeepSpeedConfig(ds_config)
     yield
     del keep_alive

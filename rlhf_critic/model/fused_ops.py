@@ -1,7 +1,7 @@
-"""Root-mean-square norms and gated activations with fewer passes over memory, for the families that spell them alike.
+"""Fused operations: RMS norms and gated activations with fewer passes over memory, for families with equal modules.
 
-The same numbers as transformers' modules to rounding; their gradients are written out, so that no intermediate result
-is kept that can be had from what is kept anyway. Knows module classes by name and nothing of batches or training.
+The results equal those of transformers' modules to rounding. The gradients are explicit, so that no intermediate result
+is kept that can be recomputed from kept tensors. Knows module classes by name, and nothing about batches or training.
 
 Shape legend: T tokens (all leading dimensions), D hidden size, F intermediate size.
 """
@@ -22,7 +22,7 @@ GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 
 
 def fuse_norms_and_activations(model: nn.Module) -> None:
-    """Gives the modules of a model that the tables above name the forward passes below."""
+    """Replaces the forward passes of the modules listed above by those below."""
     for module in model.modules():
         name = type(module).__name__
         if name in RMS_NORMS:
@@ -47,7 +47,7 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        """``[T, D]`` to ``[T, D]``."""
+        """Computes the norm, ``[T, D]``, of ``[T, D]``."""
         mean_square_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32).square_()
         inverse_T1 = mean_square_T1.div_(x_TD.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x_TD, weight_D, inverse_T1)
@@ -56,7 +56,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With r = 1 / rms: dx = r * (g w) - x * r^3 * mean(g w x), dw = sum over tokens of g x r; in fp32."""
+        """Computes dx = r * (g w) - x * r^3 * mean(g w x) and dw = sum over tokens of g x r, r = 1 / rms, in fp32."""
         x_TD, weight_D, inverse_T1 = ctx.saved_tensors
         size = x_TD.shape[-1]
         x, grad, inverse = x_TD.reshape(-1, size), grad_TD.reshape(-1, size).float(), inverse_T1.reshape(-1, 1)
@@ -72,14 +72,14 @@ class GatedSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-        """Two ``[T, F]`` to one."""
+        """Computes ``[T, F]`` from gate and up, ``[T, F]`` each."""
         ctx.save_for_backward(gate_TF, up_TF)
         return F.silu(gate_TF).mul_(up_TF)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
-        """Of both."""
+        """Computes the gradients of gate and up."""
         gate_TF, up_TF = ctx.saved_tensors
         gate_grad_TF = grad_TF * up_TF
         torch.ops.aten.silu_backward.grad_input(gate_grad_TF, gate_TF, grad_input=gate_grad_TF)

@@ -1,7 +1,7 @@
-"""Responses drawn from a policy, with the log-probability of every token, by transformers or by vLLM.
+"""Generation: samples responses from a policy, with the log-probability of every token, by transformers or vLLM.
 
-What is drawn depends on the prompts of a call, the weights and a seed, not on what was drawn before; the distribution
-is that of `rlhf_critic.model.policy.sampling_logits`. Knows nothing of rewards, Ray or who asks.
+The samples depend on the prompts of a call, the weights and a seed, not on earlier calls. The distribution is that of
+`rlhf_critic.model.policy.sampling_logits`. Knows nothing about rewards, Ray or its callers.
 
 Shape legend: S responses, V vocabulary, R tokens of a response.
 """
@@ -28,18 +28,18 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import CheckpointError, DivergedError, EncodingError
-from rlhf_critic.model.policy import NEVER_DRAWN, create_policy, sampling_logits
+from rlhf_critic.model.policy import SUPPRESSED_LOGIT, create_policy, sampling_logits
 from rlhf_critic.model.weights import persistent_tensors
 
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """A response that a policy drew.
+    """A sampled response.
 
     Attributes:
-        ids: Its token ids, the EOS token included where it came to its end; int64 ``[R]``.
-        log_probs: The log-probability with which each was drawn, fp32 ``[R]``, in nats.
-        truncated: Whether it was cut at the most tokens, and did not come to its end.
+        ids: Token ids, including the EOS token if the response ended; int64 ``[R]``.
+        log_probs: Log-probability with which each token was sampled, fp32 ``[R]``, in nats.
+        truncated: Whether the response reached the maximum length without an end.
     """
 
     ids: NDArray[np.int64]
@@ -48,13 +48,13 @@ class Response:
 
 
 class Generator(Protocol):
-    """Draws responses."""
+    """Interface of samplers of responses."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes new weights of the policy, by the names of its state dict."""
+        """Loads new weights of the policy, by their names in its state dict."""
 
     def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """A response to each prompt.
+        """Samples a response to each prompt.
 
         Raises:
             DivergedError: The policy's output is NaN or infinite.
@@ -64,31 +64,31 @@ class Generator(Protocol):
 def create_generator(
     model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float, use_gpu: bool
 ) -> Generator:
-    """The one of vLLM where it is installed and there is a GPU, else transformers."""
+    """Creates a vLLM generator if vLLM is installed and a GPU is used, otherwise one of transformers."""
     if use_gpu and importlib.util.find_spec("vllm") is not None:
         return VllmGenerator(model, tokenizer, temperature)
     return TransformersGenerator(model, tokenizer, temperature, torch.device("cuda" if use_gpu else "cpu"))
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: EOS and, where it is another special token, what ends a turn in the template."""
+    """Returns the ids that end a response: EOS and, if it is another special token, the template's end of a turn."""
     eos = int(tokenizer.eos_token_id)
     try:
         ending = tokenizer(Encoder(tokenizer, max_length=1).ending, add_special_tokens=False)["input_ids"]
-    except EncodingError:  # a template that takes no conversation as short as the one that shows its ending
+    except EncodingError:  # the template rejects the short conversation from which its ending is read
         return [eos]
-    added = tokenizer.added_tokens_decoder  # where those are, too, that have no role in the tokenizer
+    added = tokenizer.added_tokens_decoder  # it includes special tokens without a role in the tokenizer
     return sorted({eos, *(token for token in ending[:1] if token in added and added[token].special)})
 
 
 class TransformersGenerator:
-    """Draws with transformers' own ``generate``.
+    """Generator that uses transformers' ``generate``.
 
     Args:
         model: Options of the policy.
-        tokenizer: Of the policy.
-        temperature: Of the distribution.
-        device: Where the policy is.
+        tokenizer: Tokenizer of the policy.
+        temperature: Sampling temperature.
+        device: Device of the policy.
     """
 
     def __init__(
@@ -99,16 +99,16 @@ class TransformersGenerator:
         self._temperature = temperature
         self._pad = int(tokenizer.pad_token_id)
         self._stop = stop_ids(tokenizer)
-        # The model's own settings may cut the distribution; `_Draws` alone says what is drawn from.
+        # The model's own settings may truncate the distribution. `_SamplingRecorder` alone defines it.
         self._policy.model.generation_config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=self._pad, eos_token_id=self._stop
         )
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """See `Generator.load`; every weight must be there, one that is shared once or twice.
+        """Loads new weights; see `Generator.load`. All must be present, shared ones under one or both names.
 
         Raises:
-            CheckpointError: Names the weights that are missing, and those that the policy does not have.
+            CheckpointError: Weights are missing or unknown; names them.
         """
         state = self._policy.model.state_dict()
         unfit = (persistent_tensors(self._policy.model).keys() - weights.keys()) | (weights.keys() - state.keys())
@@ -120,24 +120,24 @@ class TransformersGenerator:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """See `Generator.generate`."""
+        """Samples a response to each prompt; see `Generator.generate`."""
         longest = max(len(ids) for ids in prompts)
         input_ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(prompts):  # padded on the left, so that all go on at the same column
+        for row, ids in enumerate(prompts):  # padded on the left, so that all responses start at the same column
             input_ids[row, longest - len(ids) :] = torch.tensor(ids)
             attention_mask[row, longest - len(ids) :] = 1
-        draws = _Draws(self._temperature, self._policy.suppressed)
+        recorder = _SamplingRecorder(self._temperature, self._policy.suppressed)
         torch.manual_seed(seed)
         generated = self._policy.model.generate(
             input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
             max_new_tokens=max_new_tokens,
-            logits_processor=LogitsProcessorList([draws]),
+            logits_processor=LogitsProcessorList([recorder]),
         )
-        drawn = generated[:, longest:].cpu()
-        log_probs = draws.log_probs(generated).cpu()
-        return [self._response(ids, row) for ids, row in zip(drawn.numpy(), log_probs.numpy(), strict=True)]
+        sampled = generated[:, longest:].cpu()
+        log_probs = recorder.log_probs(generated).cpu()
+        return [self._response(ids, row) for ids, row in zip(sampled.numpy(), log_probs.numpy(), strict=True)]
 
     def _response(self, ids: NDArray[np.int64], log_probs: NDArray[np.float32]) -> Response:
         ends = np.flatnonzero(np.isin(ids, self._stop))
@@ -145,10 +145,10 @@ class TransformersGenerator:
         return Response(ids[:length], log_probs[:length].astype(np.float32), truncated=not len(ends))
 
 
-class _Draws(LogitsProcessor):
-    """Gives generation the distribution to draw from, and looks up afterwards with what probability it drew.
+class _SamplingRecorder(LogitsProcessor):
+    """Logits processor that sets the sampling distribution and records the log-probability of each sampled token.
 
-    Keeps one step's distribution instead of those of all steps.
+    It keeps the distribution of one step instead of those of all steps.
     """
 
     def __init__(self, temperature: float, suppressed: list[int]) -> None:
@@ -161,15 +161,15 @@ class _Draws(LogitsProcessor):
         self._collect(input_ids)
         logits_SV = sampling_logits(scores, self._temperature, self._suppressed)
         self._last = logits_SV.log_softmax(-1)
-        if self._last[:, 0].isnan().any():  # as every column of a row then is
+        if self._last[:, 0].isnan().any():  # then every column of the row is NaN
             raise DivergedError(
-                "the policy's output is NaN or infinite, so nothing can be drawn; the checkpoints saved before are "
-                "untouched. Lower --policy.optimizer.learning-rate"
+                "the policy's output is NaN or infinite, so no token can be sampled. Earlier checkpoints are not "
+                "affected. Lower --policy.optimizer.learning-rate"
             )
         return logits_SV
 
     def log_probs(self, generated: Tensor) -> Tensor:
-        """The log-probability of every token that was drawn, fp32 ``[S, R]``."""
+        """Returns the log-probability of every sampled token, fp32 ``[S, R]``."""
         self._collect(generated)
         return torch.cat(self._log_probs, dim=1)
 
@@ -179,12 +179,12 @@ class _Draws(LogitsProcessor):
 
 
 class VllmGenerator:
-    """Draws with vLLM, which computes a prompt once for all its responses. Not yet run: it needs a GPU.
+    """Generator that uses vLLM, which computes a prompt once for all its responses. Needs a GPU.
 
     Args:
         model: Options of the policy.
-        tokenizer: Of the policy.
-        temperature: Of the distribution.
+        tokenizer: Tokenizer of the policy.
+        temperature: Sampling temperature.
     """
 
     def __init__(self, model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
@@ -192,7 +192,7 @@ class VllmGenerator:
 
         self._temperature = temperature
         self._stop = stop_ids(tokenizer)
-        self._suppressed = {int(tokenizer.pad_token_id): NEVER_DRAWN}
+        self._suppressed = {int(tokenizer.pad_token_id): SUPPRESSED_LOGIT}
         overrides = {} if model.num_layers is None else {"hf_overrides": {"num_hidden_layers": model.num_layers}}
         self._llm = LLM(
             model.path,
@@ -203,13 +203,13 @@ class VllmGenerator:
         )
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """See `Generator.load`; vLLM's models know the names of Hugging Face checkpoints."""
+        """Loads new weights; see `Generator.load`. vLLM's models accept the names of Hugging Face checkpoints."""
         tensors = dict(weights)
         self._llm.reset_prefix_cache()
         self._llm.apply_model(lambda model: model.load_weights(tensors.items()))
 
     def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """See `Generator.generate`."""
+        """Samples a response to each prompt; see `Generator.generate`."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 

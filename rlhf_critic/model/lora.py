@@ -1,6 +1,7 @@
-"""Low-rank adapters (Hu et al., "LoRA", 2021), which are peft's: adding them, and merging them weight by weight.
+"""LoRA: adds peft's low-rank adapters (Hu et al., "LoRA", 2021) and merges them weight by weight.
 
-Files know none: `merged` gives weights as a model without adapters has them. Knows nothing of files, data or training.
+Files contain no adapters: `merged` returns the weights of a model without adapters. Knows nothing about files, data or
+training.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ ALL_LINEAR = "all-linear"
 
 
 def add_adapters(model: PreTrainedModel, options: ModelConfig, seed: int) -> None:
-    """Adds adapters to a model in place and freezes all but them and the head.
+    """Adds adapters to a model in place and freezes everything but them and the head.
 
-    Call it before DeepSpeed takes the model: its optimizer holds what can be trained. Under ZeRO-3 the adapters are
-    made whole and alike on all ranks, and partitioned by DeepSpeed with the rest.
+    Call it before DeepSpeed initialises the model, because its optimizer holds the trainable parameters. Under ZeRO-3
+    the adapters are created unpartitioned and identical on all ranks. DeepSpeed partitions them with the rest.
 
     Args:
-        model: With a ``score`` head; of any ZeRO stage.
-        options: ``lora_rank`` (above 0) and what follows it.
-        seed: Of the adapters.
+        model: A model with a ``score`` head, at any ZeRO stage.
+        options: Options of the model; ``lora_rank`` is above 0.
+        seed: Random seed of the adapters.
 
     Raises:
         ConfigError: peft is missing, or a target names no module.
@@ -46,22 +47,22 @@ def add_adapters(model: PreTrainedModel, options: ModelConfig, seed: int) -> Non
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets,
-        task_type="SEQ_CLS",  # with it peft leaves the head out of "all-linear"
+        task_type="SEQ_CLS",  # makes peft exclude the head from "all-linear"
     )
-    # How many numbers were drawn before depends on the ZeRO stage; the adapters must not.
+    # The state of the generator depends on the ZeRO stage; the adapters must not.
     torch.manual_seed(seed)
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
         raise ConfigError(
-            f"model.lora_target_modules {list(options.lora_target_modules)}: {error} Name linear layers of "
-            f"{type(model).__name__}, or none for all of them"
+            f"model.lora_target_modules {list(options.lora_target_modules)}: {error} Use names of linear layers of "
+            f"{type(model).__name__}, or leave it empty for all of them"
         ) from error
     model.score.weight.requires_grad_(True)
 
 
 def adapters_of(module: nn.Module) -> dict[str, LoraLayer]:
-    """The layers with adapters, by the name of the weight that they adapt: ``...q_proj.base_layer.weight``."""
+    """Returns the layers with adapters, by the name of the weight that they adapt, ``...q_proj.base_layer.weight``."""
     if importlib.util.find_spec("peft") is None:
         return {}
     from peft.tuners.lora import LoraLayer
@@ -72,17 +73,17 @@ def adapters_of(module: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(layer: LoraLayer) -> list[Tensor]:
-    """What a layer's adapters are made of."""
+    """Returns the parameters of a layer's adapters."""
     base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
     return [parameter for parameter in layer.parameters() if id(parameter) not in base]
 
 
 def merged(weight: Tensor, layer: LoraLayer) -> Tensor:
-    """A weight with its adapters added, in the weight's dtype; all of them whole.
+    """Returns a weight with its adapters merged, in the weight's dtype. All must be gathered.
 
     ``W + (alpha / r) B A``, summed in fp32.
     """
-    whole = weight.detach().float()
+    total = weight.detach().float()
     for adapter in layer.active_adapters:
-        whole = whole + layer.get_delta_weight(adapter).detach().float()
-    return whole.to(weight.dtype)
+        total = total + layer.get_delta_weight(adapter).detach().float()
+    return total.to(weight.dtype)

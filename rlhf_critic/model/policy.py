@@ -1,10 +1,10 @@
-"""The policy: a causal language model that is computed over the same batches as the critic.
+"""Policy: a causal language model that computes the same batches as the critic.
 
-`Policy` gives the log-probability of every token that was drawn, and the entropy there, for rollouts in prefix trees:
-rollouts of one prompt compute it once. The distribution that tokens are drawn from is defined in one place,
-`sampling_logits`, which generation uses too. Knows nothing of DeepSpeed, text or rewards.
+`Policy` computes the log-probability of every sampled token, and the entropy of its distribution. In prefix trees
+rollouts of one prompt compute the prompt once. The sampling distribution is defined in one place, `sampling_logits`,
+which generation uses too. Knows nothing about DeepSpeed, text or rewards.
 
-Shape legend: A actions, V vocabulary, T tokens that are computed, D hidden size.
+Shape legend: A response tokens, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.factory import DTYPE_OF, create_hf_model, freeze_first_layers
 
-# Finite, so that a probability of 0 times its logit is 0 in the entropy.
-NEVER_DRAWN = -1e9
+# Logit of suppressed ids. It is finite, so that probability 0 times the logit is 0 in the entropy.
+SUPPRESSED_LOGIT = -1e9
 
 
-class Drawn(NamedTuple):
-    """What the policy says of the tokens that were drawn.
+class SampledTokenStats(NamedTuple):
+    """Log-probabilities of sampled tokens and entropies of their distributions.
 
     Attributes:
-        log_probs_A: The log-probability of each, fp32, in nats.
-        entropies_A: The entropy of the distribution that each was drawn from, fp32, in nats.
+        log_probs_A: Log-probability of each token, fp32, in nats.
+        entropies_A: Entropy of the distribution of each token, fp32, in nats.
     """
 
     log_probs_A: Tensor
@@ -38,12 +38,12 @@ class Drawn(NamedTuple):
 
 
 class Policy(Backbone):
-    """A causal language model with the distribution its tokens are drawn from.
+    """A causal language model with its sampling distribution.
 
     Args:
         model: The family's ``*ForCausalLM`` model.
-        suppressed: Token ids that are never drawn; see `suppressed_ids`.
-        prefix_tree: Compute shared prefixes once, where the family and its attention can.
+        suppressed: Token ids that are never sampled; see `suppressed_ids`.
+        prefix_tree: Whether to compute shared prefixes once, if the family and its attention support it.
     """
 
     def __init__(self, model: PreTrainedModel, suppressed: list[int], *, prefix_tree: bool = True) -> None:
@@ -55,54 +55,58 @@ class Policy(Backbone):
         batch: PrefixTreeBatch | PaddedBatch,
         rows_A: Tensor,
         columns_A: Tensor,
-        drawn_A: Tensor,
+        sampled_A: Tensor,
         temperature: float,
         entropy_gradient: bool = False,
-    ) -> Drawn:
-        """Log-probabilities of drawn tokens, and entropies. Call the module, not this method, so ZeRO's hooks run.
+    ) -> SampledTokenStats:
+        """Computes log-probabilities of sampled tokens, and entropies.
+
+        Call the module, not this method, so that ZeRO's hooks run.
 
         Args:
-            batch: The rollouts, which may lack their last token.
-            rows_A: The rollout of each action, int64 ``[A]``.
-            columns_A: The index in it of the token before the one that was drawn, int64 ``[A]``.
-            drawn_A: The id of the token that was drawn, int64 ``[A]``.
-            temperature: With which it was drawn.
-            entropy_gradient: Whether the entropies carry a gradient, which costs memory.
+            batch: The rollouts; their last token may be missing.
+            rows_A: Row in the batch of each token's rollout, int64 ``[A]``.
+            columns_A: Index in the rollout of the token before the sampled one, int64 ``[A]``.
+            sampled_A: Id of the sampled token, int64 ``[A]``.
+            temperature: Sampling temperature.
+            entropy_gradient: Whether the entropies carry a gradient, which needs memory.
         """
         hidden_AD = self.hidden(batch)[batch.tokens_SL[rows_A, columns_A]]
         logits_AV = sampling_logits(self._logits(hidden_AD), temperature, self.suppressed)
         log_normalizers_A = logits_AV.logsumexp(-1)
-        log_probs_A = logits_AV.gather(1, drawn_A[:, None])[:, 0] - log_normalizers_A
+        log_probs_A = logits_AV.gather(1, sampled_A[:, None])[:, 0] - log_normalizers_A
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             probs_AV = (logits_AV - log_normalizers_A[:, None]).exp()
             entropies_A = log_normalizers_A - (probs_AV * logits_AV).sum(-1)
-        return Drawn(log_probs_A, entropies_A)
+        return SampledTokenStats(log_probs_A, entropies_A)
 
     def _logits(self, hidden_AD: Tensor) -> Tensor:
         logits_AV = self.model.get_output_embeddings()(hidden_AD).float()
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)  # of Gemma2
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma2 has one
         return logits_AV if softcap is None else softcap * torch.tanh(logits_AV / softcap)
 
 
 def sampling_logits(logits_AV: Tensor, temperature: float, suppressed: list[int]) -> Tensor:
-    """The logits of the distribution that tokens are drawn from, fp32 ``[A, V]``.
+    """Returns the logits of the sampling distribution, fp32 ``[A, V]``.
 
-    Nothing but a temperature and ids that are never drawn: a distribution that was cut (top-k, top-p) gives drawn
-    tokens other probabilities than the policy that is fitted.
+    It applies the temperature and suppresses ids, nothing else. A truncated distribution (top-k, top-p) would give
+    sampled tokens other probabilities than the policy in training.
     """
     logits_AV = logits_AV.float() / temperature
-    return logits_AV.index_fill(1, torch.tensor(suppressed, device=logits_AV.device, dtype=torch.int64), NEVER_DRAWN)
+    return logits_AV.index_fill(
+        1, torch.tensor(suppressed, device=logits_AV.device, dtype=torch.int64), SUPPRESSED_LOGIT
+    )
 
 
 def suppressed_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
-    """The ids that a policy must not draw: the pad token, and rows of the output layer that no token has."""
+    """Returns the ids that a policy must not sample: the pad token, and rows of the output layer without a token."""
     return sorted({int(tokenizer.pad_token_id), *range(len(tokenizer), rows)})
 
 
 def create_policy(
     options: BodyConfig, tokenizer: PreTrainedTokenizerBase, ds_config: dict[str, Any] | None = None
 ) -> Policy:
-    """Builds a policy from a base model, its vocabulary padded as a critic's, without dropout.
+    """Builds a policy without dropout from a base model, with its vocabulary padded like a critic's.
 
     Raises:
         CheckpointError: See `rlhf_critic.model.factory.create_hf_model`.

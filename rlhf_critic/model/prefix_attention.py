@@ -1,15 +1,15 @@
-"""Attention over a prefix tree inside Hugging Face models, and skipping what nobody reads in the last layer.
+"""Prefix attention: attention over a prefix tree inside Hugging Face models, with a reduced last layer.
 
-`enable_prefix_trees` points a model's attention at the implementations registered here. A forward pass that hands its
-backbone ``prefix_tree=AttentionPlan(...)`` then runs linear layers over the packed row and attention block by block;
-one that does not is plain transformers. The plan has one block for each run against itself and one for each branch
-against what it continues: slices of the packed row, so the fused path copies nothing and has no T x T mask. (Soft caps,
-dropout and windows that sequences exceed take a plain path, which gathers the keys of each run.)
+`enable_prefix_trees` switches a model's attention to the implementations registered here. A forward pass with
+``prefix_tree=AttentionPlan(...)`` runs linear layers over the packed row and attention block by block. A forward pass
+without it is plain transformers. The plan has one block for each run attending to itself and one for each branch
+attending to the run it continues. Blocks are slices of the packed row, so the fused path copies nothing and needs no
+T x T mask. Soft caps, dropout and windows shorter than a sequence use a plain path, which gathers the keys of each run.
 
-Where a token attends to several blocks, their outputs are joined by their log-sum-exp, which is exact (Milakov and
-Gimelshein, "Online normalizer calculation for softmax", 2018); the backward pass gives every block the joined output
+If a token attends to several blocks, their outputs are combined by their log-sum-exp, which is exact (Milakov and
+Gimelshein, "Online normalizer calculation for softmax", 2018). The backward pass gives every block the combined output
 and log-sum-exp, as ring attention does (Liu et al., 2023).
-Knows which families it is tested with. Knows nothing of rewards or training.
+Knows the families it is tested with. Knows nothing about rewards or training.
 
 Shape legend: T tokens of the packed row, R runs, Q queries, N keys, H heads, K key/value heads, E head size.
 """
@@ -31,12 +31,12 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from rlhf_critic.batching.prefix_tree import PrefixTree
 
-# Families, by config.model_type, whose values are held by test to be those of each sequence alone.
+# Families, by config.model_type, for which tests check that values equal those of each sequence alone.
 PREFIX_TREE_FAMILIES = frozenset({"gemma2", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"})
 IMPLEMENTATIONS = {"sdpa": "prefix_tree_sdpa", "eager": "prefix_tree_eager"}
 ATTENTION_NAMES = ("self_attn", "attn", "attention")
-# Modules of a decoder layer that work on each token by itself and whose output only that token uses.
-OF_ONE_TOKEN = (
+# Modules of a decoder layer that process each token separately and whose output only that token uses.
+TOKENWISE_MODULES = (
     "self_attn.q_proj",
     *("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj", "attention.dense"),
     *("mlp", "fc1", "fc2"),
@@ -48,7 +48,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that attend to keys: index ranges of the packed row (of the queries that are computed, for queries)."""
+    """Queries and the keys they attend to, as index ranges.
+
+    Key ranges index the packed row, query ranges the computed queries.
+    """
 
     query_start: int
     query_end: int
@@ -58,12 +61,12 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """What attends to what; every layer of a forward pass shares it.
+    """Attention pattern of a prefix tree, shared by all layers of a forward pass.
 
     Attributes:
         tree: The packed tree.
-        leaves_only: Whether the last layer computes the last token of every run and leaves the rest undefined.
-        device: Where the queries are.
+        leaves_only: Whether the last layer computes only the last token of every run and leaves the rest undefined.
+        device: Device of the queries.
     """
 
     tree: PrefixTree
@@ -72,21 +75,21 @@ class AttentionPlan:
 
     @cached_property
     def leaf_tokens_R(self) -> Tensor:
-        """The last token of each run. Every sequence ends in one of them."""
+        """Index of the last token of each run. Every sequence ends in one of them."""
         return torch.from_numpy(self.tree.run_ends_R - 1).to(self.device)
 
     @cached_property
     def own_blocks(self) -> list[Block]:
-        """Every run against itself, causal."""
+        """Causal blocks of every run attending to itself."""
         runs = zip(self.tree.run_starts_R.tolist(), self.tree.run_ends_R.tolist(), strict=True)
         return [Block(start, end, start, end) for start, end in runs]
 
     @cached_property
     def branch_blocks(self) -> list[Block]:
-        """For every token where runs branch off, all that hangs below them against its run up to that token."""
+        """Blocks of branches: for every branching token, its descendants attend to its run up to that token."""
         tree = self.tree
         branches: dict[int, tuple[int, int]] = {}
-        # Runs that leave at the same token, and what hangs below them, lie next to each other in the row.
+        # Runs that branch off at the same token, and their descendants, are adjacent in the row.
         columns = zip(
             tree.run_parents_R.tolist(), tree.run_starts_R.tolist(), tree.subtree_ends_R.tolist(), strict=True
         )
@@ -101,7 +104,7 @@ class AttentionPlan:
 
     @cached_property
     def leaf_blocks(self) -> tuple[list[Block], list[Block]]:
-        """`own_blocks` and `branch_blocks` where only the last token of each run asks: query r is run r's."""
+        """`own_blocks` and `branch_blocks` for the last token of each run only; query r belongs to run r."""
         own = [Block(run, run + 1, block.key_start, block.key_end) for run, block in enumerate(self.own_blocks)]
         first_run_at = {start: run for run, start in enumerate([*self.tree.run_starts_R.tolist(), len(self.tree)])}
         branches = [
@@ -111,7 +114,7 @@ class AttentionPlan:
         return own, branches
 
     def block_mask(self, for_leaves: bool, sliding_window: int | None) -> BlockMask:
-        """The tree as flex attention wants it; made once for each kind of layer."""
+        """Returns the tree as a mask for flex attention, created once for each kind of layer."""
         masks: dict[tuple[bool, int | None], BlockMask] = self.__dict__.setdefault("_block_masks", {})
         if (for_leaves, sliding_window) not in masks:
             token_of_query = self.leaf_tokens_R if for_leaves else torch.arange(len(self.tree), device=self.device)
@@ -132,16 +135,16 @@ class AttentionPlan:
                 len(token_of_query),
                 len(self.tree),
                 device=str(self.device),
-                _compile=self.device.type == "cuda",  # otherwise the mask is materialised on the way
+                _compile=self.device.type == "cuda",  # otherwise the full mask is materialised temporarily
             )
         return masks[for_leaves, sliding_window]
 
 
 class _LeavesOnly:
-    """Makes modules of the last layer work on the last token of each run, if that is the plan.
+    """Hooks that restrict modules of the last layer to the last token of each run, if the plan is ``leaves_only``.
 
-    Before such a module the tokens are picked out; after it zeros, which nobody reads, stand in for the others. Every
-    pass of the layer's attention says anew what the plan is, also when gradient checkpointing runs it again.
+    They select these tokens before a module and fill the other positions with zeros, which are not read, after it.
+    Every pass of the layer's attention sets the plan again, including recomputation by gradient checkpointing.
     """
 
     def __init__(self, layer: nn.Module, attention: nn.Module) -> None:
@@ -149,7 +152,7 @@ class _LeavesOnly:
         self._size = 0
         attention.register_forward_pre_hook(self._begin, with_kwargs=True)
         for name, module in layer.named_modules():
-            if name in OF_ONE_TOKEN:
+            if name in TOKENWISE_MODULES:
                 module.register_forward_pre_hook(self._pick)
                 module.register_forward_hook(self._put_back)
 
@@ -166,18 +169,18 @@ class _LeavesOnly:
     def _put_back(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.tokens is None:
             return None
-        whole = output.new_zeros(*output.shape[:-2], self._size, output.shape[-1])
-        return whole.index_copy(-2, self.tokens, output)
+        padded = output.new_zeros(*output.shape[:-2], self._size, output.shape[-1])
+        return padded.index_copy(-2, self.tokens, output)
 
 
 def enable_prefix_trees(model: PreTrainedModel) -> bool:
-    """Points a model's attention at the implementations below, if its family and its kernel are among those tested.
+    """Switches a model's attention to the implementations below, if its family and its kernel are tested.
 
     Returns:
-        Whether it is. If not, the model is as it was and must be given padded batches.
+        Whether it did. If not, the model is unchanged and needs padded batches.
     """
     if model.config._attn_implementation in IMPLEMENTATIONS.values():
-        return True  # a critic was made of this model before
+        return True  # already enabled by an earlier critic of this model
     implementation = IMPLEMENTATIONS.get(model.config._attn_implementation)
     if model.config.model_type not in PREFIX_TREE_FAMILIES or implementation is None:
         return False
@@ -203,19 +206,19 @@ def sdpa_prefix_tree_forward(
     prefix_tree: AttentionPlan | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that models call: transformers' ``sdpa``, or its equal over a prefix tree.
+    """Computes attention for models: transformers' ``sdpa``, or its equivalent over a prefix tree.
 
     Args:
         module: The layer's attention module.
         query: ``[1, H, T, E]``.
         key: ``[1, K, T, E]``; heads are grouped, H is a multiple of K.
-        value: As ``key``.
-        attention_mask: Of plain transformers; ignored where there is a tree.
-        prefix_tree: The tree of this forward pass, if it has one.
+        value: ``[1, K, T, E]``.
+        attention_mask: Mask of plain transformers, ignored if there is a tree.
+        prefix_tree: Plan of this forward pass, if it has a tree.
         **options: ``scaling``, ``dropout``, ``softcap``, ``sliding_window`` as transformers passes them.
 
     Returns:
-        ``[1, T, H, E]`` and no weights.
+        The output ``[1, T, H, E]`` and None for the attention weights.
     """
     if prefix_tree is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -234,9 +237,9 @@ def eager_prefix_tree_forward(
     prefix_tree: AttentionPlan | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`sdpa_prefix_tree_forward` for models that run transformers' ``eager``, as those with soft caps do."""
+    """Computes `sdpa_prefix_tree_forward` for models that use transformers' ``eager``, such as those with soft caps."""
     if prefix_tree is None:
-        # A family keeps its eager attention in the module that defines its attention class.
+        # A family's eager attention is in the module that defines its attention class.
         plain = sys.modules[type(module).__module__].eager_attention_forward
         return plain(module, query, key, value, attention_mask, **options)
     return _forward(module, query, key, value, prefix_tree, options, _eager)
@@ -251,7 +254,7 @@ AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, options: Any, on_cpu: Any
 ) -> tuple[Tensor, None]:
-    """Runs the kernel of the device, in the last layer for leaves only if that is the plan."""
+    """Runs the kernel of the device; in the last layer, for leaves only if the plan is ``leaves_only``."""
     attend = on_cpu
     if query.is_cuda:
         attend = _eager if options.get("dropout") else _flex  # flex attention has no dropout
@@ -265,7 +268,7 @@ def _forward(
 def _flex(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, for_leaves: bool, options: Any
 ) -> Tensor:
-    """Flex attention with the tree as block mask. Not yet run on a GPU."""
+    """Computes flex attention with the tree as block mask."""
     mask = plan.block_mask(for_leaves, options.get("sliding_window"))
     output, _ = flex_attention_forward(
         module, query, key, value, mask, scaling=options.get("scaling"), softcap=options.get("softcap")
@@ -276,7 +279,7 @@ def _flex(
 def _eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, for_leaves: bool, options: Any
 ) -> Tensor:
-    """Run by run with all weights, in plain operations: for soft caps, dropout and windows that sequences exceed."""
+    """Computes attention run by run in plain operations, for soft caps, dropout and windows shorter than a sequence."""
     group = query.shape[1] // key.shape[1]
     scaling, softcap, window = (options.get(name) for name in ("scaling", "softcap", "sliding_window"))
     outputs = []
@@ -289,7 +292,7 @@ def _eager(
         scores = query_KGQE @ key_K1NE.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        # A key's position is its place on the path, the queries are the path's last tokens.
+        # A key's position is its index on the path; the queries are the path's last tokens.
         position_N = torch.arange(len(path_N), device=query.device)
         distance_QN = position_N[len(path_N) - (last - first) :, None] - position_N
         hidden_QN = distance_QN < 0 if window is None else (distance_QN < 0) | (distance_QN >= window)
@@ -302,12 +305,12 @@ def _eager(
 def _fused(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, for_leaves: bool, options: Any
 ) -> Tensor:
-    """Block by block with torch's fused kernel for CPUs."""
+    """Computes attention block by block with torch's fused kernel for CPUs."""
     return _FusedBlocks.apply(query, key, value, plan, for_leaves, options.get("scaling")).transpose(1, 2)
 
 
 class _FusedBlocks(torch.autograd.Function):
-    """Attention of a plan's blocks; every query's own block first, then the branches are joined to it."""
+    """Attention over a plan's blocks: every query's own block first, then the branches are combined with it."""
 
     @staticmethod
     def forward(
@@ -325,7 +328,7 @@ class _FusedBlocks(torch.autograd.Function):
             output, lse = _flash(*_of_block(block, query, key, value), 0.0, not for_leaves, scale=scaling)
             outputs.append(output.transpose(1, 2))
             lses.append(lse)
-        # [1, T, H, E] in memory, as the output projection reads it.
+        # [1, T, H, E] in memory, the layout that the output projection reads.
         output_1HQE, lse_1HQ = torch.cat(outputs, dim=1).transpose(1, 2), torch.cat(lses, dim=2)
         for block in branches:
             part, part_lse = _flash(*_of_block(block, query, key, value), 0.0, False, scale=scaling)
@@ -351,17 +354,18 @@ class _FusedBlocks(torch.autograd.Function):
             tensors = _of_block(block, query, key, value)
             return _flash_backward(grad, *tensors, output, lse, 0.0, causal, scale=ctx.scaling)
 
-        # Every query and key is in one own block, so these fill the row; token-major, as the projections read them.
+        # Every query and key is in exactly one own block, so these fill the row. The layout is token-major, as the
+        # projections read it.
         parts = zip(*(of_block(block, ctx.causal) for block in own), strict=True)
         grads = [torch.cat([part.transpose(1, 2) for part in column], dim=1).transpose(1, 2) for column in parts]
         for block in branches:
-            for whole, part in zip(_of_block(block, *grads), of_block(block, False), strict=True):
-                whole.add_(part)
+            for full, part in zip(_of_block(block, *grads), of_block(block, False), strict=True):
+                full.add_(part)
         return (*grads, None, None, None)
 
 
 def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's slices, views of the packed row."""
+    """Returns a block's slices, which are views of the packed row."""
     return (
         query[:, :, block.query_start : block.query_end],
         key[:, :, block.key_start : block.key_end],

@@ -1,8 +1,8 @@
-"""Named tensors in files, to and from the parameters of a module, whichever ZeRO stage holds them.
+"""Weights: reads and writes named tensors in files, for the parameters of a module at any ZeRO stage.
 
-Reading and writing go tensor by tensor: under ZeRO-3 a parameter is gathered, copied and partitioned again before the
-next one, so no rank ever holds the whole model. Nothing is skipped in silence: keys that are missing, unexpected or of
-another shape are one error that lists them. Knows nothing of heads, tokenizers or training.
+Tensors are processed one at a time. Under ZeRO-3 a parameter is gathered, copied and partitioned again before the next
+one, so no rank ever holds the full model. Nothing is skipped silently: one error lists all keys that are missing,
+unexpected or of another shape. Knows nothing about heads, tokenizers or training.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ MAX_FILE_BYTES = 5 * 10**9
 
 
 class WeightReader:
-    """Reads named tensors from a model directory or hub id, one at a time.
+    """Reader of named tensors in a model directory or hub id, one at a time.
 
-    Prefers safetensors, single or split; else takes a legacy ``pytorch_model.bin``, unpickled with
+    It prefers safetensors, single or split. Otherwise it reads a legacy ``pytorch_model.bin`` with
     ``weights_only=True``, which runs no code.
 
     Args:
         name_or_path: A directory or hub id.
-        safetensors_only: Read no pickle at all, not even as weights only.
+        safetensors_only: Whether to reject all pickle files, including weights-only ones.
 
     Raises:
         CheckpointError: There are no weights, or a file is damaged or missing.
@@ -53,7 +53,7 @@ class WeightReader:
     def __init__(self, name_or_path: str, *, safetensors_only: bool = False) -> None:
         self.source = name_or_path
         self._safetensors_only = safetensors_only
-        self._place_of: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its key there
+        self._place_of: dict[str, tuple[Path, str]] = {}  # file and key of each tensor
         self._open_files: dict[Path, Any] = {}
         for name, is_index in (
             (SAFE_WEIGHTS_INDEX_NAME, True),
@@ -67,8 +67,8 @@ class WeightReader:
             self._index(path) if is_index else self._add_file(path)
             return
         raise CheckpointError(
-            f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME}, split or not. "
-            "Give a directory that save_pretrained wrote, or a hub id that can be reached."
+            f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME} was found, single or split. "
+            "Use a directory that save_pretrained wrote, or a hub id that can be reached."
         )
 
     def _resolve(self, name: str) -> Path | None:
@@ -85,63 +85,63 @@ class WeightReader:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index}: damaged or not an index of weights: {error}") from error
+            raise CheckpointError(f"{index}: damaged, or not an index of weights: {error}") from error
         for name in names:
             path = self._resolve(name)
             if path is None:
-                raise CheckpointError(f"{self.source}: {name} is missing, which {index.name} names")
+                raise CheckpointError(f"{self.source}: {name} is missing, but {index.name} lists it")
             self._add_file(path)
 
     def _add_file(self, path: Path) -> None:
         if self._safetensors_only and path.suffix != ".safetensors":
             raise CheckpointError(
-                f"{path}: a critic's weights are read from safetensors only, and this is a pickle: save the model "
-                "again, or convert it with jobs.export"
+                f"{path}: a pickle file, but a critic's weights are read from safetensors only: save the model again, "
+                "or convert it with jobs.export"
             )
         try:
             opened: Any
             if path.suffix == ".safetensors":
                 opened = safe_open(str(path), framework="pt")
             else:
-                # Files from before torch 1.6 are no zip archives and cannot be mapped.
+                # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
                 mapped = zipfile.is_zipfile(path)
                 opened = _Unpickled(path, torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
         except UnpicklingError as error:
-            raise CheckpointError(f"{path}: refused, because it holds more than weights: {error}") from error
+            raise CheckpointError(f"{path}: rejected, because it holds more than weights: {error}") from error
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-            raise CheckpointError(f"{path}: damaged or not a weights file: {error}") from error
+            raise CheckpointError(f"{path}: damaged, or not a weights file: {error}") from error
         self._open_files[path] = opened
         keys: list[str] = opened.keys()
         self._place_of.update({key: (path, key) for key in keys})
 
     @property
     def files(self) -> list[Path]:
-        """The files that hold the tensors, by name."""
+        """Files that hold the tensors, sorted by name."""
         return sorted(self._open_files)
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors."""
+        """Names of all tensors."""
         return list(self._place_of)
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of a tensor, without reading it."""
+        """Returns the shape of a tensor without reading it."""
         path, key = self._place_of[name]
         return torch.Size(self._open_files[path].get_slice(key).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """Reads one tensor to the CPU."""
         path, key = self._place_of[name]
         return self._open_files[path].get_tensor(key)
 
     def pop(self, name: str) -> Tensor:
-        """One tensor, on the CPU, which is then no longer among the `names`: whoever reads it accounts for it."""
+        """Reads one tensor to the CPU and removes it from `names`."""
         tensor = self.read(name)
         del self._place_of[name]
         return tensor
 
     def rename(self, new_name: Callable[[str], str]) -> None:
-        """Calls every tensor by another name.
+        """Renames every tensor.
 
         Raises:
             CheckpointError: Two tensors would have the same name.
@@ -156,7 +156,7 @@ class WeightReader:
 
 
 class _Unpickled:
-    """A dictionary of tensors with the three methods of an open safetensors file that `WeightReader` calls."""
+    """Dictionary of tensors with the three methods of an open safetensors file that `WeightReader` calls."""
 
     def __init__(self, path: Path, tensors: Any) -> None:
         others = [
@@ -166,8 +166,8 @@ class _Unpickled:
         ]
         if others:
             raise CheckpointError(
-                f"{path}: refused, because it holds more than named weights ({', '.join(others[:5])}); save the "
-                "model's state_dict() alone"
+                f"{path}: rejected, because it holds more than named weights ({', '.join(others[:5])}); save only the "
+                "model's state_dict()"
             )
         self._tensors: dict[str, Tensor] = tensors
 
@@ -189,9 +189,9 @@ class _Unpickled:
 
 
 def gathered(parameter: Tensor, modify: bool = False) -> AbstractContextManager[Any]:
-    """Makes a ZeRO-3 parameter whole within the block; does nothing to one that is whole already.
+    """Gathers a ZeRO-3 parameter within the block; does nothing to a parameter that is not partitioned.
 
-    Every rank must enter. With ``modify``, what rank 0 writes becomes the parameter on all ranks.
+    Every rank must enter. With ``modify``, rank 0's writes become the parameter on all ranks.
     """
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
@@ -201,17 +201,17 @@ def gathered(parameter: Tensor, modify: bool = False) -> AbstractContextManager[
 
 
 def is_writer(parameter: Tensor) -> bool:
-    """Whether this rank should write into a parameter made whole by ``gathered(parameter, modify=True)``."""
+    """Returns whether this rank should write into a parameter inside ``gathered(parameter, modify=True)``."""
     return not hasattr(parameter, "ds_id") or dist.get_rank() == 0
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, also where this rank holds only a shard."""
+    """Returns the shape of the full parameter, even if this rank holds only a shard."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def persistent_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of a module by the names of its state dict, shared ones once."""
+    """Returns parameters and persistent buffers by their names in the module's state dict; shared ones once."""
     in_state_dict = set(module.state_dict(keep_vars=True))
     named = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor for name, tensor in named if name in in_state_dict}
@@ -226,28 +226,28 @@ def match_weights(
     may_be_unexpected: Callable[[str], bool],
     may_have_fewer_rows: Callable[[str], bool],
 ) -> dict[str, str]:
-    """Finds for the tensors of a module those of a file, by name and shape, and reads none.
+    """Matches the tensors of a module with those of a file by name and shape, without reading them.
 
     Args:
-        module: Wants the weights; it may be on the meta device.
-        reader: Has the weights.
-        prefix: The name of the backbone within the module (``"model."``). A file whose keys lack it, or that has it
-            where the module is the bare backbone, fits too.
-        may_be_missing: Whether a name of the module may be absent from the file; it is then left untouched.
+        module: The module to load; it may be on the meta device.
+        reader: The reader of the file.
+        prefix: Name of the backbone within the module (``"model."``). Keys also match if only the file or only the
+            module has this prefix.
+        may_be_missing: Whether a name of the module may be absent from the file. It is then left unchanged.
         may_be_unexpected: Whether a name of the file may be absent from the module.
-        may_have_fewer_rows: Whether a tensor of the file may be shorter in its first dimension (an embedding before
-            the vocabulary was padded); the rows it lacks become zero.
+        may_have_fewer_rows: Whether a tensor of the file may be shorter in its first dimension, as an embedding is
+            before the vocabulary is padded. The missing rows become zero.
 
     Returns:
-        For each name of the module that the file has, the key it has there.
+        The file's key of each tensor of the module that the file has.
 
     Raises:
-        CheckpointError: Lists every missing, unexpected and mis-shaped key.
+        CheckpointError: Keys do not match; lists every missing, unexpected and mis-shaped key.
     """
     targets = persistent_tensors(module)
 
     def name_in_module(key: str) -> str:
-        """Files of the bare backbone lack the prefix that the model has, and the other way round."""
+        """Adds or removes the prefix, which a file of the bare backbone lacks."""
         candidates = (key, f"{prefix}{key}", key.removeprefix(prefix))
         return next((name for name in candidates if name in targets), key)
 
@@ -276,12 +276,12 @@ def load_weights(module: nn.Module, reader: WeightReader, **tolerances: Any) -> 
     """Copies a file's tensors into a module of any ZeRO stage.
 
     Args:
-        module: Receives the weights; under ZeRO-3 all ranks must call.
-        reader: Gives the weights.
+        module: The module to load. Under ZeRO-3 all ranks must call.
+        reader: The reader of the file.
         **tolerances: See `match_weights`.
 
     Returns:
-        The names of the module that the file did not have.
+        The names in the module that the file did not have.
 
     Raises:
         CheckpointError: See `match_weights`.
@@ -301,14 +301,14 @@ def load_weights(module: nn.Module, reader: WeightReader, **tolerances: Any) -> 
 
 
 def save_weights(module: nn.Module, directory: Path, is_main: bool) -> list[str]:
-    """Writes a module's weights as safetensors, split as the Hugging Face hub splits them, file by file.
+    """Writes a module's weights as safetensors, file by file, split as on the Hugging Face hub.
 
-    Adapters are merged into what they adapt, one weight at a time, so the file is that of a model without them.
+    Adapters are merged into their weights, one weight at a time, so the file is that of a model without adapters.
 
-    Under ZeRO-3 all ranks must call; the ranks that are not ``is_main`` take part in the gathering and keep nothing.
+    Under ZeRO-3 all ranks must call. Ranks that are not ``is_main`` take part in gathering and keep nothing.
 
     Returns:
-        The names of the files, the index included where there is one.
+        The names of the files, including the index if there is one.
     """
     layers = adapters_of(module)
     adapting = {id(parameter) for layer in layers.values() for parameter in adapter_parameters(layer)}
@@ -328,9 +328,9 @@ def save_weights(module: nn.Module, directory: Path, is_main: bool) -> list[str]
         in_file: dict[str, Tensor] = {}
         for name in names:
             layer = layer_of[name]
-            with ExitStack() as whole:
+            with ExitStack() as stack:
                 for tensor in [tensors[name], *(adapter_parameters(layer) if layer else [])]:
-                    whole.enter_context(gathered(tensor))
+                    stack.enter_context(gathered(tensor))
                 if is_main:
                     tensor = merged(tensors[name], layer) if layer else tensors[name].detach()
                     in_file[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)

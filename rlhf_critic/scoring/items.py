@@ -20,6 +20,7 @@ from rlhf_critic.errors import EncodingError, ScorerRejected
 
 if TYPE_CHECKING:  # clients need neither torch nor transformers
     from rlhf_critic.batching.prefix_tree import TokenIds
+    from rlhf_critic.config.serve import CallLimits
     from rlhf_critic.data.conversation import Prompt
     from rlhf_critic.data.encoding import Encoded, Encoder
 
@@ -54,22 +55,6 @@ NOT_LISTS = (str, bytes, bytearray, memoryview)  # sequences in Python, but not 
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits of one call.
-
-    Attributes:
-        max_items: Maximum number of items.
-        max_text_bytes: Maximum UTF-8 bytes of an item's text, including the prompt.
-        max_tokens: Maximum tokens of an item's text; longer texts are rejected. Texts between the encoder's
-            ``max_length`` and this limit are truncated from the left, as in training, and reported.
-    """
-
-    max_items: int = 1024
-    max_text_bytes: int = 512 * 1024
-    max_tokens: int = 32768
-
-
-@dataclass(frozen=True)
 class ScorerInfo:
     """Description of a scorer.
 
@@ -78,7 +63,7 @@ class ScorerInfo:
         checkpoint: Path or URI of that critic.
         fingerprint: Fingerprint of its encoding.
         max_length: Maximum tokens of a sequence that the critic reads.
-        limits: Limits of one call.
+        limits: CallLimits of one call.
         normalized: Whether rewards are normalised to the scale of the critic's reference responses.
         components: Weights of the reward's components, by name.
     """
@@ -87,7 +72,7 @@ class ScorerInfo:
     checkpoint: str
     fingerprint: str
     max_length: int
-    limits: Limits
+    limits: CallLimits
     normalized: bool
     components: dict[str, float]
 
@@ -130,7 +115,7 @@ def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[C
     return [Conversation(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def finish_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> list[Item]:
+def finish_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) -> list[Item]:
     """Replaces the ends of texts with ``finish`` by the critic's ending.
 
     Other items stay unchanged. So do texts beyond the size limit, which `encode_items` rejects.
@@ -151,7 +136,7 @@ def _finish(item: Text, encoder: Encoder) -> Text:
     return Text(text + encoder.ending if text else "", response)
 
 
-def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> list[Encoded]:
+def encode_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) -> list[Encoded]:
     """Returns the token ids of items. They do not depend on the other items of the call.
 
     Raises:
@@ -196,7 +181,7 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: Limits) -> lis
     return [encoded[index] for index in range(len(items))]
 
 
-def _render(index: int, item: Conversation, encoder: Encoder, limits: Limits) -> str:
+def _render(index: int, item: Conversation, encoder: Encoder, limits: CallLimits) -> str:
     prompt = item.prompt if isinstance(item.prompt, str) else "".join(_contents(index, item.prompt))
     if not isinstance(item.response, str):
         raise _rejected("not_text", index, f": a response must be a text, not {_kind(item.response)}")
@@ -220,7 +205,7 @@ def _contents(index: int, turns: Any) -> list[str]:
     return [turn["content"] for turn in turns]
 
 
-def _check_text(index: int, text: Any, limits: Limits) -> None:
+def _check_text(index: int, text: Any, limits: CallLimits) -> None:
     if not isinstance(text, str):
         raise _rejected("not_text", index, f": must be a text, not {_kind(text)}")
     if not text:

@@ -1,1 +1,1 @@
-"""The DeepSpeed engines of one rank. Knows no Ray."""
+"""The DeepSpeed engines of one rank. Knows nothing about Ray."""

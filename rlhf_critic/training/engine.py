@@ -1,8 +1,8 @@
-"""A model, its AdamW and its schedule, sharded by DeepSpeed: takes steps over micro-batches and keeps their state.
+"""Training engine: a model, its AdamW and its schedule, sharded by DeepSpeed over the ranks.
 
-What `rlhf_critic.training.critic_engine.CriticEngine` and `rlhf_critic.training.policy_engine.PolicyEngine` have in common. Every method is
-collective: all ranks call it with the same arguments, in the same order, and get the same result. Knows nothing of what
-is fitted: the caller says what a micro-batch costs.
+`rlhf_critic.training.critic_engine.CriticEngine` and `rlhf_critic.training.policy_engine.PolicyEngine` are built on it.
+Every method is collective: all ranks call it with the same arguments, in the same order, and get the same result.
+Knows nothing about what is trained: the caller computes the loss of a micro-batch.
 
 Shape legend: U units (preferences, rollouts) of a micro-batch.
 """
@@ -48,34 +48,36 @@ Batch = PrefixTreeBatch | PaddedBatch
 
 @dataclass(frozen=True, eq=False)
 class MicroBatchLoss:
-    """What a micro-batch costs.
+    """Loss of a micro-batch.
 
     Attributes:
-        loss_U: The loss of each of its units, fp32, with its gradient.
-        sums: Numbers to add up over the global batch, float64 ``[any]``, equally many in every micro-batch.
+        loss_U: The loss of each unit, fp32, with its gradient.
+        sums: Numbers to add up over the global batch, float64 ``[any]``, the same number in every micro-batch.
     """
 
     loss_U: Tensor
     sums: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did, over all ranks.
+    """Result of one optimizer step, over all ranks.
 
     Attributes:
-        loss: The loss of the global batch, before the step.
-        sums: Of `MicroBatchLoss.sums`.
+        step: Steps done, this one included.
+        loss: Loss of the global batch, before the step.
         grad_norm: Global gradient norm before clipping.
-        learning_rate: The rate the step was taken with.
-        computed_tokens: Tokens computed for it: what is shared once, padding and dummies included.
+        learning_rate: Learning rate of the step.
+        tokens: Tokens of all sequences of the global batch.
+        computed_tokens: Tokens computed for them. A shared prefix counts once; padding and dummy batches count.
         micro_batches: Micro-batches per rank.
     """
 
+    step: int
     loss: float
-    sums: list[float]
     grad_norm: float
     learning_rate: float
+    tokens: int
     computed_tokens: int
     micro_batches: int
 
@@ -84,19 +86,20 @@ class TrainingEngine:
     """A model in training on the ranks of ``torch.distributed``.
 
     Args:
-        module: Built with the ``deepspeed_config`` of the same options (under ZeRO-3 it is partitioned already).
+        module: A model built with the ``deepspeed_config`` of the same options. Under ZeRO-3 it is already partitioned.
         model: Options of the model.
-        options: Options of the optimization.
-        total_steps: Optimizer steps of the whole run; the schedule ends there.
-        probe: A scalar of a forward pass over a batch, as a step would compute it, for the probe of the token budget.
+        options: Options of the optimizer.
+        total_steps: Optimizer steps of the whole run, at which the schedule ends.
+        probe: Computes a scalar from a forward pass over a batch, as a training step would. It is used to measure
+            token budgets.
 
     Attributes:
         module: The model.
-        engine: DeepSpeed's engine around it.
+        engine: DeepSpeed's engine around the model.
         step: Optimizer steps done.
-        rank: This rank.
+        rank: Number of this rank.
         world_size: Number of ranks.
-        device: Where inputs go.
+        device: Device of the inputs.
     """
 
     def __init__(
@@ -137,19 +140,19 @@ class TrainingEngine:
             self.engine.enable_backward_allreduce = False
             if model.dtype == "float32":
                 embedding = module.model.get_input_embeddings()
-                # Where an output layer has the same weight, its gradient is whole anyway.
+                # If the output layer shares this weight, the gradient is dense anyway.
                 tied = getattr(module.model.get_output_embeddings(), "weight", None) is embedding.weight
                 if isinstance(embedding, nn.Embedding) and embedding.weight.requires_grad and not tied:
                     self._embedding_gradient = EmbeddingGradient(embedding)
 
     @cached_property
     def token_budget(self) -> int:
-        """The most tokens of a micro-batch: as configured, or found by a probe when it is first asked for."""
+        """Maximum number of tokens of a micro-batch, as configured or measured by a probe at first use."""
         if self.options.token_budget != "auto":
             return self.options.token_budget
         from deepspeed.accelerator import get_accelerator
 
-        # Ranks of a node share its memory, but each has a GPU to itself.
+        # Ranks of a node share its memory, but each has its own GPU.
         sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         free_bytes = get_accelerator().available_memory() // sharing
         return probe_token_budget(self._measure_micro_batch, int(self._agree(free_bytes, dist.ReduceOp.MIN)))
@@ -159,25 +162,30 @@ class TrainingEngine:
         units: Sequence[Sequence[TokenIds]],
         loss_of: Callable[[Batch, Sequence[int]], MicroBatchLoss],
         denominator: float,
+        tokens: int,
         seed: int,
         name_of: Callable[[int], str],
-    ) -> StepResult:
-        """Takes one optimizer step on a global batch, whose loss is the sum over its units by ``denominator``.
+    ) -> tuple[StepResult, list[float]]:
+        """Takes one optimizer step on a global batch. Its loss is the sum over the units divided by ``denominator``.
 
         Args:
             units: The sequences of each unit of the global batch, the same on every rank.
-            loss_of: Runs `engine` on a batch, the sequences of the units with these numbers, unit by unit; says what
-                each unit costs.
-            denominator: Such as the number of units, for the mean over them.
-            seed: With step and rank, of dropout.
-            name_of: What a unit is called in an error.
+            loss_of: Runs `engine` on a batch and returns the loss of each unit. It gets the batch and the numbers of
+                its units; the batch holds their sequences, unit by unit.
+            denominator: Divisor of the loss. The number of units gives the mean over the units.
+            tokens: Tokens of the global batch, for the result.
+            seed: Random seed of dropout, combined with step and rank.
+            name_of: Returns the name of a unit for an error message.
+
+        Returns:
+            The result, and the sums of `MicroBatchLoss.sums` over the global batch.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
         plan = plan_micro_batches(units, self.world_size, self.token_budget, self.module.prefix_tree)
         mine = plan[self.rank]
-        # Dropout draws from (seed, step, rank), so a step that is run again after a failure draws the same.
+        # The dropout seed depends on (seed, step, rank) alone, so a repeated step has the same dropout.
         torch.manual_seed(int(np.random.SeedSequence([seed, self.step, self.rank]).generate_state(1)[0]))
         learning_rate = float(self.engine.get_lr()[0])
         self.engine.train()
@@ -187,43 +195,57 @@ class TrainingEngine:
             is_last = index == len(mine) - 1
             self.engine.set_gradient_accumulation_boundary(is_last)
             batch = self.module.batch_of([ids for unit in micro_batch.units for ids in units[unit]], self.device)
-            judged = loss_of(batch, micro_batch.units)
-            losses.append((micro_batch.units, judged.loss_U.detach()))
-            parts = torch.cat([judged.loss_U.detach().sum()[None].double(), judged.sums])
+            result = loss_of(batch, micro_batch.units)
+            losses.append((micro_batch.units, result.loss_U.detach()))
+            parts = torch.cat([result.loss_U.detach().sum()[None].double(), result.sums])
             if not micro_batch.weight:
                 parts = torch.zeros_like(parts)
             parts = torch.cat([parts, parts.new_tensor([batch.computed_tokens])])
             totals = parts if totals is None else totals + parts
             if is_last:
                 dist.all_reduce(totals)
-                self._refuse_non_finite(float(totals[0]), losses, name_of)
-            # DeepSpeed averages gradients over ranks; this makes the sum over ranks the one that is asked for.
-            self.engine.backward(judged.loss_U.sum() * (micro_batch.weight * self.world_size / denominator))
+                self._check_finite(float(totals[0]), losses, name_of)
+            # DeepSpeed averages gradients over ranks; the factor world_size turns that mean into the sum.
+            self.engine.backward(result.loss_U.sum() * (micro_batch.weight * self.world_size / denominator))
             if self._embedding_gradient:
                 self._embedding_gradient.collect(is_last)
             if is_last and self.options.zero_stage == 0:
-                # Nothing is sharded: gradients are whole here, and DeepSpeed neither keeps their norm nor checks it.
+                # At stage 0 gradients are complete on every rank, and DeepSpeed neither keeps nor checks their norm.
                 grad_norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
-                self._refuse_non_finite(grad_norm, losses, name_of)
+                self._check_finite(grad_norm, losses, name_of)
             self.engine.step()
         if self.options.zero_stage > 0:
             grad_norm = float(self.engine.get_global_grad_norm())
-            self._refuse_non_finite(grad_norm, losses, name_of)
+            self._check_finite(grad_norm, losses, name_of)
         self.step += 1
         assert totals is not None, "a plan has micro-batches"
         loss_sum, *sums, computed_tokens = totals.tolist()
-        return StepResult(loss_sum / denominator, sums, grad_norm, learning_rate, int(computed_tokens), len(mine))
+        return StepResult(
+            step=self.step,
+            loss=loss_sum / denominator,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            tokens=tokens,
+            computed_tokens=int(computed_tokens),
+            micro_batches=len(mine),
+        ), sums
 
     def offload(self) -> Offloaded:
-        """Takes parameters, gradients and optimizer state out of this rank's device; see `rlhf_critic.training.offload`."""
-        return offload(self.engine, [self._embedding_gradient.whole] if self._embedding_gradient else [])
+        """Moves parameters, gradients and optimizer state off this rank's device.
+
+        See `rlhf_critic.training.offload`.
+        """
+        return offload(self.engine, [self._embedding_gradient.dense] if self._embedding_gradient else [])
 
     def save_state(self, directory: str | Path) -> None:
-        """Writes, in ``resume`` below a directory, what a continued run needs; each file by one rank, on its node."""
+        """Writes the state that a resumed run needs to ``DIRECTORY/resume``.
+
+        Each file is written by one rank, on its node.
+        """
         resume = Path(directory) / RESUME_FOLDER
         (resume / STATE_TAG).mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(resume), tag=STATE_TAG)
-        token_budget = self.token_budget  # on all ranks: the first look at it may be a probe
+        token_budget = self.token_budget  # on all ranks, because the first access may run a collective probe
         if self.rank == 0:
             state = {
                 "step": self.step,
@@ -235,13 +257,14 @@ class TrainingEngine:
         dist.barrier()
 
     def load_state(self, directory: str | Path) -> None:
-        """Continues from what `save_state` wrote, on any number of ranks: weights, optimizer, schedule, step, budget.
+        """Loads what `save_state` wrote: weights, optimizer, schedule, step and token budget.
 
-        DeepSpeed unpickles this state, so load only what this project wrote.
+        The number of ranks may differ from the number that saved it. DeepSpeed unpickles this state, so load only
+        what this project wrote.
 
         Raises:
-            CheckpointError: It is not there, was saved with another ZeRO stage, or cannot be converted to another
-                world size.
+            CheckpointError: The state is missing, was saved with another ZeRO stage, or cannot be converted to
+                another world size.
         """
         resume = Path(directory) / RESUME_FOLDER
         try:
@@ -251,24 +274,25 @@ class TrainingEngine:
         stage, world_size = state["zero_stage"], state["world_size"]
         if stage != self.options.zero_stage:
             raise CheckpointError(
-                f"{directory}: saved with zero_stage={stage}, now {self.options.zero_stage}; resume with the same"
+                f"{directory}: saved with zero_stage={stage}, now {self.options.zero_stage}; resume with the same stage"
             )
-        # At stage 0 nothing is sharded: every rank reads all of it.
+        # At stage 0 nothing is sharded, so every rank reads the complete state.
         if world_size == self.world_size or stage == 0:
             self.engine.load_checkpoint(str(resume), tag=STATE_TAG)
         elif state["step"] == 0:
             raise CheckpointError(
-                f"{directory}: saved with world_size={world_size}, now {self.world_size}, and before the first step "
-                "there are no moments to convert; resume with the same, or start from it"
+                f"{directory}: saved with world_size={world_size}, now {self.world_size}, before the first step, so "
+                "there are no moments to convert; resume with the same world size, or start a new run from it"
             )
         else:
             load_resized(self.engine, resume / STATE_TAG, world_size)
         self.step = int(state["step"])
         if self.options.token_budget == "auto":
-            self.token_budget = int(state["token_budget"])  # a new probe might find another, and sum in another order
+            # A new probe might choose another budget, which changes the order of summation.
+            self.token_budget = int(state["token_budget"])
 
     def _measure_micro_batch(self, tokens: int) -> Measurement:
-        """Runs a micro-batch of weight zero, which changes nothing, and measures it; the slowest rank counts."""
+        """Measures a micro-batch of weight zero, which changes no gradient; returns the maximum over the ranks."""
         from deepspeed.accelerator import get_accelerator
 
         config = self.module.model.config.get_text_config()
@@ -293,10 +317,10 @@ class TrainingEngine:
         dist.all_reduce(agreed, how)
         return agreed.item()
 
-    def _refuse_non_finite(
+    def _check_finite(
         self, value: float, losses: Sequence[tuple[Sequence[int], Tensor]], name_of: Callable[[int], str]
     ) -> None:
-        """Raises on all ranks if ``value``, the same on all ranks, is not finite; names the units that caused it."""
+        """Raises on all ranks, naming the units at fault, if ``value``, which all ranks share, is not finite."""
         if isfinite(value):
             return
         mine = [
@@ -305,7 +329,7 @@ class TrainingEngine:
             for unit, loss in zip(units, loss_U.tolist(), strict=True)
             if not isfinite(loss)
         ]
-        # A gradient can be infinite where every loss is finite: then any unit of the batch may be the cause.
+        # A gradient can be infinite although every loss is finite. Then any unit of the batch may be the cause.
         of_ranks: list[list[list[int]]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(of_ranks, [mine, [unit for units, _ in losses for unit in units]])
         bad = {unit for found, _ in of_ranks for unit in found} or {unit for _, units in of_ranks for unit in units}
@@ -313,40 +337,40 @@ class TrainingEngine:
 
 
 class EmbeddingGradient:
-    """The gradient of an embedding, row by row until a step needs it whole.
+    """Gradient of an embedding, collected from sparse rows and made dense for the optimizer step.
 
-    A step touches a few thousand rows of a table that may have a hundred thousand: autograd would fill a table of zeros
-    for every micro-batch. Here is one table, whose touched rows are cleared after use.
+    A step touches a few thousand rows of a table that may have a hundred thousand. Autograd would fill a table of zeros
+    for every micro-batch. This class keeps one table and clears the touched rows after use.
 
     Attributes:
-        whole: The table.
+        dense: The dense gradient.
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
         embedding.sparse = True
         self._weight = embedding.weight
-        self.whole = torch.zeros_like(embedding.weight)
+        self.dense = torch.zeros_like(embedding.weight)
         self._touched: list[Tensor] = []
         self._used = False
 
     def collect(self, is_last: bool) -> None:
-        """Takes what a micro-batch's backward pass left; after the last, puts the whole gradient in its place."""
+        """Collects the gradient of one backward pass. After the last one, sets the dense gradient on the weight."""
         if self._used:
             for rows in self._touched:
-                self.whole.index_fill_(0, rows, 0.0)
+                self.dense.index_fill_(0, rows, 0.0)
             self._touched, self._used = [], False
         gradient = self._weight.grad
         if gradient is not None and gradient.is_sparse:
             rows = gradient._indices()[0]
-            self.whole.index_add_(0, rows, gradient._values())
+            self.dense.index_add_(0, rows, gradient._values())
             self._touched.append(rows)
             self._weight.grad = None
         if is_last:
-            self._weight.grad, self._used = self.whole, True
+            self._weight.grad, self._used = self.dense, True
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: decay applies to matrices, not to norms and biases; empty groups are left out."""
+    """Returns the optimizer groups. Decay applies to matrices, not to norms and biases; empty groups are omitted."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if len(full_shape(parameter)) > 1]
     others = [parameter for parameter in trainable if len(full_shape(parameter)) <= 1]

@@ -1,6 +1,6 @@
-"""One rank's share of scoring with a critic that is sharded over ranks: rewards and values, without an optimizer.
+"""One rank's engine for scoring with a critic that is sharded over ranks: rewards and values, without an optimizer.
 
-Every method is collective, as in `rlhf_critic.training.critic_engine`, whose training engine is one of these too. Knows nothing of Ray,
+Every method is collective. `rlhf_critic.training.critic_engine.CriticEngine` adds training. Knows nothing about Ray,
 text or who calls it.
 
 Shape legend: S sequences.
@@ -8,8 +8,7 @@ Shape legend: S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,24 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import load_encoder, read_card
 from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.factory import create_critic_model, load_config
+from rlhf_critic.model.factory import create_critic_model
+from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.model.weights import WeightReader
 
 
 class InferenceEngine:
-    """A critic, sharded by DeepSpeed over the ranks of ``torch.distributed``, that scores.
+    """A scoring critic, sharded by DeepSpeed over the ranks of ``torch.distributed``.
 
     Args:
         critic: The critic.
-        engine: DeepSpeed's engine around it.
-        token_budget: The most tokens a rank computes at once.
+        engine: DeepSpeed's engine around the critic.
+        token_budget: Returns the maximum number of tokens that a rank computes at once. All ranks call it together.
 
     Attributes:
         computed_tokens: Tokens that all ranks together computed for the last call.
     """
 
-    def __init__(self, critic: Critic, engine: Any, token_budget: int) -> None:
+    def __init__(self, critic: Critic, engine: Any, token_budget: Callable[[], int]) -> None:
         self.critic = critic
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -51,9 +51,9 @@ class InferenceEngine:
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path, token_budget: int) -> InferenceEngine:
-        """Loads a critic directory with its parameters sharded over the ranks (ZeRO stage 3), in the dtype saved.
+        """Loads a critic directory in the saved dtype, with its parameters sharded over the ranks (ZeRO stage 3).
 
-        But for float16, which becomes float32: DeepSpeed shards that only where its CPU or GPU computes with it.
+        float16 becomes float32, because DeepSpeed shards float16 only on devices that compute in it.
 
         Raises:
             CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
@@ -78,18 +78,13 @@ class InferenceEngine:
             weights=WeightReader(str(directory), safetensors_only=True),
         )
         engine, *_ = deepspeed.initialize(model=critic, config=config)
-        return cls(critic, engine, token_budget)
-
-    @cached_property
-    def token_budget(self) -> int:
-        """The most tokens of a micro-batch."""
-        return self._token_budget
+        return cls(critic, engine, lambda: token_budget)
 
     def rewards(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]:
-        """The reward of each sequence of token ids, fp32 ``[S]``.
+        """Computes the reward of each sequence of token ids, fp32 ``[S]``.
 
         Raises:
-            ValueError: There is no sequence, or an empty one.
+            ValueError: There is no sequence, or one is empty.
         """
         rewards_S = torch.zeros(len(sequences) + 1, dtype=torch.float64, device=self.device)
         for units, rewards_U, computed_tokens in self._forward_sequences(sequences, rewards_only=True):
@@ -98,10 +93,10 @@ class InferenceEngine:
         return self._sum_over_ranks(rewards_S)
 
     def values(self, sequences: Sequence[TokenIds]) -> list[NDArray[np.float32]]:
-        """The value at every token of each sequence of token ids: ``S`` arrays, fp32, as long as the sequences.
+        """Computes the value at every token of each sequence of token ids: ``S`` fp32 arrays, as long as the sequences.
 
         Raises:
-            ValueError: There is no sequence, or an empty one.
+            ValueError: There is no sequence, or one is empty.
         """
         ends = np.cumsum([len(sequence) for sequence in sequences])
         flat = torch.zeros((int(ends[-1]) if len(ends) else 0) + 1, dtype=torch.float64, device=self.device)
@@ -113,7 +108,10 @@ class InferenceEngine:
         return np.split(self._sum_over_ranks(flat), ends[:-1])
 
     def _sum_over_ranks(self, results: Tensor) -> NDArray[np.float32]:
-        """Joins the ranks' results, whose last entry counts tokens; fp64, in which fp32 values and counts are exact."""
+        """Sums the ranks' results, whose last entry counts tokens.
+
+        They are fp64, which represents fp32 values and counts exactly.
+        """
         dist.all_reduce(results)
         self.computed_tokens = int(results[-1])
         return results[:-1].float().cpu().numpy()
@@ -121,9 +119,9 @@ class InferenceEngine:
     def _forward_sequences(
         self, sequences: Sequence[TokenIds], rewards_only: bool
     ) -> Iterator[tuple[tuple[int, ...], Tensor, int]]:
-        """This rank's part of the sequences, micro-batch by micro-batch."""
-        plan = plan_sequences(sequences, self.world_size, self.token_budget, self.critic.prefix_tree)
-        self._engine.eval()  # after the plan: the probe of the token budget trains
+        """Computes this rank's part of the sequences, micro-batch by micro-batch."""
+        plan = plan_sequences(sequences, self.world_size, self._token_budget(), self.critic.prefix_tree)
+        self._engine.eval()  # after the token budget, whose probe runs in training mode
         return forward_micro_batches(
             self.critic,
             sequences,

@@ -1,15 +1,14 @@
-"""What a shard of a critic in training holds, part by part: calculated, without weights and without a device.
+"""Memory estimate: the memory of one rank that trains a critic, part by part, calculated without weights or device.
 
-`count_model` counts a model on the meta device. `activation_bytes` runs it there, over tensors that have shapes and no
-memory, so that activations are counted by the code that trains, whatever the family. `shard_memory` says what
-DeepSpeed 0.19 holds of it, read from its source and held to measured bytes by tests.
+`count_model` counts a model on the meta device. `activation_bytes` runs the model there, on tensors that have shapes
+and no memory. So the code that trains also counts activations, for every family. `shard_memory` calculates the memory
+that DeepSpeed 0.19 holds. It follows DeepSpeed's source, and tests compare it with measured bytes.
 
-DeepSpeed's own ``estimate_zero2_model_states_mem_needs`` and ``estimate_zero3_model_states_mem_needs`` do not serve:
-they know 16-bit weights only, charge 6 bytes of gradients for each parameter at all times, where 2 are held between
-micro-batches, multiply what they are not sure of by 1.5, and know neither stages 0 and 1, nor frozen weights, nor
-buckets, nor activations.
+DeepSpeed's own ``estimate_zero2_model_states_mem_needs`` and ``estimate_zero3_model_states_mem_needs`` are not used.
+They assume 16-bit weights and always count 6 bytes of gradients for each parameter, although 2 are held between
+micro-batches. They multiply uncertain parts by 1.5 and ignore stages 0 and 1, frozen weights, buckets and activations.
 
-Knows nothing of GPUs, clusters or allocators: what a CUDA context and fragmentation take comes on top.
+Knows nothing about GPUs, clusters or allocators: the memory of a CUDA context and fragmentation comes on top.
 """
 
 from __future__ import annotations
@@ -32,21 +31,22 @@ from rlhf_critic.model.critic import Critic
 FP32_BYTES = 4
 ADAM_BYTES = 8  # two moments in fp32
 WORKING_BYTES = {"float32": 4, "bfloat16": 2}
-# Defaults of DeepSpeed 0.19 that `deepspeed_config` leaves alone, in elements.
-PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller parameters stay whole once they were gathered
-MOST_GATHERED = 1_000_000_000  # stage3_max_live_parameters: others stay gathered up to this many
-ALL_REDUCE = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE: stage 0 flattens so many gradients at once
+# Defaults of DeepSpeed 0.19 that `deepspeed_config` does not change, in elements.
+PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller parameters stay gathered
+MAX_GATHERED = 1_000_000_000  # stage3_max_live_parameters: maximum of other parameters that stay gathered
+ALL_REDUCE = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE: number of gradients that stage 0 flattens at once
 
 
 @dataclass(frozen=True)
 class ModelCount:
-    """The sizes of a model's parameters, in elements; what is shared counts once.
+    """Sizes of a model's parameters, in elements; shared parameters count once.
 
     Attributes:
-        trained: Of each parameter that is trained.
-        frozen: Of each that is not.
-        largest: The largest trained one but for the input embedding, whose gradient comes when no activation is left.
-        largest_of_all: The largest trained one.
+        trained: Sizes of the trained parameters.
+        frozen: Sizes of the frozen parameters.
+        largest: Size of the largest trained parameter without the input embedding, whose gradient is computed when
+            all activations are freed.
+        largest_of_all: Size of the largest trained parameter.
     """
 
     trained: tuple[int, ...]
@@ -56,25 +56,26 @@ class ModelCount:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Number of all parameters, in elements."""
         return sum(self.trained) + sum(self.frozen)
 
 
 @dataclass(frozen=True)
 class ShardMemory:
-    """Bytes on each rank.
+    """Memory of each rank, in bytes.
 
     Attributes:
-        parameters: Weights in the dtype of training: at stage 3 this rank's part and the small ones, which stay whole.
-        gradients: What is held from one micro-batch to the next.
-        masters: The optimizer's own fp32 copy of what it updates.
-        moments: AdamW's.
-        buckets: Buffers that gradients are reduced in while the backward pass runs.
-        gathered: Whole parameters that stage 3 keeps at hand while it computes.
-        activations: See `activation_bytes`.
-        reduction: Buffers at the end of the backward pass, when no activation is left.
-        step: All gradients while the optimizer takes its step, its fp32 copy included.
-        host: In the memory of the CPUs, by offloading.
+        parameters: Weights in the dtype of training; at stage 3 this rank's part and the small ones, which stay
+            gathered.
+        gradients: Gradients held between micro-batches.
+        masters: The optimizer's fp32 copy of the parameters it updates.
+        moments: AdamW's moments.
+        buckets: Buffers for reducing gradients during the backward pass.
+        gathered: Full parameters that stage 3 keeps gathered while it computes.
+        activations: Activations; see `activation_bytes`.
+        reduction: Buffers at the end of the backward pass, when all activations are freed.
+        step: All gradients during the optimizer's step, including its fp32 copy.
+        host: CPU memory used by offloading.
     """
 
     parameters: int
@@ -90,21 +91,22 @@ class ShardMemory:
 
     @property
     def states(self) -> int:
-        """Parameters, gradients and optimizer state: what is there whatever the batch."""
+        """Parameters, gradients and optimizer state, which do not depend on the batch."""
         return self.parameters + self.gradients + self.masters + self.moments
 
     @property
     def peak(self) -> int:
-        """The most at any time: in the backward pass, at its end, or in the optimizer's step.
+        """Maximum at any time: in the backward pass, at its end, or in the optimizer's step.
 
-        Counts all activations beside all gradients of a micro-batch's, though the one goes as the other comes.
+        Counts all activations and all gradients of a micro-batch together, although activations are freed as gradients
+        are computed.
         """
         backward = self.gradients + self.buckets + self.gathered + self.activations
         return self.parameters + self.masters + self.moments + max(backward, self.gradients + self.reduction, self.step)
 
 
 def count_model(critic: Critic) -> ModelCount:
-    """Counts a critic, on any device, that is not partitioned."""
+    """Counts the parameters of a critic that is not partitioned, on any device."""
     trained = tuple(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
     frozen = tuple(parameter.numel() for parameter in critic.parameters() if not parameter.requires_grad)
     embedding = {id(parameter) for parameter in critic.model.get_input_embeddings().parameters()}
@@ -113,29 +115,29 @@ def count_model(critic: Critic) -> ModelCount:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows every storage that is made while it is on, until nobody holds it any more.
+    """Dispatch mode that tracks every storage created within it until the storage is freed.
 
     Args:
-        known: Tensors whose storages were there before.
+        known: Tensors whose storages existed before.
 
     Attributes:
-        peak: The most bytes of such storages at any time.
+        peak: Maximum number of bytes of tracked storages at any time.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = self._live = 0
-        # Not by address: on the meta device all storages are at address 0.
+        # Storages have no usable address: on the meta device all are at address 0.
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor):
-                self._follow(made.untyped_storage())
+        for output in tree_leaves(result):
+            if isinstance(output, Tensor):
+                self._track(output.untyped_storage())
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
@@ -152,19 +154,19 @@ class _LiveBytes(TorchDispatchMode):
 def activation_bytes(
     critic: Critic, tokens: int, length: int, *, gradient_checkpointing: bool, rewards_only: bool = True
 ) -> int:
-    """The most memory that a forward and a backward pass over a micro-batch take beside parameters and gradients.
+    """Computes the peak memory of a forward and a backward pass beside parameters and gradients, in bytes.
 
-    That is what the forward pass keeps (with gradient checkpointing the input of every layer: Chen et al., "Training
-    deep nets with sublinear memory cost" (2016)), what the backward pass computes again, and what operators hand to
-    each other on the way, a weight's gradient until it is added to the others included. What a kernel uses inside is
-    not. Attention is that of CPUs; flex attention, on GPUs, keeps the same tensors.
+    It includes what the forward pass keeps. With gradient checkpointing that is the input of every layer (Chen et al.,
+    "Training deep nets with sublinear memory cost" (2016)). It includes what the backward pass recomputes, and the
+    tensors between operators, such as a weight's gradient before it is accumulated. It excludes memory inside kernels.
+    Attention is that of CPUs; flex attention, on GPUs, keeps the same tensors.
 
     Args:
-        critic: On the meta device, as it is trained: in its dtype, with its adapters and what is frozen.
-        tokens: That are computed: the token budget of a micro-batch.
-        length: Most tokens of a sequence. Sequences share nothing here.
-        gradient_checkpointing: See above.
-        rewards_only: Whether the loss reads rewards only, which spares most of the last layer.
+        critic: The critic on the meta device, as it is trained: in its dtype, with its adapters and frozen weights.
+        tokens: Tokens that are computed, the token budget of a micro-batch.
+        length: Maximum length of a sequence in tokens. Sequences share no prefix here.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        rewards_only: Whether the loss reads rewards only, which skips most of the last layer.
     """
     sequences = [np.full(min(length, tokens - start), row) for row, start in enumerate(range(0, tokens, length))]
     batch = critic.batch_of(sequences, "meta")
@@ -189,26 +191,26 @@ def _drop_gradient(parameter: Tensor) -> None:
 def shard_memory(
     count: ModelCount, model: BodyConfig, options: OptimizerConfig, world_size: int, activations: int = 0
 ) -> ShardMemory:
-    """What each rank holds.
+    """Computes the memory of each rank.
 
-    Shards: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020). What is
-    held beside them is read from DeepSpeed 0.19's ``zero/stage_1_and_2.py``, ``zero/stage3.py``,
-    ``fp16/unfused_optimizer.py`` (stage 0 in bf16) and ``engine.py``.
+    Shards: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (2020). The rest
+    follows DeepSpeed 0.19's ``zero/stage_1_and_2.py``, ``zero/stage3.py``, ``fp16/unfused_optimizer.py`` (stage 0 in
+    bf16) and ``engine.py``.
 
     Args:
-        count: Of the whole model.
-        model: Gives the dtype.
-        options: Give the ZeRO stage and what is offloaded.
+        count: Parameter counts of the full model.
+        model: Options of the model, for its dtype.
+        options: Options of the optimizer, for the ZeRO stage and offloading.
         world_size: Number of ranks.
-        activations: Bytes; see `activation_bytes`.
+        activations: Bytes of activations; see `activation_bytes`.
     """
     working = WORKING_BYTES[model.dtype]
     trained, stage = sum(count.trained), options.zero_stage
     if stage == 0:
-        return _whole(count, working, world_size, activations)
+        return _unsharded(count, working, world_size, activations)
 
     def part(sizes: tuple[int, ...]) -> int:
-        """Elements of a rank: stage 3 divides every parameter, the others all of them together."""
+        """Returns the elements of a rank. Stage 3 divides every parameter, other stages all of them together."""
         return sum(-(-size // world_size) for size in sizes) if stage == 3 else -(-sum(sizes) // world_size)
 
     shard = part(count.trained)
@@ -218,35 +220,38 @@ def shard_memory(
     oversize = count.largest_of_all if count.largest_of_all > bucket else 0
     memory = ShardMemory(
         parameters=working * count.parameters,
-        # Stage 1 reduces them once the last micro-batch is done, stage 2 adds each micro-batch's part to what it has.
+        # Stage 1 reduces them after the last micro-batch. Stage 2 adds each micro-batch's part to its shard.
         gradients=working * (trained if stage == 1 else shard),
         masters=FP32_BYTES * shard,
         moments=ADAM_BYTES * shard,
-        # What is in the bucket is flattened once more to be reduced; so is a gradient that is larger than a bucket.
+        # The bucket's contents are copied into a flat buffer for reduction; so is a gradient larger than a bucket.
         buckets=working * (bucket if stage == 1 else bucket + max(filled, count.largest)),
         gathered=0,
         activations=activations,
         reduction=working * (bucket + max(filled, count.largest_of_all) + oversize),
-        # As they were added up, flattened, and in bf16 as fp32.
+        # Accumulated gradients, their flat copy and, in bf16, their fp32 copy.
         step=shard * (2 * working + (FP32_BYTES if working < FP32_BYTES else 0)),
         host=0,
     )
     if stage == 3:
         sizes = (*count.trained, *count.frozen)
-        # One rank's part is the whole, so nothing is gathered, unless from the CPUs.
+        # With one rank the part is the full model, so nothing is gathered, except from CPU memory.
         gathered = sizes if world_size > 1 or options.offload_parameters else ()
         small = sum(size for size in gathered if size <= PERSISTENT)
         memory = replace(
             memory,
             parameters=working * (part(sizes) + small),
-            gathered=working * min(sum(gathered) - small, MOST_GATHERED),
-            step=memory.step + working * bucket,  # this bucket is never given back
+            gathered=working * min(sum(gathered) - small, MAX_GATHERED),
+            step=memory.step + working * bucket,  # this bucket is never freed
         )
     return _offloaded(memory, count, options, working, shard, part(count.frozen))
 
 
-def _whole(count: ModelCount, working: int, world_size: int, activations: int) -> ShardMemory:
-    """Stage 0: all of it on every rank. In bf16 the optimizer has fp32 copies, of gradients during its step only."""
+def _unsharded(count: ModelCount, working: int, world_size: int, activations: int) -> ShardMemory:
+    """Computes the memory at stage 0, where every rank holds everything.
+
+    In bf16 the optimizer has fp32 copies of the parameters, and of the gradients during its step.
+    """
     trained = sum(count.trained)
     mixed = working < FP32_BYTES
     return ShardMemory(
@@ -266,10 +271,11 @@ def _whole(count: ModelCount, working: int, world_size: int, activations: int) -
 def _offloaded(
     memory: ShardMemory, count: ModelCount, options: OptimizerConfig, working: int, shard: int, frozen_shard: int
 ) -> ShardMemory:
-    """Moves to the CPUs what is offloaded."""
+    """Moves the offloaded parts to CPU memory."""
     if options.offload_optimizer:
-        # Beside masters and moments the CPUs get gradients in fp32, for AdamW; from stage 2 on those of micro-batches
-        # before the last; at stages 1 and 2 what goes back to the GPU, and there and here a buffer for one gradient.
+        # Beside masters and moments, CPU memory holds: fp32 gradients for AdamW; from stage 2 on, the gradients of
+        # micro-batches before the last; at stages 1 and 2, the updated parameters that return to the GPU. At these
+        # stages the CPUs and the GPU also have a buffer for one gradient each.
         buffers = FP32_BYTES * shard
         if options.zero_stage > 1:
             buffers += working * shard

@@ -1,6 +1,6 @@
-"""The history of a run: ``metrics.jsonl``, one JSON object a line, and the same numbers for TensorBoard.
+"""History of a run: ``metrics.jsonl``, one JSON object a line, and the same numbers for TensorBoard.
 
-Knows nothing of what is measured or where the directory is stored in the end.
+Knows nothing about the meaning of the numbers or where the directory is finally stored.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class MetricsLog:
     """Appends measurements to a run's history.
 
     Args:
-        directory: Holds ``metrics.jsonl`` and the ``tensorboard`` folder; made if need be.
-        resume_step: The step the run continues from. Later lines of an interrupted run are dropped, because those
-            steps are taken again: each step stands in the history once.
+        directory: Directory of ``metrics.jsonl`` and the ``tensorboard`` folder; created if missing.
+        resume_step: Step from which the run resumes. Later lines of an interrupted run are removed, because those
+            steps are taken again. So each step is in the history once.
     """
 
     def __init__(self, directory: str | Path, resume_step: int) -> None:
@@ -31,7 +31,7 @@ class MetricsLog:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / HISTORY_JSONL
         if path.exists():
-            write_text_atomically(path, "".join(line for line in _whole_lines(path) if _step(line) <= resume_step))
+            write_text_atomically(path, "".join(line for line in _complete_lines(path) if _step(line) <= resume_step))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
@@ -39,9 +39,9 @@ class MetricsLog:
         """Records numbers measured at a step.
 
         Args:
-            kind: ``train`` or ``validation``.
+            kind: Kind of record, ``train`` or ``validation``.
             step: Optimizer steps done.
-            values: Name to number.
+            values: Numbers by name.
         """
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
@@ -49,23 +49,23 @@ class MetricsLog:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """Puts everything on disk."""
+        """Writes everything to disk."""
         self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
-        """Ends the history of this process."""
+        """Closes the files."""
         self._file.close()
         self._board.close()
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """The records of a history, as they were written."""
-    return [json.loads(line) for line in _whole_lines(Path(directory) / HISTORY_JSONL)]
+    """Reads the records of a history."""
+    return [json.loads(line) for line in _complete_lines(Path(directory) / HISTORY_JSONL)]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that were written to their end; a process that was killed may leave half a line."""
+def _complete_lines(path: Path) -> list[str]:
+    """Returns the complete lines; a process that was killed may leave an incomplete one."""
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 

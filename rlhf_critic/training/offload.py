@@ -1,14 +1,14 @@
-"""The memory of a DeepSpeed engine, given back between the phases of PPO and taken again.
+"""Offloading of a DeepSpeed engine: frees its device memory between the phases of PPO and restores it.
 
-Scoring, generation and the fit of policy and critic take turns on the same devices (Hu et al., "OpenRLHF" (2024);
-Sheng et al., "HybridFlow" (2024)); who waits keeps nothing there. What leaves is what the engine holds from one step to
-the next: parameters, gradients, optimizer state and DeepSpeed's flat buffers, whatever the ZeRO stage. DeepSpeed 0.19's
-own ``engine.offload_states`` knows stages 1 to 3 only, at stage 3 only with its own FusedAdam, and copies from CPU to
-CPU where the device is the CPU.
+Scoring, generation and the training of policy and critic take turns on the same devices (Hu et al., "OpenRLHF" (2024);
+Sheng et al., "HybridFlow" (2024)). An idle engine keeps nothing there. Offloaded is all that the engine holds between
+steps at any ZeRO stage: parameters, gradients, optimizer state and DeepSpeed's flat buffers. DeepSpeed 0.19's own
+``engine.offload_states`` supports stages 1 to 3 only, at stage 3 only with its own FusedAdam. If the device is the CPU,
+it copies from CPU to CPU.
 
-Tensors and the views among them stay the objects they are: only the storages they share are emptied, as FSDP does with
-its flat parameters (Zhao et al., "PyTorch FSDP" (2023)), so nothing has to know how DeepSpeed lays its buffers out.
-Addresses change; a CUDA graph of the engine does not survive. Knows nothing of critics or of who waits for the memory.
+Tensors and their views remain the same objects. Only the storages they share are emptied, as FSDP does with its flat
+parameters (Zhao et al., "PyTorch FSDP" (2023)). So this module does not depend on the layout of DeepSpeed's buffers.
+Addresses change; a CUDA graph of the engine does not survive. Knows nothing about critics or the users of the memory.
 """
 
 from __future__ import annotations
@@ -26,51 +26,51 @@ from torch import Tensor, nn
 
 from rlhf_critic.errors import CriticError
 
-MIN_BYTES = 4096  # a page; what is smaller, such as Adam's step counts, frees nothing
+MIN_BYTES = 4096  # a page; smaller storages, such as Adam's step counts, free nothing
 
 
 def offload(engine: Any, others: Iterable[Tensor] = (), directory: str | Path | None = None) -> Offloaded:
     """Empties the device memory of one rank's DeepSpeed engine.
 
-    Not collective: each rank moves what it holds. Call it between steps. From a GPU the bytes go to pinned CPU memory
-    (not yet run on a GPU); where the device is the CPU they go to a file without a name, which the system removes when
-    it is closed, however that comes about.
+    Not collective: each rank moves its own memory. Call it between steps. From a GPU the bytes go to pinned CPU memory.
+    If the device is the CPU, they go to an unnamed file, which the system removes when it is closed or the process
+    ends.
 
-    Until `Offloaded.restore`, a forward pass raises `CriticError`; anything else that reads the engine's tensors, such
-    as saving, reads memory that is not there and may end the process.
+    Until `Offloaded.restore`, a forward pass raises `CriticError`. Anything else that reads the engine's tensors, such
+    as saving, reads freed memory and may end the process.
 
     Args:
-        engine: What ``deepspeed.initialize`` returned, with an optimizer or without.
-        others: Tensors on the engine's device that leave with it, such as a gradient kept outside of it.
-        directory: Where the file is made: on a disk, because a file in a tmpfs is memory again. None is the system's
-            directory for temporary files.
+        engine: The engine that ``deepspeed.initialize`` returned, with or without an optimizer.
+        others: Further tensors on the engine's device to offload, such as a gradient kept outside the engine.
+        directory: Directory of the file. It must be on a disk, because a file in a tmpfs is in memory. None uses the
+            system's directory for temporary files.
 
     Returns:
-        What was moved. It holds the only copy: dropped before it is restored, the engine's state is lost.
+        The offloaded state. It holds the only copy: if it is dropped before it is restored, the state is lost.
 
     Raises:
-        OSError: The file has no room. The engine is as it was.
+        OSError: The disk has no room for the file. The engine is unchanged.
     """
     return Offloaded(engine, others, directory)
 
 
 class Offloaded:
-    """The state of an engine while it is away; see `offload`.
+    """Offloaded state of an engine; see `offload`.
 
     Attributes:
-        bytes: What left the device on this rank: each storage once, those under a page and those that torch cannot
-            resize (it shares them with numpy or with a mapped file) not at all, because they stay.
+        bytes: Bytes moved off the device on this rank. Each storage counts once. Storages under a page stay, and so do
+            those that torch cannot resize because it shares them with numpy or a mapped file.
     """
 
     def __init__(self, engine: Any, others: Iterable[Tensor], directory: str | Path | None) -> None:
         from deepspeed.accelerator import get_accelerator
 
-        get_accelerator().synchronize()  # DeepSpeed reduces gradients on streams of its own
+        get_accelerator().synchronize()  # DeepSpeed reduces gradients on its own streams
         self._storages = list(_storages(engine, others))
         self._sizes = [storage.nbytes() for storage in self._storages]
         self.bytes = sum(self._sizes)
         self._file = TemporaryFile(dir=directory) if engine.device.type == "cpu" else None  # noqa: SIM115
-        self._copies: list[Tensor] = []  # where there is no file
+        self._copies: list[Tensor] = []  # used if there is no file
         for storage in self._storages:
             if self._file:
                 self._file.write(_memory(storage))
@@ -79,14 +79,14 @@ class Offloaded:
                 self._copies.append(copy.copy_(_as_bytes(storage)))
         if self._file:
             self._file.flush()
-        # All are copied before the first is emptied, so that a full disk costs nothing.
+        # All are copied before the first is emptied, so a full disk leaves the engine unchanged.
         for storage in self._storages:
             storage.resize_(0)
         _release_freed_memory()
-        self._guard = engine.module.register_forward_pre_hook(_refuse_forward, prepend=True)
+        self._guard = engine.module.register_forward_pre_hook(_reject_forward, prepend=True)
 
     def restore(self) -> None:
-        """Brings everything back, bit for bit; a second call does nothing."""
+        """Restores everything bit for bit; a second call does nothing."""
         if self._file:
             self._file.seek(0)
         for index, (storage, size) in enumerate(zip(self._storages, self._sizes, strict=True)):
@@ -94,7 +94,7 @@ class Offloaded:
             if not self._file:
                 _as_bytes(storage).copy_(self._copies[index])
             elif self._file.readinto(_memory(storage)) != size:
-                raise CriticError("the file of an offloaded engine is shorter than what was written: its disk failed")
+                raise CriticError("the file of an offloaded engine is shorter than what was written; check its disk")
         if self._file:
             self._file.close()
         self._file, self._storages, self._sizes, self._copies = None, [], [], []
@@ -102,13 +102,13 @@ class Offloaded:
 
 
 def _storages(engine: Any, others: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    """Each storage worth moving that parameters, optimizers and ``others`` hold on the engine's device, once."""
+    """Yields each storage of a page or more that parameters, optimizers and ``others`` hold on the engine's device."""
     todo: list[Any] = [*engine.module.parameters(), *others]
-    optimizer = engine.optimizer  # DeepSpeed's, around torch's; or torch's itself; or none
+    optimizer = engine.optimizer  # DeepSpeed's around torch's, torch's alone, or none
     while optimizer is not None:
         todo.extend(vars(optimizer).values())
         optimizer = getattr(optimizer, "optimizer", None)
-    seen: dict[int, Any] = {}  # by id; held, so that no id is given to another object meanwhile
+    seen: dict[int, Any] = {}  # by id; references are kept so that no id is reused meanwhile
     addresses: set[int] = set()
     while todo:
         item = todo.pop()
@@ -116,7 +116,7 @@ def _storages(engine: Any, others: Iterable[Tensor]) -> Iterator[torch.UntypedSt
             continue
         seen[id(item)] = item
         if isinstance(item, Tensor):
-            # DeepSpeed hangs a parameter's shard (`ds_tensor`) and gathered gradients on it as attributes.
+            # DeepSpeed stores a parameter's shard (`ds_tensor`) and gathered gradients as its attributes.
             todo.extend(vars(item).values())
             if item.is_leaf:
                 todo.append(item.grad)
@@ -135,27 +135,27 @@ def _storages(engine: Any, others: Iterable[Tensor]) -> Iterator[torch.UntypedSt
 
 
 def _release_freed_memory() -> None:
-    """Gives the system what the allocators below torch keep for reuse when a storage is freed."""
+    """Returns freed memory that allocators below torch keep for reuse to the system."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().empty_cache()
     if sys.platform == "linux":
-        # glibc keeps freed blocks of up to 32 MB (M_MMAP_THRESHOLD grows to that) in its heap, and with them most of a
-        # model; other C libraries have no such function.
+        # glibc keeps freed blocks of up to 32 MB in its heap (M_MMAP_THRESHOLD grows to that), which is most of a
+        # model. Other C libraries have no such function.
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if malloc_trim:
             malloc_trim(0)
 
 
 def _memory(storage: torch.UntypedStorage) -> ctypes.Array[ctypes.c_char]:
-    """A storage on the CPU as a buffer. Not by way of numpy: torch never again resizes what it shared with numpy."""
+    """Returns a storage on the CPU as a buffer. Avoids numpy, because torch cannot resize what it shared with numpy."""
     return (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
-    """A storage on any device as a tensor of bytes."""
+    """Returns a storage on any device as a tensor of bytes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _refuse_forward(module: nn.Module, inputs: Any) -> None:
-    raise CriticError("the engine is offloaded: call restore() of what offload() returned before the next pass")
+def _reject_forward(module: nn.Module, inputs: Any) -> None:
+    raise CriticError("the engine is offloaded: call restore() of what offload() returned before the next forward pass")

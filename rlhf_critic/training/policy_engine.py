@@ -1,9 +1,9 @@
-"""One rank's DeepSpeed engine around the policy of PPO, and its frozen reference: log-probabilities, steps, weights.
+"""One rank's DeepSpeed engine around the policy of PPO and its frozen reference: log-probabilities, steps, weights.
 
-The counterpart of `rlhf_critic.training.critic_engine` for the policy; every method is collective in the same way. Knows nothing of
+The counterpart of `rlhf_critic.training.critic_engine`; every method is collective in the same way. Knows nothing about
 Ray, text or rewards.
 
-Shape legend: S rollouts, R actions of one, A actions of a micro-batch, U rollouts of it.
+Shape legend: S rollouts, R response tokens of one rollout, A response tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -27,48 +27,38 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.model.backbone import forward_micro_batches
-from rlhf_critic.model.policy import Drawn, create_policy
+from rlhf_critic.model.policy import SampledTokenStats, create_policy
 from rlhf_critic.model.weights import gathered, persistent_tensors, save_weights
-from rlhf_critic.training.engine import Batch, MicroBatchLoss, TrainingEngine
+from rlhf_critic.training.engine import Batch, StepResult, TrainingEngine
+from rlhf_critic.training.rollout_step import take_rollout_step
 
 
-@dataclass(frozen=True)
-class PolicyMetrics:
-    """What one optimizer step on the policy did, over all ranks.
+@dataclass(frozen=True, kw_only=True)
+class PolicyMetrics(StepResult):
+    """Result of one optimizer step on the policy; means are over the response tokens.
 
     Attributes:
-        step: Steps done, this one included.
-        loss: Mean clipped policy loss of the actions, before the step, without the entropy's part.
-        clip_fraction: Share of the actions whose loss was the clipped one.
+        loss: Mean clipped policy loss before the step, without the entropy term.
+        clip_fraction: Fraction of the response tokens whose loss was the clipped one.
         entropy: Mean entropy, in nats.
-        approx_kl: Mean KL divergence (k3) between the policy now and the one that drew the tokens, in nats.
-        grad_norm: Global gradient norm before clipping.
-        learning_rate: The rate the step was taken with.
-        tokens: Tokens of all rollouts.
-        computed_tokens: Tokens computed for them: what is shared once, padding and dummies included.
+        approx_kl: Mean KL divergence (k3) between the policy now and the one that sampled the tokens, in nats.
     """
 
-    step: int
-    loss: float
     clip_fraction: float
     entropy: float
     approx_kl: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    computed_tokens: int
 
 
 class PolicyEngine:
     """A policy, its optimizer and its frozen reference on the ranks of ``torch.distributed``.
 
     Args:
-        tokenizer: Of the policy.
+        tokenizer: Tokenizer of the policy.
         model: Options of the policy.
-        optimizer: Options of the optimization.
-        total_steps: Optimizer steps of the whole run; the schedule ends there.
-        seed: Of dropout, if any.
-        temperature: With which tokens are drawn.
+        optimizer: Options of the optimizer.
+        total_steps: Optimizer steps of the whole run, at which the schedule ends.
+        seed: Random seed of dropout, if any.
+        temperature: Sampling temperature of the rollouts.
 
     Raises:
         CheckpointError: See `rlhf_critic.model.factory.create_hf_model`.
@@ -92,7 +82,7 @@ class PolicyEngine:
         reference = create_policy(model, tokenizer, config).eval().requires_grad_(False)
         self._reference = reference
         self._reference_module: Any = reference.to(self.training.device)
-        if optimizer.zero_stage == 3:  # its parameters are partitioned too, so that DeepSpeed must gather them
+        if optimizer.zero_stage == 3:  # its parameters are partitioned too, so DeepSpeed must gather them
             import deepspeed
 
             inference = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16")}
@@ -108,31 +98,32 @@ class PolicyEngine:
     def reference_log_probs(
         self, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        """The log-probability of every action under the frozen reference: ``S`` arrays, fp32 ``[R]``, in nats.
+        """Computes the reference's log-probability of every response token: ``S`` arrays, fp32 ``[R]``, in nats.
 
         Raises:
             ValueError: A prompt is empty or longer than its sequence.
         """
         validate_rollouts(sequences, prompt_lengths)
         counts_S = [len(ids) - length for ids, length in zip(sequences, prompt_lengths, strict=True)]
-        fitted = nonempty_responses(sequences, prompt_lengths)
+        nonempty = nonempty_responses(sequences, prompt_lengths)
         ends_S = np.cumsum(counts_S)
         flat = torch.zeros(int(ends_S[-1]) if len(ends_S) else 0, dtype=torch.float64, device=self.training.device)
-        if fitted:
-            shortened = [sequences[row][:-1] for row in fitted]
+        if nonempty:
+            shortened = [sequences[row][:-1] for row in nonempty]
             training = self.training
             plan = plan_sequences(shortened, training.world_size, training.token_budget, self._reference.prefix_tree)
 
-            def run(batch: Batch, units: Sequence[int]) -> Drawn:
-                rows = [fitted[unit] for unit in units]
-                return self._drawn(self._reference_module, batch, rows, sequences, prompt_lengths)
+            def run(batch: Batch, units: Sequence[int]) -> SampledTokenStats:
+                rows = [nonempty[unit] for unit in units]
+                tokens = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+                return self._run(self._reference_module, batch, tokens)
 
-            for units, drawn, _ in forward_micro_batches(
+            for units, stats, _ in forward_micro_batches(
                 self._reference, shortened, plan[training.rank], run, training.device
             ):
-                parts = drawn.log_probs_A.double().split([counts_S[fitted[unit]] for unit in units])
+                parts = stats.log_probs_A.double().split([counts_S[nonempty[unit]] for unit in units])
                 for unit, part in zip(units, parts, strict=True):
-                    row = fitted[unit]
+                    row = nonempty[unit]
                     flat[int(ends_S[row]) - counts_S[row] : int(ends_S[row])] = part
         dist.all_reduce(flat)
         return np.split(flat.float().cpu().numpy(), ends_S[:-1]) if len(ends_S) else []
@@ -146,80 +137,50 @@ class PolicyEngine:
         clip: float,
         entropy_coefficient: float = 0.0,
     ) -> PolicyMetrics:
-        """Takes one optimizer step on the mean clipped policy loss of all actions of some rollouts.
+        """Takes one optimizer step on the mean clipped policy loss of all response tokens.
 
         Args:
             sequences: Token ids of prompt and response, the same on every rank.
             prompt_lengths: Tokens of each prompt, at least 1.
-            old_log_probs: For every rollout the log-probability with which each action was drawn, ``[R]``.
-            advantages: And its advantage, ``[R]``.
+            old_log_probs: Log-probabilities with which the response tokens of every rollout were sampled, ``[R]``.
+            advantages: Advantages of the response tokens of every rollout, ``[R]``.
             clip: See `rlhf_critic.algorithms.ppo.clipped_policy_loss`.
-            entropy_coefficient: What a nat of entropy is worth.
+            entropy_coefficient: Weight of the entropy bonus, per nat.
 
         Raises:
-            ValueError: Shapes do not fit, a number is not finite, or no rollout has an action.
+            ValueError: See `rlhf_critic.training.rollout_step.take_rollout_step`.
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
-        validate_rollouts(sequences, prompt_lengths, old_log_probs=old_log_probs, advantages=advantages)
-        fitted = nonempty_responses(sequences, prompt_lengths)
-        if not fitted:
-            raise ValueError("no rollout has an action: there is nothing to fit the policy to")
-        device = self.training.device
 
-        def loss_of(batch: Batch, units: Sequence[int]) -> MicroBatchLoss:
-            rows = [fitted[unit] for unit in units]
-            drawn = self._drawn(
-                self.training.engine, batch, rows, sequences, prompt_lengths, entropy_gradient=entropy_coefficient != 0
-            )
-            old_A, advantages_A = (
-                torch.from_numpy(np.concatenate([numbers[row] for row in rows])).to(device, torch.float32)
-                for numbers in (old_log_probs, advantages)
-            )
-            loss_A, clipped_A = clipped_policy_loss(drawn.log_probs_A, old_A, advantages_A, clip)
-            counts_U = torch.tensor([len(advantages[row]) for row in rows], device=device)
-            rows_A = torch.arange(len(rows), device=device).repeat_interleave(counts_U)
-            total_A = loss_A - entropy_coefficient * drawn.entropies_A
-            moved_A = estimate_kl(old_A, drawn.log_probs_A.detach(), "k3")
-            sums = [loss_A.detach(), clipped_A, drawn.entropies_A.detach(), moved_A]
-            return MicroBatchLoss(
-                total_A.new_zeros(len(rows)).index_add(0, rows_A, total_A),
-                torch.stack([numbers.double().sum() for numbers in sums]),
-            )
+        def loss_of(batch: Batch, tokens: ResponseTokens, numbers_A: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            old_A, advantages_A = numbers_A
+            output = self._run(self.training.engine, batch, tokens, entropy_gradient=entropy_coefficient != 0)
+            loss_A, clipped_A = clipped_policy_loss(output.log_probs_A, old_A, advantages_A, clip)
+            kl_A = estimate_kl(old_A, output.log_probs_A.detach(), "k3")
+            total_A = loss_A - entropy_coefficient * output.entropies_A
+            return total_A, [loss_A, clipped_A, output.entropies_A, kl_A]
 
-        actions = sum(len(advantages[row]) for row in fitted)
-        result = self.training.take_step(
-            [[sequences[row][:-1]] for row in fitted],
-            loss_of,
-            actions,
-            self.seed,
-            lambda unit: f"rollout {fitted[unit]}",
+        numbers = {"old_log_probs": old_log_probs, "advantages": advantages}
+        result, (loss, clip_fraction, entropy, approx_kl) = take_rollout_step(
+            self.training, sequences, prompt_lengths, numbers, loss_of, self.seed
         )
-        loss, clip_fraction, entropy, approx_kl = (number / actions for number in result.sums)
-        return PolicyMetrics(
-            step=self.step,
-            loss=loss,
-            clip_fraction=clip_fraction,
-            entropy=entropy,
-            approx_kl=approx_kl,
-            grad_norm=result.grad_norm,
-            learning_rate=result.learning_rate,
-            tokens=sum(len(ids) for ids in sequences),
-            computed_tokens=result.computed_tokens,
-        )
+        values = {**vars(result), "loss": loss}
+        return PolicyMetrics(**values, clip_fraction=clip_fraction, entropy=entropy, approx_kl=approx_kl)
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's weights, whole and on the CPU, by the names of its state dict; on rank 0, nothing elsewhere."""
-        whole: dict[str, Tensor] = {}
+        """Returns the policy's full weights on the CPU, by their names in its state dict; empty except on rank 0."""
+        weights: dict[str, Tensor] = {}
         for name, tensor in persistent_tensors(self.policy.model).items():
             with gathered(tensor):
                 if self.training.rank == 0:
-                    whole[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return whole
+                    weights[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return weights
 
     def save(self, directory: str | Path) -> None:
-        """Writes a Hugging Face model directory and beside it, in ``resume``, what a continued run needs.
+        """Writes a Hugging Face model directory, and the state that a resumed run needs to its folder ``resume``.
 
-        Every rank needs the same path, which need not be shared: each file is written by one rank, on its node.
+        The path must be the same on every rank but need not be shared storage. Each file is written by one rank, on
+        its node.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -233,32 +194,25 @@ class PolicyEngine:
         self.training.save_state(directory)
 
     def load(self, directory: str | Path) -> None:
-        """Continues from what `save` wrote on any number of ranks; the reference stays what it was.
+        """Resumes from what `save` wrote on any number of ranks; the reference does not change.
 
         Raises:
             CheckpointError: See `rlhf_critic.training.engine.TrainingEngine.load_state`.
         """
         self.training.load_state(directory)
 
-    def _drawn(
-        self,
-        module: Any,
-        batch: Batch,
-        rows: Sequence[int],
-        sequences: Sequence[TokenIds],
-        prompt_lengths: Sequence[int],
-        entropy_gradient: bool = False,
-    ) -> Drawn:
-        """What a policy says of the actions of these rollouts, which are the batch."""
-        actions = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
-        places = (torch.from_numpy(numbers).to(self.training.device) for numbers in (*actions.places, actions.drawn_A))
-        drawn: Drawn = module(batch, *places, self.temperature, entropy_gradient)
-        return drawn
+    def _run(
+        self, module: Any, batch: Batch, tokens: ResponseTokens, entropy_gradient: bool = False
+    ) -> SampledTokenStats:
+        """Runs a policy on a batch of rollouts that has these response tokens."""
+        columns = (torch.from_numpy(ids).to(self.training.device) for ids in (*tokens.places, tokens.drawn_A))
+        stats: SampledTokenStats = module(batch, *columns, self.temperature, entropy_gradient)
+        return stats
 
     def _probe(self, engine: Any, batch: Batch) -> Tensor:
-        """Every token as an action: more logits than a step is likely to need."""
+        """Treats every token as a response token, which needs more logits than a training step is likely to."""
         sequences, length = batch.tokens_SL.shape
         rows = torch.arange(sequences, device=batch.tokens_SL.device).repeat_interleave(length)
         columns = torch.arange(length, device=batch.tokens_SL.device).repeat(sequences)
-        drawn: Drawn = engine(batch, rows, columns, torch.zeros_like(rows), self.temperature)
-        return drawn.log_probs_A.sum()
+        stats: SampledTokenStats = engine(batch, rows, columns, torch.zeros_like(rows), self.temperature)
+        return stats.log_probs_A.sum()

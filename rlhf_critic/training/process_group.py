@@ -1,9 +1,7 @@
-"""How a process joins its ranks, and fails with them.
+"""Process group of the ranks: rendezvous store, torch's process group, DeepSpeed's communication, joint failure.
 
-A store to meet at, torch's process group and DeepSpeed's communication on top of it.
-
-What ranks say to each other asks nobody for a token, so it listens where other ranks are and nowhere else. Knows
-nothing of critics, and nothing of who starts the processes.
+Rank-to-rank traffic is unauthenticated. So the store and Gloo bind to loopback if all ranks are on one node and to the
+node address otherwise, never to 0.0.0.0. Knows nothing about critics or who starts the processes.
 """
 
 from __future__ import annotations
@@ -25,16 +23,16 @@ T = TypeVar("T")
 
 
 def open_store(node_address: str, on_one_node: bool) -> tuple[TCPStore, str]:
-    """Opens the store in which ranks find each other, on a port that the system chooses.
+    """Opens the rendezvous store of the ranks, on a port that the system chooses.
 
-    A store that torch opens by itself listens at every address of the machine.
+    A store that torch opens itself listens at every address of the machine.
 
     Args:
-        node_address: Where other nodes reach this one.
-        on_one_node: Whether all ranks are on this node; then the store is on loopback.
+        node_address: Address at which other nodes reach this one.
+        on_one_node: Whether all ranks are on this node. If so, the store is on loopback.
 
     Returns:
-        The store, which lives as long as somebody holds it, and its address.
+        The store, which lives as long as it is referenced, and its address.
     """
     address = LOOPBACK if on_one_node else node_address
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -47,34 +45,34 @@ def open_store(node_address: str, on_one_node: bool) -> tuple[TCPStore, str]:
 def init_process_group(
     backend: str, store: TCPStore, rank: int, world_size: int, timeout: timedelta, on_one_node: bool
 ) -> None:
-    """Joins the process group of the ranks that have this store.
+    """Joins the process group of the ranks that share a store.
 
     Args:
         backend: ``gloo`` or ``nccl``.
-        store: See `open_store`.
-        rank: Of this process.
+        store: The store; see `open_store`.
+        rank: Rank of this process.
         world_size: Number of ranks.
-        timeout: How long to wait for the other ranks, now and in every collective.
-        on_one_node: Whether all ranks are on this node; then they talk over loopback, unless the environment names
-            another device.
+        timeout: Maximum wait for the other ranks, now and in every collective.
+        on_one_node: Whether all ranks are on this node. If so, they communicate over loopback, unless the environment
+            names another interface.
     """
     if on_one_node:
         loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # the latter not yet run on a GPU
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, loopback)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def init_distributed(backend: str, timeout: timedelta = default_pg_timeout) -> None:
-    """Initialises ``torch.distributed``, unless the caller has, and DeepSpeed's communication.
+    """Initialises DeepSpeed's communication, and ``torch.distributed`` unless the caller has.
 
-    Without a compiler: DeepSpeed would build its shared-memory all-reduce for CPUs on first use, which only its
-    inference engine calls. A process that is killed during that build leaves a lock behind, for which every later
-    process of the user waits without end.
+    Nothing is compiled. DeepSpeed would build its shared-memory all-reduce for CPUs on first use, which only its
+    inference engine calls. A process that is killed during that build leaves a lock behind, on which every later
+    process of the user waits forever.
 
     Args:
         backend: ``gloo`` or ``nccl``; rank and world size come from the environment.
-        timeout: How long to wait for the other ranks, now and in every collective.
+        timeout: Maximum wait for the other ranks, now and in every collective.
     """
     import deepspeed
 
@@ -83,10 +81,10 @@ def init_distributed(backend: str, timeout: timedelta = default_pg_timeout) -> N
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:
-    """Does something on this rank, then fails on all ranks if it failed on any, so that none waits for the lost.
+    """Runs an action on this rank and raises on all ranks if it failed on any, so that no rank waits for a failed one.
 
     Raises:
-        CriticError: What ``action`` raised on the lowest rank where it raised a `CriticError`.
+        CriticError: The error of the lowest rank on which ``action`` raised a `CriticError`.
     """
     result, error = None, None
     try:

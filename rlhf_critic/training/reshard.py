@@ -1,10 +1,10 @@
-"""What DeepSpeed saved on some number of ranks, loaded on another: its universal checkpoint, and what that lacks.
+"""Resharding: loads a DeepSpeed state on another number of ranks than saved it, through a universal checkpoint.
 
 Lian et al., "Universal Checkpointing" (2024): the shards of weights and moments are merged into one file for each
-parameter, from which every rank takes what its own shard needs. The conversion is DeepSpeed's; here it is run once on
-each node, into a temporary directory, and what DeepSpeed 0.19.8 does not restore is restored: frozen parameters, the
-decay of each parameter group, the step count of each shard. DeepSpeed unpickles, so load only what this project wrote.
-Knows nothing of critics.
+parameter, from which every rank reads its own shard. The conversion is DeepSpeed's. It runs once on each node, into a
+temporary directory. This module also restores what DeepSpeed 0.19.8 does not: frozen parameters, the decay of each
+parameter group and the step count of each shard. DeepSpeed unpickles, so load only what this project wrote. Knows
+nothing about critics.
 """
 
 from __future__ import annotations
@@ -28,42 +28,45 @@ from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.weights import full_shape, gathered, is_writer
 from rlhf_critic.training.process_group import raise_on_all_ranks
 
-CONVERSION_TIMEOUT_S = 1500.0  # under the 1800 s after which torch.distributed gives up on the rank that converts
-PROCESSES = 2  # of the conversion, each with the shard of one rank in memory
-SHOWN_CHARACTERS = 2000  # of the output of a conversion that failed
+CONVERSION_TIMEOUT_S = 1500.0  # below the 1800 s after which torch.distributed gives up on the rank that converts
+PROCESSES = 2  # processes of the conversion, each with the shard of one rank in memory
+SHOWN_CHARACTERS = 2000  # length of the shown output of a failed conversion
 FOLDER = "universal"
 
 
 def load_resized(engine: Any, state: Path, saved_world_size: int) -> None:
-    """Loads what as many ranks as there are now did not save. Collective.
+    """Loads a state that another number of ranks saved. Collective.
 
-    Every parameter, moment, step count and the schedule come out as they were saved; only the sums over ranks that
-    follow are added in another order. Each node needs room for two copies of parameters and moments in fp32 in its
-    directory for temporary files, which is empty again afterwards.
+    Every parameter, moment, step count and the schedule are restored as saved. Only later sums over ranks are added in
+    another order. Each node needs room for two fp32 copies of parameters and moments in its directory for temporary
+    files, which is emptied afterwards.
 
     Args:
-        engine: DeepSpeed's, as it was before its first step, at the ZeRO stage of the state (1 to 3).
-        state: The directory that its ``save_checkpoint`` wrote (with the tag), as every node sees it; left as it is.
-        saved_world_size: The number of ranks that wrote it.
+        engine: DeepSpeed's engine before its first step, at the ZeRO stage of the state (1 to 3).
+        state: The directory that ``save_checkpoint`` wrote (with the tag), as every node sees it. It is not changed.
+        saved_world_size: Number of ranks that wrote it.
 
     Raises:
-        CheckpointError: It cannot be converted.
+        CheckpointError: The state cannot be converted.
     """
     stage = engine.zero_optimization_stage()
     shards = len(list(state.glob("*_optim_states.pt")))
-    if shards != saved_world_size:  # the conversion would merge what is there
-        raise CheckpointError(f"{state}: shards of {shards} ranks, and {saved_world_size} ranks saved it")
+    if shards != saved_world_size:  # the conversion would merge the shards that exist
+        raise CheckpointError(
+            f"{state}: incomplete: found shards of {shards} ranks, expected {saved_world_size}; resume from another "
+            "checkpoint"
+        )
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     with _converted(state, stage) as directory:
         _load_frozen(engine.module, state, stage, saved_world_size)
-        # The switch of DeepSpeed's config, for this one load: with it on, the engine would load nothing else.
+        # DeepSpeed's switch is on for this load only: with it on, the engine loads universal checkpoints alone.
         engine._config.load_universal_checkpoint = True
         try:
             engine.load_checkpoint(str(directory.parent), tag=directory.name)
         finally:
             engine._config.load_universal_checkpoint = False
-    # At stage 3 DeepSpeed gives every group the options of the first, and all of them one tensor to count steps in,
-    # which torch's fused AdamW would then count up once for each group; at any stage that tensor is on the CPU.
+    # At stage 3 DeepSpeed gives every group the options of the first group and one shared step tensor. torch's fused
+    # AdamW would increment that tensor once for each group. At any stage the tensor is on the CPU.
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     for parameter, moments in engine.optimizer.state.items():
@@ -72,12 +75,12 @@ def load_resized(engine: Any, state: Path, saved_world_size: int) -> None:
 
 @contextmanager
 def _converted(state: Path, stage: int) -> Iterator[Path]:
-    """The universal checkpoint of a state, made by one rank of each node, until all ranks have left the block."""
+    """Yields the universal checkpoint of a state, made by one rank of each node. It exists within the block only."""
     name = [f"rlhf-critic-resize-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
     work = Path(tempfile.gettempdir()) / name[0]
     try:
-        # Which ranks share a node is not known here; the first to make the directory is the one that fills it.
+        # The ranks that share a node are not known here. The rank that creates the directory first converts.
         work.mkdir(mode=0o700)
         is_first = True
     except FileExistsError:
@@ -85,7 +88,7 @@ def _converted(state: Path, stage: int) -> Iterator[Path]:
     try:
         raise_on_all_ranks(lambda: convert(state, work / FOLDER, stage) if is_first else None)
         yield work / FOLDER
-        dist.barrier()  # others still read
+        dist.barrier()  # other ranks may still read
     finally:
         if is_first:
             shutil.rmtree(work, ignore_errors=True)
@@ -94,10 +97,11 @@ def _converted(state: Path, stage: int) -> Iterator[Path]:
 def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERSION_TIMEOUT_S) -> None:
     """Runs DeepSpeed's conversion into a directory.
 
-    In a process of its own, because it starts processes, which one with threads (as a Ray worker is) should not.
+    It runs in a separate process. The conversion starts processes, which a process with threads, such as a Ray worker,
+    should not do.
 
     Raises:
-        CheckpointError: It failed, or took too long; nothing of it runs any more.
+        CheckpointError: The conversion failed or took too long. All its processes have ended.
     """
     command = [
         *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
@@ -113,7 +117,7 @@ def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERS
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its processes can be ended with it
+            start_new_session=True,  # so that its processes can be killed with it
         )
         try:
             code: int | None = process.wait(timeout_s)
@@ -128,14 +132,14 @@ def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERS
         why = f"ended with exit code {code}" if code is not None else f"did not end within {timeout_s:g} s"
         output.seek(0)
         raise CheckpointError(
-            f"{state}: resuming on another number of ranks waits for DeepSpeed's conversion of it to a universal "
-            f"checkpoint, which {why}. Resume on as many ranks as saved it, or see what it said (it needs room in "
-            f"{tempfile.gettempdir()}): ...{output.read()[-SHOWN_CHARACTERS:]}"
+            f"{state}: resuming on another number of ranks needs DeepSpeed's conversion to a universal checkpoint, "
+            f"which {why}. Resume on the number of ranks that saved it, or fix the cause (the conversion needs room "
+            f"in {tempfile.gettempdir()}); its output ends with: {output.read()[-SHOWN_CHARACTERS:]}"
         )
 
 
 def _load_frozen(module: torch.nn.Module, state: Path, stage: int, saved_world_size: int) -> None:
-    """Loads the parameters that no optimizer has, which a universal checkpoint is without."""
+    """Loads the frozen parameters, which a universal checkpoint does not contain."""
     frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
     if not frozen:
         return
@@ -145,7 +149,7 @@ def _load_frozen(module: torch.nn.Module, state: Path, stage: int, saved_world_s
         return content
 
     if stage < 3:
-        wholes = read("mp_rank_00_model_states.pt")["module"]
+        complete = read("mp_rank_00_model_states.pt")["module"]
     else:
         files = [read(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(saved_world_size)]
         shards = [file["frozen_param_fragments"] for file in files]
@@ -154,7 +158,7 @@ def _load_frozen(module: torch.nn.Module, state: Path, stage: int, saved_world_s
             if not is_writer(parameter):
                 continue
             if stage < 3:
-                parameter.copy_(wholes[name])
+                parameter.copy_(complete[name])
             else:
                 shape = full_shape(parameter)
                 padded = torch.cat([shard[name].flatten() for shard in shards])

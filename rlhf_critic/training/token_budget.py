@@ -1,7 +1,7 @@
-"""How many tokens a micro-batch should have: a short measured probe.
+"""Token budget of a micro-batch, found by a short measured probe.
 
-Small micro-batches waste time on what each costs once (kernel launches, gathers, the embedding's gradient), large ones
-waste memory for nothing. The probe doubles the size until that no longer pays. Knows nothing of models or ranks.
+Small micro-batches waste time on fixed costs (kernel launches, gathers, the embedding's gradient). Large ones use
+memory without a gain. The probe doubles the size until the gain is too small. Knows nothing about models or ranks.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 
 FIRST_TOKENS = 256
-MOST_TOKENS = 16384
-# Doubling goes on while it makes tokens at least so much cheaper.
+MAX_TOKENS = 16384
+# Doubling continues while it makes a token faster by at least this factor.
 WORTHWHILE_GAIN = 1.1
-# Activations of a micro-batch may take so much of the memory that was free at the start.
+# Maximum fraction of the initially free memory that activations of a micro-batch may take.
 MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a forward and a backward pass over some tokens took.
+    """Cost of a forward and a backward pass.
 
     Attributes:
-        seconds: Time.
+        seconds: Duration of both passes.
         activation_bytes: Memory that the forward pass kept for the backward pass.
     """
 
@@ -36,24 +36,24 @@ class Measurement:
 
 
 def probe_token_budget(measure: Callable[[int], Measurement], free_bytes: int) -> int:
-    """The smallest token budget beyond which micro-batches get hardly faster or do not fit.
+    """Finds the smallest token budget beyond which micro-batches are hardly faster or do not fit.
 
     Args:
-        measure: Runs that many tokens forward and backward. The time of the first call, which warms up, is not used.
+        measure: Runs a number of tokens forward and backward. The time of the first call, a warm-up, is not used.
         free_bytes: Memory that is free for activations and everything else.
 
     Returns:
-        Tokens, a power of two times `FIRST_TOKENS`.
+        The budget in tokens, a power of two times `FIRST_TOKENS`.
     """
     bytes_of_half = measure(FIRST_TOKENS // 2).activation_bytes
     best, seconds_per_token = FIRST_TOKENS, float("inf")
     tokens = FIRST_TOKENS
-    while tokens <= MOST_TOKENS:
+    while tokens <= MAX_TOKENS:
         measured = measure(tokens)
         if measured.seconds / tokens * WORTHWHILE_GAIN > seconds_per_token:
             break
         best, seconds_per_token = tokens, measured.seconds / tokens
-        # What is kept whatever the size (ZeRO-3 shows gathered parameters here) drops out of the difference.
+        # Memory that does not depend on the size, such as ZeRO-3's gathered parameters, cancels in the difference.
         bytes_of_double = 4 * (measured.activation_bytes - bytes_of_half)
         if bytes_of_double > MEMORY_SHARE * free_bytes:
             break
@@ -64,11 +64,11 @@ def probe_token_budget(measure: Callable[[int], Measurement], free_bytes: int) -
 
 @dataclass
 class ActivationMeter:
-    """Counts the memory that autograd keeps between a forward and a backward pass, parameters left out.
+    """Meter of the memory that autograd keeps between a forward and a backward pass, without parameters.
 
     Attributes:
-        seconds: Since `running` began, when it ends.
-        bytes: Of distinct storages.
+        seconds: Duration of the block inside `running`.
+        bytes: Bytes of the distinct storages kept.
     """
 
     seconds: float = 0.0
@@ -77,7 +77,7 @@ class ActivationMeter:
 
     @contextmanager
     def running(self, parameters: Any, synchronize: Callable[[], None]) -> Iterator[None]:
-        """Measures what runs inside."""
+        """Measures the block inside."""
         self._seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         started = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept):

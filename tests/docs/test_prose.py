@@ -17,16 +17,7 @@ TOP = Path(__file__).parents[2]
 SOURCES = sorted(path for room in ("rlhf_critic", "actors", "jobs") for path in (TOP / room).rglob("*.py"))
 PAGES = sorted({*TOP.glob("*.md"), *TOP.glob("*/README.md"), *TOP.glob("docs/**/*.md"), *TOP.glob("tests/*/README.md")})
 # Files and folders that still wait for their rewriting.
-NOT_YET_CLEAN: tuple[str, ...] = (
-    "actors/serving/",
-    "rlhf_critic/",
-    "docs/architecture.md",
-    "docs/options.md",
-    "SECURITY.md",
-    "benchmarks/",
-    "cluster/",
-    "tests/",
-)
+NOT_YET_CLEAN: tuple[str, ...] = ("rlhf_critic/model/", "rlhf_critic/training/")
 
 FIRST_WORDS = re.compile(r"^(What|Which|Of|Where|Whether that|As|And|That|Such)\b")
 DESCRIPTION_FIRST_WORDS = re.compile(r"^(And|Or|Of|Which|Where|What|See|Likewise|Most|Fewest|As|That)\b")

@@ -244,7 +244,7 @@ def test_an_option_that_a_critic_leaves_no_choice_of(tiny_model, tmp_path, monke
     code, _, message = run(export.main, arguments, monkeypatch, capsys)
     assert code == EXIT_REFUSED
     assert "--max-length is for another system's checkpoint" in message
-    assert "leave it out" in message
+    assert "leave the option out" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -384,7 +384,7 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
         pytest.param(
             "nan",
             {"epochs": 1, "minibatches": 1},
-            "the policy's output is NaN or infinite, so nothing can be drawn",
+            "the policy's output is NaN or infinite, so no token can be sampled",
             marks=pytest.mark.slow,
         ),
     ],

@@ -1,4 +1,4 @@
-"""One small random model of every family that prefix trees are held to, and of one that cannot take them."""
+"""Small random models of every family that is tested with prefix trees, and of one without them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers import (
 
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.model.backbone import PADDED_FAMILIES
-from rlhf_critic.model.factory import silence_dropout
+from rlhf_critic.model.hf_config import silence_dropout
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from tests.helpers import save_tiny_tokenizer
 
@@ -41,7 +41,7 @@ _GROUPED = {**_SHAPE, **_MLP, "num_key_value_heads": 2}
 
 
 def family_configs() -> dict[str, PreTrainedConfig]:
-    """A new config of every family; some in two kinds."""
+    """Returns a new config of every family; some families have two variants."""
     made: dict[str, tuple[Any, dict[str, Any]]] = {
         "llama": (LlamaConfig, _GROUPED),
         "mistral": (MistralConfig, {**_GROUPED, "sliding_window": None}),
@@ -66,7 +66,7 @@ def family_configs() -> dict[str, PreTrainedConfig]:
 
 
 def random_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """A model with larger weights than a fresh one's, so that values differ enough to compare."""
+    """Builds a model with larger weights than usual, so that values differ enough to compare."""
     silence_dropout(config)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attn_implementation)
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def random_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrain
 
 
 def kernels_of(config: PreTrainedConfig) -> list[str]:
-    """The attention kernels transformers has for a family."""
+    """Returns the attention kernels that transformers has for a family."""
     return ["eager"] if config.model_type in {"gemma2", "bloom"} else ["sdpa", "eager"]
 
 
@@ -89,7 +89,7 @@ NAMES = sorted({*PREFIX_TREE_FAMILIES, *PADDED_FAMILIES})
 
 def config_of(name: str) -> PreTrainedConfig:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if name == "falcon":  # fused projections, one key head, no output layer of its own
+    if name == "falcon":  # fused projections, one key head, tied output layer
         return FalconConfig(**shape)
     if name == "stablelm":  # rotates a part of each head
         return StableLmConfig(**shape, intermediate_size=48, num_key_value_heads=2)
@@ -97,7 +97,7 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 def save_base_model(name: str, directory: Path) -> str:
-    """A causal language model and its tokenizer on disk, dropout and all; OPT's tokenizer puts a BOS in front."""
+    """Saves a causal language model with dropout and its tokenizer; OPT's tokenizer adds a leading BOS."""
     save_tiny_tokenizer(directory, adds_bos=name == "opt", chat_template=None)
     tokenizer = load_tokenizer(str(directory))
     config = config_of(name)
@@ -107,7 +107,7 @@ def save_base_model(name: str, directory: Path) -> str:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Matrices large enough for rewards to differ; norms and biases so that no two are alike.
+            # Matrices are large enough for rewards to differ; norms and biases all differ from each other.
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.05))
     model.save_pretrained(directory)
     return str(directory)

@@ -308,8 +308,8 @@ def test_values_of_what_is_no_sequence_are_refused_and_the_group_goes_on(pair, s
 
 NOTHING = np.zeros(0, dtype=np.float32)
 BAD_UPDATES = [
-    (Rollouts([], [], [], []), "no rollout has an action"),
-    (Rollouts([[3, 4]], [2], [NOTHING], [NOTHING]), "no rollout has an action"),
+    (Rollouts([], [], [], []), "no rollout has a response token"),
+    (Rollouts([[3, 4]], [2], [NOTHING], [NOTHING]), "no rollout has a response token"),
     (ROLLOUTS.changed(3, returns=np.ones(1000)), r"rollout 3: returns has the shape \(1000,\)"),
     (ROLLOUTS.changed(2, returns=np.full_like(ROLLOUTS.returns[2], np.nan)), "rollout 2: returns is nan at action 0"),
     (ROLLOUTS.changed(0, old_values=np.full_like(ROLLOUTS.returns[0], np.inf)), "rollout 0: old_values is inf"),

@@ -184,8 +184,8 @@ def test_bad_rollouts_are_refused_and_the_group_goes_on(fresh, plain_losses, dra
     none = np.zeros(0, dtype=np.float32)
     one = np.zeros(1, dtype=np.float32)
     bad = [
-        (Rollouts([], [], [], []), "no rollout has an action"),
-        (Rollouts([[3, 4]], [2], [none], [none]), "no rollout has an action"),
+        (Rollouts([], [], [], []), "no rollout has a response token"),
+        (Rollouts([[3, 4]], [2], [none], [none]), "no rollout has a response token"),
         (drawn.changed(2, returns=np.ones(1000, dtype=np.float32)), r"rollout 2: old_log_probs has the shape"),
         (drawn.changed(2, old_values=np.full_like(drawn.returns[2], np.nan)), "rollout 2: advantages is nan"),
         (Rollouts([[3, 100_000]], [1], [one], [one]), "sequence 0: token ids from 3 to 100000"),

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of a policy: of the package, and of a slow loop from the definition."""
+"""Log-probabilities and entropies of a policy, from the package and from a slow loop by definition."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_critic.algorithms.response_tokens import ResponseTokens
-from rlhf_critic.model.factory import silence_dropout
-from rlhf_critic.model.policy import Drawn, Policy
+from rlhf_critic.model.hf_config import silence_dropout
+from rlhf_critic.model.policy import Policy, SampledTokenStats
 
 
-def judge(
+def token_stats(
     policy: Policy,
     sequences: list[list[int]],
     prompt_lengths: list[int],
     temperature: float = 1.0,
     entropy_gradient: bool = False,
-) -> Drawn:
-    """What a policy says of all actions, in one batch without the last tokens."""
+) -> SampledTokenStats:
+    """Computes the statistics of all response tokens, in one batch without the last tokens."""
     actions = ResponseTokens.of(sequences, prompt_lengths)
     columns = (torch.from_numpy(column) for column in (*actions.places, actions.drawn_A))
     return policy(policy.batch_of([ids[:-1] for ids in sequences]), *columns, temperature, entropy_gradient)
@@ -35,8 +35,8 @@ def from_the_definition(
     prompt_lengths: list[int],
     temperature: float,
     suppressed: list[int],
-) -> Drawn:
-    """The log-probability of each action and the entropy there, one sequence at a time, float64."""
+) -> SampledTokenStats:
+    """Computes log-probabilities and entropies from the definition, one sequence at a time, in float64."""
     log_probs, entropies = [], []
     for ids, prompt_length in zip(sequences, prompt_lengths, strict=True):
         logits_LV = model(torch.tensor([ids])).logits[0].double() / temperature
@@ -46,4 +46,4 @@ def from_the_definition(
             probs_V = weights_V / weights_V.sum()
             log_probs.append(probs_V[kept == drawn].log()[0])
             entropies.append(-(probs_V * probs_V.log()).sum())
-    return Drawn(torch.stack(log_probs), torch.stack(entropies))
+    return SampledTokenStats(torch.stack(log_probs), torch.stack(entropies))

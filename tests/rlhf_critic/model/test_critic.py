@@ -1,4 +1,4 @@
-"""A reward belongs to a text: alone or in any batch, padded on either side, it is the same to 1e-5."""
+"""The reward of a text is the same to 1e-5 alone and in any batch, padded on either side."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def critic(tiny_model) -> Critic:
 
 @pytest.fixture(scope="module")
 def sequences(critic) -> list[list[int]]:
-    """Lengths from 1 to 60; one holds the pad id in its middle, one ends with the EOS id."""
+    """Returns sequences of 1 to 60 tokens; one holds the pad id in its middle, one ends with the EOS id."""
     generator = torch.Generator().manual_seed(2)
     made = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (1, 60, 7, 33, 2, 18)]
     made[3][10] = critic.pad_token_id
@@ -31,7 +31,7 @@ def sequences(critic) -> list[list[int]]:
 
 
 def values_by_definition(critic: Critic, sequence: list[int]) -> torch.Tensor:
-    """Slow and plain: the backbone on the bare sequence, then the head as a dot product in fp64."""
+    """Computes the reference: the backbone on the bare sequence, then the head as a dot product in fp64."""
     hidden_LD = critic.model.model(input_ids=torch.tensor([sequence])).last_hidden_state[0]
     return (hidden_LD.double() @ critic.model.score.weight[0].double()).float()
 

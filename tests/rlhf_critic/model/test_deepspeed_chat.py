@@ -1,4 +1,4 @@
-"""DeepSpeed-Chat's interface gives what its definition says, row by row, and an answer where the original has none."""
+"""DeepSpeed-Chat's interface matches its definition row by row, and handles cases in which the original fails."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Row = tuple[list[int], list[int]]  # token ids and mask
 Padding = Callable[[list[int], int], Row]
 
 PROMPT = [9, 4, 33, 7, 50, 12]
-# Each a chosen and a rejected sequence; they are what a mask attends to, whatever the row around it.
+# Each pair is a chosen and a rejected sequence: the tokens with mask 1, in any padded row.
 PAIRS = {
     "shared prompt": ([*PROMPT, 8, 9, 10, 2], [*PROMPT, 11, 2]),
     "the longer one is rejected": ([*PROMPT, 5], [*PROMPT, 6, 7, 8, 9, 10, 11, 2]),
@@ -44,13 +44,13 @@ def left(ids: list[int], row: int) -> Row:
 
 
 def leading_pad(ids: list[int], row: int) -> Row:
-    """One pad, which is masked, and then the sequence, as OPT's rows are for those who mask it."""
+    """Returns a masked pad and then the sequence, like OPT's rows with a masked leading token."""
     gap = LENGTH - 1 - len(ids)
     return [PAD, *ids] + [PAD] * gap, [0] + [1] * len(ids) + [0] * gap
 
 
 def mixed(ids: list[int], row: int) -> Row:
-    """Every row in another manner; every third with a masked token within, which is left out."""
+    """Pads every row in another way; every third row has a masked token inside, which is omitted."""
     if row % 3 == 2:
         half = len(ids) // 2
         holed, mask = right([*ids[:half], 2, *ids[half:]], row)
@@ -68,13 +68,13 @@ def tensors(sequences: list[list[int]], padding: Padding) -> tuple[torch.Tensor,
 
 
 def values_alone(model: PreTrainedModel, sequence: list[int]) -> torch.Tensor:
-    """The reference's values: plain transformers on the bare sequence."""
+    """Computes the reference values with plain transformers on the bare sequence."""
     backbone = getattr(model, model.base_model_prefix)
     return backbone(input_ids=torch.tensor([sequence])).last_hidden_state[0] @ model.score.weight[0]
 
 
 def loss_by_definition(chosen: list[int], rejected: list[int], chosen_values: Any, rejected_values: Any) -> Any:
-    """Slow: token by token from where the pair parts to the longer end, the shorter holding its last value."""
+    """Computes the loss token by token from the first difference on; the shorter side repeats its last value."""
     end = max(len(chosen), len(rejected))
     start = 0
     while start < min(len(chosen), len(rejected)) and chosen[start] == rejected[start]:
@@ -89,7 +89,7 @@ def loss_by_definition(chosen: list[int], rejected: list[int], chosen_values: An
 
 @pytest.fixture(scope="module", params=["llama", "opt", "bloom"])
 def models(request) -> tuple[Critic, PreTrainedModel]:
-    """A critic (one with prefix trees, one with learnt positions, one without trees), and plain transformers."""
+    """A critic (with prefix trees, with learned positions, or without trees), and plain transformers."""
     kernel = "eager" if request.param == "bloom" else "sdpa"
     return (
         Critic(random_model(family_configs()[request.param], kernel)).eval(),

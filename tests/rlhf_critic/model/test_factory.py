@@ -1,4 +1,4 @@
-"""Models are built whole, right and aloud: vocabulary, dropout, head, weights, and partitioned under ZeRO-3."""
+"""Models are built correctly: vocabulary, dropout, head, weights, partitioning under ZeRO-3, and errors."""
 
 import gc
 import json
@@ -26,12 +26,13 @@ from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.model.factory import create_critic_model, create_hf_model, init_head, silence_dropout
+from rlhf_critic.model.factory import create_critic_model, create_hf_model, init_head
+from rlhf_critic.model.hf_config import silence_dropout
 from tests.helpers import save_tiny_model
 
 
 def copy_of(model: str, directory: Path) -> Path:
-    """A model directory to be damaged."""
+    """Copies a model directory, for a test that damages it."""
     directory.mkdir()
     for file in Path(model).iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
@@ -162,7 +163,7 @@ def test_keeping_the_first_layers_computes_what_they_compute(tiny_model):
 
 @pytest.fixture
 def trained(tiny_model, tmp_path) -> Path:
-    """A trained critic in the family's own names."""
+    """A trained critic under the family's own names."""
     critic = create_critic_model(tiny_model, load_tokenizer(tiny_model), None)
     critic.model.save_pretrained(tmp_path / "trained")
     load_tokenizer(tiny_model).save_pretrained(tmp_path / "trained")
@@ -170,11 +171,11 @@ def trained(tiny_model, tmp_path) -> Path:
 
 
 def as_single_safetensors(directory: Path) -> None:
-    """As `save_pretrained` writes a small model."""
+    """Saves the weights as `save_pretrained` saves a small model."""
 
 
 def as_split_safetensors(directory: Path) -> None:
-    """As `save_pretrained` writes a large model."""
+    """Saves the weights as `save_pretrained` saves a large model."""
     model = AutoModelForSequenceClassification.from_pretrained(directory)
     (directory / "model.safetensors").unlink()
     model.save_pretrained(directory, max_shard_size="20KB")
@@ -182,13 +183,13 @@ def as_split_safetensors(directory: Path) -> None:
 
 
 def as_legacy_bin(directory: Path) -> None:
-    """As DeepSpeed-Chat's save_hf_format writes one."""
+    """Saves the weights as DeepSpeed-Chat's save_hf_format does."""
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
 
 
 def as_ancient_bin(directory: Path) -> None:
-    """As torch wrote one before 1.6."""
+    """Saves the weights as torch did before 1.6."""
     weights = load_file(directory / "model.safetensors")
     torch.save(weights, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     (directory / "model.safetensors").unlink()
@@ -214,7 +215,7 @@ def test_a_bin_that_would_run_code_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     as_legacy_bin(trained)
     torch.save({"score.weight": _Payload()}, trained / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="refused, because it holds more than weights"):
+    with pytest.raises(CheckpointError, match="rejected, because it holds more than weights"):
         create_critic_model(str(trained), load_tokenizer(str(trained)), None, rlhf_training=True)
     assert not (tmp_path / "executed").exists()
 
@@ -262,13 +263,13 @@ def test_directories_without_config_or_weights_and_damaged_ones_are_refused(tiny
         create_critic_model(str(split), tokenizer, None)
 
 
-# ZeRO-3: these run on real ranks, as functions that travel there.
+# ZeRO-3: these functions are sent to real ranks and run there.
 
 BIG = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
 
 
 def live_tensor_bytes() -> int:
-    """Bytes of all tensors that are alive in this process, each storage once."""
+    """Returns the bytes of all live tensors in this process, each storage once."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in {torch.Tensor, torch.nn.Parameter}:
@@ -278,7 +279,7 @@ def live_tensor_bytes() -> int:
 
 
 def peak_during_construction(source: str, stage: int) -> dict[str, int]:
-    """Builds a critic; bytes of the whole model, of what this rank keeps, and the most that was alive at any moment."""
+    """Builds a critic; returns the bytes of the full model, of this rank's part, and of live tensors at most."""
     seen, stop = [0], threading.Event()
 
     def watch() -> None:
@@ -312,13 +313,13 @@ def test_under_zero3_no_rank_ever_holds_the_whole_model(ranks, tmp_path):
         assert measured["kept"] < 0.52 * measured["whole"]
         assert measured["kept"] <= measured["peak"] < 0.65 * measured["whole"]
         assert measured["samples"] > 20
-    # The measurement can tell: without partitioning the same construction holds all of it.
+    # The measurement is sensitive: without partitioning the same construction holds the full model.
     for measured in ranks(2).run(peak_during_construction, source, 0):
         assert measured["peak"] >= measured["whole"]
 
 
 def gathered_weights(source: str, stage: int) -> dict[str, torch.Tensor]:
-    """The weights of a critic built at a ZeRO stage, whole, as every rank sees them."""
+    """Returns the gathered weights of a critic built at a ZeRO stage, as every rank sees them."""
     from rlhf_critic.model.weights import gathered, persistent_tensors
 
     torch.manual_seed(7)

@@ -1,6 +1,6 @@
-"""What a user brings of any family is built, trained, scored, saved and loaded, and plain transformers agrees.
+"""A model of any family is built, trained, scored, saved and loaded, with the results of plain transformers.
 
-`train_families` travels to real ranks (Ray actors) and runs there: one call for each ZeRO stage, all families in it.
+`train_families` is sent to real ranks (Ray actors) and runs there, once for each ZeRO stage, with all families.
 """
 
 import logging
@@ -24,7 +24,8 @@ from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.preferences import EncodedPreferences, load_preferences
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.backbone import PADDED_FAMILIES
-from rlhf_critic.model.factory import create_critic_model, silence_dropout, validate_positions
+from rlhf_critic.model.factory import create_critic_model, validate_positions
+from rlhf_critic.model.hf_config import silence_dropout
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.training.critic_engine import CriticEngine
@@ -38,7 +39,7 @@ OPTIONS = TrainConfig(
     learning_rate=1e-3,
     schedule="constant",
     warmup_fraction=0.0,
-    adam_epsilon=1e-4,  # a gradient that is zero but for rounding must not become a step of full length
+    adam_epsilon=1e-4,  # a gradient that is only rounding noise must not become a full step
     token_budget=200,
 )
 UNTESTED_NAMES = ["falcon", "stablelm"]
@@ -54,12 +55,12 @@ def rows_of(step: int) -> np.ndarray:
 
 
 def probes_of(preferences: EncodedPreferences) -> list[list[int]]:
-    """Sequences to score: some share their prompt, some nothing; of many lengths."""
+    """Returns sequences to score, of many lengths; some share their prompt, some share nothing."""
     return [ids.tolist() for pair in preferences.take(range(4)) for ids in (pair.chosen_ids, pair.rejected_ids)]
 
 
 def padded_pairs(preferences: EncodedPreferences, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two preferences as DeepSpeed-Chat has them: chosen rows, then rejected rows, and their mask."""
+    """Returns two preferences in DeepSpeed-Chat's format: chosen rows, then rejected rows, and their mask."""
     pairs = preferences.take(range(2))
     padded = PaddedBatch.from_sequences(
         [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs], pad_token_id
@@ -68,7 +69,7 @@ def padded_pairs(preferences: EncodedPreferences, pad_token_id: int) -> tuple[to
 
 
 def steps_as_ported_code_takes_them(engine: CriticEngine, preferences: EncodedPreferences) -> list[float]:
-    """DeepSpeed-Chat's calls on DeepSpeed's engine: a step on preferences, a step on values; the losses."""
+    """Takes steps with DeepSpeed-Chat's calls, on preferences and on values; returns the losses."""
     module = engine._engine
     ids, mask = padded_pairs(preferences, engine.critic.pad_token_id)
     losses = []
@@ -85,9 +86,9 @@ def steps_as_ported_code_takes_them(engine: CriticEngine, preferences: EncodedPr
 
 
 def train_families(sources: dict[str, str], data: str, cache: str, stage: int, out: str) -> dict[str, tuple]:
-    """Of each family the losses, gradient norms, rewards after training, and losses of steps of ported code.
+    """Returns, for each family, losses, gradient norms, rewards after training, and losses of ported code.
 
-    The critics are saved before those steps.
+    The critics are saved before the steps of the ported code.
     """
     results = {}
     for name, source in sources.items():
@@ -125,7 +126,7 @@ def data(workspace) -> str:
 
 @pytest.fixture(scope="module")
 def trained(ranks, workspace, sources, data) -> dict[int, dict[str, tuple]]:
-    """By ZeRO stage: what training on two ranks gave. The critics lie in ``workspace/stage-N/FAMILY``."""
+    """Results of training on two ranks, by ZeRO stage. The critics are in ``workspace/stage-N/FAMILY``."""
     return {
         stage: ranks(2).run(
             train_families, sources, data, str(workspace / "cache"), stage, str(workspace / f"stage-{stage}")
@@ -135,7 +136,7 @@ def trained(ranks, workspace, sources, data) -> dict[int, dict[str, tuple]]:
 
 
 def plain_model(source: str, head_1D: torch.Tensor) -> PreTrainedModel:
-    """Plain transformers' own loading of the base model, with a given head and without dropout."""
+    """Loads the base model with plain transformers, with a given head and without dropout."""
     config = AutoModelForCausalLM.from_pretrained(source).config
     silence_dropout(config)
     config.num_labels = 1
@@ -145,14 +146,14 @@ def plain_model(source: str, head_1D: torch.Tensor) -> PreTrainedModel:
 
 
 def reward_of(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
-    """By definition: plain transformers on the bare sequence, its last hidden state times the head."""
+    """Computes the reward by definition: plain transformers on the bare sequence, last hidden state times head."""
     backbone = getattr(model, model.base_model_prefix)
     return backbone(input_ids=torch.tensor(ids)[None]).last_hidden_state[0, -1:] @ model.score.weight[0]
 
 
 @pytest.mark.parametrize("name", [*NAMES, *UNTESTED_NAMES])
 def test_losses_are_those_of_a_plain_loop(trained, sources, data, workspace, name):
-    """One preference at a time, no engine, no batches, no project code but the loss."""
+    """Trains a plain loop, one preference at a time, without engine, batches or project code except the loss."""
     encoder, preferences = load_data(sources[name], data, str(workspace / "cache"))
     torch.manual_seed(OPTIONS.seed)
     head_1D = create_critic_model(sources[name], encoder.tokenizer, None).model.score.weight.detach()
@@ -185,7 +186,7 @@ def test_a_saved_critic_scores_the_same_here_and_in_plain_transformers(trained, 
     probes = probes_of(preferences)
     _, _, expected, _ = trained[stage][name]
     assert np.ptp(expected) > 0.1  # not all the same
-    assert any(probe[0] == BOS for probe in probes) == (name == "opt")  # long ones lose their beginning
+    assert any(probe[0] == BOS for probe in probes) == (name == "opt")  # long ones are truncated from the left
     directory = workspace / f"stage-{stage}" / name
     loaded = load_critic(directory)
     assert loaded.critic.prefix_tree == (name in PREFIX_TREE_FAMILIES)
@@ -239,13 +240,13 @@ def test_a_family_that_is_not_tested_works_and_says_so_once(sources, name, prefi
         ).eval()
         score_sequences(critic, [[5, 6, 7], [5, 6]], 100)
     (record,) = caplog.records
-    assert f"{name} is not among the families this project is tested with" in record.message
-    assert "Not tested for it" in record.message
+    assert f"untested model family {name} (tested: " in record.message
+    assert "Compare some scores" in record.message
 
 
 @pytest.mark.parametrize("name", sorted({*PREFIX_TREE_FAMILIES, *PADDED_FAMILIES}))
 def test_a_limit_beyond_learned_positions_is_refused(name, tmp_path):
-    """With one position more than it has learned, GPT-2 or OPT would fail in the middle of a run."""
+    """A sequence longer than the learned positions would fail GPT-2 or OPT in the middle of a run."""
     critic = create_critic_model(save_base_model(name, tmp_path), load_tokenizer(str(tmp_path)), None)
     positions = getattr(critic.model.config, "max_position_embeddings", 256)
     validate_positions(critic.model, positions)

@@ -1,4 +1,4 @@
-"""Fused norms and activations are transformers' own, to rounding, and so are their gradients."""
+"""Fused norms and activations, and their gradients, equal those of transformers to rounding."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_outputs_and_gradients_are_those_of_transformers(name, dtype):
 
     assert differ(outputs[1], outputs[0]) < tolerance
     for parameter, gradient in gradients[0].items():
-        if not parameter.endswith("k_proj.bias"):  # whose gradient is zero but for rounding
+        if not parameter.endswith("k_proj.bias"):  # its gradient is only rounding noise
             assert differ(gradients[1][parameter], gradient) < tolerance, parameter
 
 

@@ -1,4 +1,4 @@
-"""What is drawn comes from the policy's own distribution, and comes again with the same seed."""
+"""Samples follow the policy's own distribution, and the same seed gives the same samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf_critic.model.policy import create_policy
 from rlhf_critic.model.weights import persistent_tensors
 from tests.helpers import save_tiny_model
 from tests.rlhf_critic.families import family_configs, save_base_model
-from tests.rlhf_critic.model.policies import judge
+from tests.rlhf_critic.model.policies import token_stats
 
 PROMPTS = [[5], [7, 9, 200, 31, 8, 44, 45, 46], [12, 13, 14], [7, 9, 200]]
 MANY = [[5, 6, 7 + row % 50] for row in range(150)]
@@ -42,7 +42,7 @@ def agree_with_the_policy(source: str, temperature: float, prefix_tree: bool) ->
     policy = create_policy(BodyConfig(path=source, prefix_tree=prefix_tree), load_tokenizer(source)).eval()
     sequences = [[*ids, *response.ids.tolist()] for ids, response in zip(PROMPTS, responses, strict=True)]
     with torch.no_grad():
-        expected = judge(policy, sequences, [len(ids) for ids in PROMPTS], temperature).log_probs_A.numpy()
+        expected = token_stats(policy, sequences, [len(ids) for ids in PROMPTS], temperature).log_probs_A.numpy()
     for response in responses:
         assert response.ids.dtype == np.int64
         assert response.log_probs.dtype == np.float32
@@ -61,12 +61,12 @@ def test_log_probs_are_those_of_the_policy(request, fixture, temperature, prefix
 
 @pytest.mark.parametrize("name", sorted(family_configs()))
 def test_every_family_draws_with_the_log_probs_of_its_policy(tmp_path, name):
-    """Prompts are padded on the left here and on the right, or not at all, in the policy."""
+    """Prompts are padded on the left in generation, but on the right or not at all in the policy."""
     agree_with_the_policy(save_base_model(name, tmp_path), 0.7, prefix_tree=True)
 
 
 def test_first_tokens_are_drawn_as_often_as_the_policy_says(tiny_model):
-    """Pearson's chi-squared test; a wrong temperature would be noticed."""
+    """Pearson's chi-squared test, which detects a wrong temperature."""
     draws, temperature = 2000, 0.7
     responses = make(tiny_model, temperature).generate([[5, 9, 200]] * draws, max_new_tokens=1, seed=0)
     policy = create_policy(BodyConfig(path=tiny_model), load_tokenizer(tiny_model)).eval()
@@ -74,9 +74,9 @@ def test_first_tokens_are_drawn_as_often_as_the_policy_says(tiny_model):
     counts_V = np.bincount([int(response.ids[0]) for response in responses], minlength=rows)
 
     def distance(at_temperature: float) -> float:
-        """In standard deviations of the statistic from what it should be."""
+        """Returns the deviation of the statistic from its expectation, in standard deviations."""
         with torch.no_grad():
-            drawn = judge(policy, [[5, 9, 200, token] for token in range(rows)], [3] * rows, at_temperature)
+            drawn = token_stats(policy, [[5, 9, 200, token] for token in range(rows)], [3] * rows, at_temperature)
         expected_V = draws * drawn.log_probs_A.double().exp().numpy()
         often = expected_V >= 5
         observed, expected = (
@@ -145,7 +145,7 @@ def test_a_response_that_ends_with_the_last_token_allowed_is_not_truncated(tiny_
 
 
 def weights_that_draw(source: str, prompt: list[int], *tokens: int) -> dict[str, torch.Tensor]:
-    """Weights with which nothing but these tokens follows a prompt, each as likely as the others."""
+    """Returns weights with which only these tokens follow a prompt, with equal probability."""
     policy = create_policy(BodyConfig(path=source), load_tokenizer(source))
     weights = {name: tensor.detach().clone() for name, tensor in persistent_tensors(policy.model).items()}
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_generation_stops_when_all_have_come_to_their_end(tiny_model):
 
 
 def test_a_turn_may_end_with_another_special_token_than_eos(tiny_model, tmp_path):
-    """As in chat models whose EOS ends documents, not turns."""
+    """The tokenizer is like that of chat models whose EOS ends documents, not turns."""
     template = tmp_path / "template.jinja"
     turns = "{% for message in messages %}{{ message['content'] }}ENDING{% endfor %}"
     ids = {token: load_tokenizer(tiny_model).convert_tokens_to_ids(token) for token in ("<unk>", "</s>")}
@@ -175,7 +175,7 @@ def test_a_turn_may_end_with_another_special_token_than_eos(tiny_model, tmp_path
         tokenizer = load_tokenizer(tiny_model, str(template))
         assert stop_ids(tokenizer) == sorted(ids[token] for token in stops), ending
     tokenizer = load_tokenizer(tiny_model, "plain")
-    tokenizer.add_tokens(AddedToken("<|turn|>", special=True))  # of no role, as in many chat models
+    tokenizer.add_tokens(AddedToken("<|turn|>", special=True))  # without a role, as in many chat models
     tokenizer.chat_template = turns.replace("ENDING", "<|turn|>")
     assert stop_ids(tokenizer) == sorted([tokenizer.convert_tokens_to_ids("<|turn|>"), ids["</s>"]])
     tokenizer.chat_template = "{{ raise_exception('no') }}"
@@ -209,7 +209,7 @@ def test_what_must_not_be_drawn_never_is_however_likely(tiny_model):
     generator.load(weights_that_draw(tiny_model, PROMPTS[1], 50, *forbidden))
     responses = generator.generate([PROMPTS[1]] * 200, 1, seed=0)
     assert ids_of(responses) == [[50]] * 200
-    for response in responses:  # as the policy is fitted, all that can be drawn sums to 1
+    for response in responses:  # the probabilities of all tokens that can be sampled sum to 1
         assert response.log_probs == pytest.approx([0.0], abs=1e-5)
     drawn = np.concatenate([response.ids for response in make(tiny_model).generate(MANY, 30, seed=1)])
     assert not np.isin(drawn, forbidden).any()

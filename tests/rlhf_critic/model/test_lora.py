@@ -1,6 +1,6 @@
-"""A critic with adapters: what is fitted, what is saved, and that it goes on as if it had never stopped.
+"""A critic with adapters trains only them, is saved with merged weights, and resumes exactly.
 
-The functions below the constants travel to real ranks (Ray actors) and run there.
+The functions below the constants are sent to real ranks (Ray actors) and run there.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ LORA = {"lora_rank": 3, "lora_alpha": 6.0}
 
 
 class Run:
-    """What a rank builds and does."""
+    """The engine and the steps of one rank."""
 
     def __init__(self, source: str, data: str, cache: str, model: dict, train: dict) -> None:
         self.encoder = Encoder(load_tokenizer(source), max_length=64)
@@ -65,7 +65,7 @@ def weights_of(engine: CriticEngine) -> dict[str, torch.Tensor]:
 def straight_and_stopped(
     source: str, data: str, cache: str, model: dict, train: dict, directory: str
 ) -> tuple[list, dict, dict, np.ndarray]:
-    """A run that is saved half-way and goes on: losses, weights at the start and end, rewards when saved."""
+    """Trains, saves half-way and continues; returns losses, weights at start and end, and rewards when saved."""
     run = Run(source, data, cache, model, train)
     before = weights_of(run.engine)
     losses = run.step_to(STEPS // 2)
@@ -104,7 +104,7 @@ def test_adapters_alone_are_fitted_and_merged_on_disk_and_go_on_where_they_were(
     fitted = {name for name in before if not torch.equal(before[name], after[name])}
     assert fitted == {name for name in before if "lora_" in name} | {"score.weight"}
     assert losses[-1] < losses[0]
-    # What is on disk is a model without adapters, under its own names, that scores as the engine did.
+    # The saved model has no adapters, has its own names and scores like the engine.
     base, files = load_file(f"{tiny_model}/model.safetensors"), load_file(f"{saved}/model.safetensors")
     assert files.keys() - base.keys() == {"score.weight"}
     assert not any("lora" in name or "base_layer" in name for name in files)
@@ -114,7 +114,7 @@ def test_adapters_alone_are_fitted_and_merged_on_disk_and_go_on_where_they_were(
     preferences = load_preferences(preference_file, loaded.encoder, cache)
     alone = score_sequences(loaded.critic, preferences.responses()[:9], 100)
     np.testing.assert_allclose(alone, scored, rtol=0, atol=1e-5)
-    # And the run that goes on from there is the run that was never stopped.
+    # The resumed run equals the uninterrupted run.
     losses_after, weights_after, rewards_then = ranks(2).run(resumed, *arguments, saved)[0]
     np.testing.assert_allclose(rewards_then, scored, rtol=0, atol=1e-6)
     np.testing.assert_allclose(losses_after, losses[STEPS // 2 :], rtol=1e-6)
@@ -168,7 +168,7 @@ def test_a_target_that_the_model_lacks_is_refused_by_name(ranks, tiny_model, pre
 
 @pytest.mark.parametrize("family", sorted({config.model_type for config in family_configs().values()}))
 def test_every_family_scores_alike_packed_padded_and_merged(family, tmp_path):
-    """A plain transformers model that loads what is saved gives each sequence, by itself, the same reward."""
+    """A plain transformers model that loads the saved critic gives each sequence alone the same reward."""
     attention = kernels_of(family_configs()[family])[0]
     model = random_model(family_configs()[family], attention)
     critic = Critic(model).eval()

@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies are those of plain transformers on each sequence alone, in every family.
+"""Log-probabilities and entropies equal those of plain transformers on each sequence alone, in every family.
 
-Plain means: the family's own ``*ForCausalLM`` as ``from_pretrained`` loads it, its full logits, and the definitions of
-softmax and entropy written out in float64.
+Plain transformers is the family's own ``*ForCausalLM`` from ``from_pretrained`` with its full logits. Softmax and
+entropy are computed from their definitions in float64.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 
 from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.data.encoding import load_tokenizer
-from rlhf_critic.model.policy import Drawn, Policy, create_policy, sampling_logits, suppressed_ids
+from rlhf_critic.model.policy import Policy, SampledTokenStats, create_policy, sampling_logits, suppressed_ids
 from tests.rlhf_critic.families import family_configs, kernels_of, save_base_model
-from tests.rlhf_critic.model.policies import from_the_definition, judge, plain_policy
+from tests.rlhf_critic.model.policies import from_the_definition, plain_policy, token_stats
 
 NAMES = sorted(family_configs())
 TINY = ["tiny_model", "tied_model"]
 
 
 def make_rollouts(vocabulary: int) -> tuple[list[list[int]], list[int]]:
-    """Two prompts with three responses each, longer than the windows of the families that have one."""
+    """Returns two prompts with three responses each, longer than the windows of families with windows."""
     rng = np.random.default_rng(0)
     sequences, prompt_lengths = [], []
     for prompt_length in (1, 8):
@@ -34,8 +34,8 @@ def make_rollouts(vocabulary: int) -> tuple[list[list[int]], list[int]]:
     return sequences, prompt_lengths
 
 
-def agree(found: Drawn, expected: Drawn) -> None:
-    for name in Drawn._fields:
+def agree(found: SampledTokenStats, expected: SampledTokenStats) -> None:
+    for name in SampledTokenStats._fields:
         assert getattr(found, name).dtype == torch.float32
         torch.testing.assert_close(
             getattr(found, name).double(),
@@ -48,7 +48,7 @@ def agree(found: Drawn, expected: Drawn) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, str]:
-    """A causal model of every family, in all its kinds, on disk."""
+    """A causal model of every family and variant, on disk."""
     directory = tmp_path_factory.mktemp("policies")
     return {name: save_base_model(name, directory / name) for name in NAMES}
 
@@ -66,7 +66,7 @@ def test_log_probs_and_entropies_are_those_of_plain_transformers(request, fixtur
     assert policy.prefix_tree == prefix_tree
     rollouts = make_rollouts(300)
     expected = from_the_definition(plain_policy(source), *rollouts, temperature, policy.suppressed)
-    agree(judge(policy, *rollouts, temperature), expected)
+    agree(token_stats(policy, *rollouts, temperature), expected)
     assert expected.log_probs_A.std() > 0.3  # not all the same
     assert expected.entropies_A.std() > 0.02
 
@@ -80,13 +80,13 @@ def test_every_family_has_the_log_probs_of_plain_transformers(sources, name, ker
     assert policy.prefix_tree == (prefix_tree and name != "bloom")
     rollouts = make_rollouts(300)
     expected = from_the_definition(plain_policy(sources[name]), *rollouts, 0.9, policy.suppressed)
-    agree(judge(policy, *rollouts, 0.9), expected)
+    agree(token_stats(policy, *rollouts, 0.9), expected)
     assert expected.log_probs_A.std() > 0.1
 
 
 @torch.no_grad()
 def test_the_soft_cap_of_gemma2s_logits_is_felt(sources):
-    """Logits that it bounds; without it they would be another distribution."""
+    """Gemma2's soft cap bounds logits; without it the distribution would differ."""
     policy = create_policy(BodyConfig(path=sources["gemma2"]), load_tokenizer(sources["gemma2"]))
     rollouts = make_rollouts(300)
     policy.model.config.final_logit_softcapping = 1.0
@@ -94,7 +94,7 @@ def test_the_soft_cap_of_gemma2s_logits_is_felt(sources):
     free = from_the_definition(model, *rollouts, 1.0, policy.suppressed)
     model.config.final_logit_softcapping = 1.0
     expected = from_the_definition(model, *rollouts, 1.0, policy.suppressed)
-    agree(judge(policy, *rollouts), expected)
+    agree(token_stats(policy, *rollouts), expected)
     assert (expected.log_probs_A - free.log_probs_A).abs().max() > 0.1
 
 
@@ -102,9 +102,9 @@ def test_the_soft_cap_of_gemma2s_logits_is_felt(sources):
 
 
 def gradients(policy: Policy, entropy_weight: float) -> dict[str, torch.Tensor]:
-    """Of a sum in which every action has another weight."""
+    """Computes the gradients of a sum in which every response token has another weight."""
     policy.zero_grad()
-    drawn = judge(policy, *make_rollouts(300), 0.8, entropy_gradient=entropy_weight > 0)
+    drawn = token_stats(policy, *make_rollouts(300), 0.8, entropy_gradient=entropy_weight > 0)
     weights_A = torch.linspace(-1.0, 2.0, len(drawn.log_probs_A))
     (weights_A * (drawn.log_probs_A + entropy_weight * drawn.entropies_A)).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in policy.model.named_parameters()}
@@ -139,16 +139,16 @@ def test_gradients_over_a_prefix_tree_are_those_of_a_padded_batch(sources, name)
 def test_entropies_have_a_gradient_only_where_it_is_asked_for(tiny_model):
     policy = create_policy(BodyConfig(path=tiny_model), load_tokenizer(tiny_model))
     rollouts = make_rollouts(300)
-    without, with_gradient = (judge(policy, *rollouts, entropy_gradient=asked) for asked in (False, True))
+    without, with_gradient = (token_stats(policy, *rollouts, entropy_gradient=asked) for asked in (False, True))
     assert not without.entropies_A.requires_grad
     assert without.log_probs_A.requires_grad
     assert with_gradient.entropies_A.requires_grad
     torch.testing.assert_close(without.entropies_A, with_gradient.entropies_A)
     with torch.no_grad():
-        assert not judge(policy, *rollouts, entropy_gradient=True).entropies_A.requires_grad
+        assert not token_stats(policy, *rollouts, entropy_gradient=True).entropies_A.requires_grad
 
 
-# --- what is never drawn ---
+# --- suppressed ids ---
 
 
 @torch.no_grad()
@@ -156,8 +156,8 @@ def test_probabilities_sum_to_one_over_what_can_be_drawn_and_are_zero_elsewhere(
     tokenizer = load_tokenizer(tiny_model)
     policy = create_policy(BodyConfig(path=tiny_model), tokenizer)
     rows = policy.model.config.vocab_size
-    # One rollout for each id of the vocabulary, drawn after the same prompt.
-    drawn = judge(policy, [[5, 6, 7, token] for token in range(rows)], [3] * rows, 0.7)
+    # One rollout for each id of the vocabulary, after the same prompt.
+    drawn = token_stats(policy, [[5, 6, 7, token] for token in range(rows)], [3] * rows, 0.7)
     probs_V = drawn.log_probs_A.double().exp()
     assert probs_V.sum().item() == pytest.approx(1.0, abs=1e-5)
     assert [token for token in range(rows) if probs_V[token] == 0.0] == policy.suppressed
@@ -166,7 +166,7 @@ def test_probabilities_sum_to_one_over_what_can_be_drawn_and_are_zero_elsewhere(
 
 
 def test_the_pad_token_and_rows_without_a_token_are_suppressed(tiny_model, tied_model):
-    for source in (tiny_model, tied_model):  # the second's tokenizer had its EOS for a pad token
+    for source in (tiny_model, tied_model):  # the second tokenizer's pad token was its EOS
         tokenizer = load_tokenizer(source)
         policy = create_policy(BodyConfig(path=source), tokenizer)
         assert policy.model.config.vocab_size > len(tokenizer)
@@ -188,7 +188,7 @@ def test_sampling_logits_equal_their_definition_and_change_no_argument():
     assert torch.equal(sampling_logits(logits.float(), 1.0, []), logits.float())
 
 
-# --- how it is made ---
+# --- construction ---
 
 
 def test_a_policy_has_no_dropout_and_freezes_what_it_is_told(sources, tmp_path):
@@ -209,4 +209,4 @@ def test_a_policy_of_the_first_layers_is_what_plain_transformers_makes_of_them(t
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     rollouts = make_rollouts(300)
-    agree(judge(policy, *rollouts), from_the_definition(model, *rollouts, 1.0, policy.suppressed))
+    agree(token_stats(policy, *rollouts), from_the_definition(model, *rollouts, 1.0, policy.suppressed))

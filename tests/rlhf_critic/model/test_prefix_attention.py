@@ -1,4 +1,4 @@
-"""Values through a prefix tree are those of each sequence alone, and so are gradients, in every family and kernel."""
+"""Values and gradients through a prefix tree equal those of each sequence alone, in every family and kernel."""
 
 import logging
 
@@ -16,7 +16,7 @@ from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, AttentionPl
 from tests.rlhf_critic.families import VOCABULARY, WINDOW, family_configs, kernels_of, random_model
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
-TOKENS = st.integers(3, 6)  # few, so that prefixes are shared all the time
+TOKENS = st.integers(3, 6)  # few, so that prefixes are often shared
 SEQUENCES = st.lists(st.lists(TOKENS, min_size=1, max_size=20), min_size=1, max_size=8)
 CASES = [(name, kernel) for name, config in family_configs().items() for kernel in kernels_of(config)]
 
@@ -35,7 +35,7 @@ MANY_BRANCHES = [PROMPT + draw(1 + branch % 7, 100 + branch) for branch in range
 
 
 class Plain(torch.nn.Module):
-    """The reference: transformers' own model and modules on padded rows, the head as a product in fp32."""
+    """Reference: transformers' own model and modules on padded rows, with the head as a product in fp32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Plain(torch.nn.Module):
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
 def critics(request) -> tuple[Critic, Plain]:
-    """A critic, and the same weights in plain transformers."""
+    """Returns a critic, and the same weights in plain transformers."""
     name, kernel = request.param
     packed = Critic(random_model(family_configs()[name], kernel)).eval()
     plain = Plain(random_model(family_configs()[name], kernel)).eval()
@@ -96,7 +96,7 @@ def test_a_thousand_branches(critics):
 
 
 def gradients(module: torch.nn.Module, output: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of a loss in which every reward of `NESTED`, or every value, has a weight of its own."""
+    """Computes the gradients of a loss in which every reward of `NESTED`, or every value, has a different weight."""
     module.zero_grad()
     weights = torch.linspace(-1.0, 1.0, output.numel()).view(output.shape)
     if output.dim() == 2:
@@ -128,14 +128,14 @@ def test_gradients_are_those_of_the_padded_batch(critics, rewards_only, gradient
     expected = gradients(plain, values_SL.gather(1, ends_S[:, None])[:, 0] if rewards_only else values_SL)
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
-        # A gradient that is zero by symmetry, as that of a key's bias, is rounding noise on both sides.
+        # A gradient that is zero by symmetry, such as that of a key's bias, is rounding noise on both sides.
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
 @torch.no_grad()
 def test_plain_transformers_still_works_on_a_critic_with_prefix_trees(critics):
     packed, plain = critics
-    packed.rewards(packed.batch_of(NESTED))  # leaves nothing behind that a plain call could stumble over
+    packed.rewards(packed.batch_of(NESTED))  # leaves no state that affects a plain call
     padded = PaddedBatch.from_sequences(NESTED, 0)
     expected_SL, real_SL = plain.values(NESTED), padded.attention_mask_SL.bool()
     torch.testing.assert_close(packed.values(padded)[real_SL], expected_SL[real_SL], **TOLERANCE)
@@ -143,11 +143,11 @@ def test_plain_transformers_still_works_on_a_critic_with_prefix_trees(critics):
     torch.testing.assert_close(packed.rewards(padded), expected_SL.gather(1, ends_S[:, None])[:, 0], **TOLERANCE)
 
 
-# The kernels by themselves, against one dense mask.
+# The kernels alone, against one dense mask.
 
 
 def dense_attention(plan: AttentionPlan, for_leaves: bool, window: int | None, softcap: float | None) -> torch.Tensor:
-    """By definition: softmax over the tokens of the path, with a T x T mask."""
+    """Computes attention by definition: softmax over the tokens of the path, with a T x T mask."""
     query, key, value = tensors(plan)
     size, group = len(plan.tree), query.shape[1] // key.shape[1]
     visible_TT = torch.zeros(size, size, dtype=torch.bool)

@@ -10,12 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_critic.config.serve import CallLimits
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring import items as items_module
-from rlhf_critic.scoring.items import Conversation, Limits, Text, conversations, encode_items, finish_items
+from rlhf_critic.scoring.items import Conversation, Text, conversations, encode_items, finish_items
 
-LIMITS = Limits(max_items=4, max_text_bytes=100, max_tokens=40)
+LIMITS = CallLimits(max_items=4, max_text_bytes=100, max_tokens=40)
 MAX_LENGTH = 16
 
 
@@ -33,10 +34,10 @@ def test_every_way_gives_the_ids_of_training(encoder):
         Text(encoder.render(prompt, response)),
     ]
     for item in ways:
-        assert encode_items([item], encoder, Limits()) == [wanted]
+        assert encode_items([item], encoder, CallLimits()) == [wanted]
     for ids in (wanted.ids, tuple(wanted.ids), np.array(wanted.ids, dtype=np.int32)):
-        assert encode_items([ids], encoder, Limits())[0].ids == wanted.ids
-    assert encode_items([*ways, wanted.ids], encoder, Limits())[3].ids == wanted.ids
+        assert encode_items([ids], encoder, CallLimits())[0].ids == wanted.ids
+    assert encode_items([*ways, wanted.ids], encoder, CallLimits())[3].ids == wanted.ids
     assert wanted.truncated
 
 
@@ -79,7 +80,7 @@ def test_any_conversation_has_the_ids_of_training_and_says_what_it_lost(encoder,
         ways += [Conversation(prompt, response), Conversation(turns, response), Conversation(tuple(turns), response)]
         ways += [Conversation(np.array(turns, dtype=object), response)] * bool(turns)
         ways += [Conversation([MappingProxyType(turn) for turn in turns], response)]
-    encoded = encode_items([*ways, wanted.ids], encoder, Limits())
+    encoded = encode_items([*ways, wanted.ids], encoder, CallLimits())
     assert encoded[:-1] == [wanted] * len(ways)
     assert encoded[-1].ids == wanted.ids == whole[-MAX_LENGTH:]
     assert wanted.truncated == (len(whole) > MAX_LENGTH)
@@ -170,13 +171,13 @@ def test_every_refusal_has_a_row():
 
 def test_limits_are_exact(encoder):
     assert len(encode_items([Text("a")] * LIMITS.max_items, encoder, LIMITS)) == LIMITS.max_items
-    encode_items([Text("é" * 50)], encoder, Limits(max_text_bytes=100))
+    encode_items([Text("é" * 50)], encoder, CallLimits(max_text_bytes=100))
     rendered = encoder.render("é", "é")
-    exact = Limits(max_text_bytes=len(rendered.encode()))
+    exact = CallLimits(max_text_bytes=len(rendered.encode()))
     assert encode_items([Conversation("é", "é")], encoder, exact) == encode_items([Text(rendered)], encoder, exact)
     for item in (Conversation("é", "é"), Text(rendered)):
         with pytest.raises(ScorerRejected, match="bytes, maximum"):
-            encode_items([item], encoder, Limits(max_text_bytes=exact.max_text_bytes - 1))
+            encode_items([item], encoder, CallLimits(max_text_bytes=exact.max_text_bytes - 1))
     assert encode_items([[5] * MAX_LENGTH], encoder, LIMITS)[0].ids == [5] * MAX_LENGTH
     last = len(encoder.tokenizer) - 1
     assert encode_items([[last, 0]], encoder, LIMITS)[0].ids == [last, 0]
@@ -188,9 +189,9 @@ def test_limits_are_exact(encoder):
         (MAX_LENGTH, True),
     ]
     ids = encoder.tokenize(["1 2 3 4"])[0]
-    encode_items([Text("1 2 3 4")], encoder, Limits(max_tokens=len(ids)))
+    encode_items([Text("1 2 3 4")], encoder, CallLimits(max_tokens=len(ids)))
     with pytest.raises(ScorerRejected, match="tokens, maximum"):
-        encode_items([Text("1 2 3 4")], encoder, Limits(max_tokens=len(ids) - 1))
+        encode_items([Text("1 2 3 4")], encoder, CallLimits(max_tokens=len(ids) - 1))
 
 
 def test_an_empty_response_is_a_response(encoder):
@@ -254,5 +255,5 @@ good_items = st.one_of(
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(good_items, min_size=1, max_size=6))
 def test_neighbours_change_nothing(encoder, asked):
-    together = encode_items(asked, encoder, Limits())
-    assert together == [encode_items([item], encoder, Limits())[0] for item in asked]
+    together = encode_items(asked, encoder, CallLimits())
+    assert together == [encode_items([item], encoder, CallLimits())[0] for item in asked]

@@ -9,10 +9,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonComponent, RegexComponent, load_components
+from rlhf_critic.config.serve import (
+    CallLimits,
+    CriticComponent,
+    LengthPenalty,
+    PythonComponent,
+    RegexComponent,
+    load_components,
+)
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected
-from rlhf_critic.scoring.items import Conversation, Limits, Text, finish_items
+from rlhf_critic.scoring.items import Conversation, Text, finish_items
 from rlhf_critic.scoring.reward_components import RewardComponents
 
 HERE = "tests.rlhf_critic.scoring.test_reward_components"
@@ -170,7 +177,7 @@ def test_a_function_is_told_the_prompt_of_a_finished_text(encoder):
     component = PythonComponent(name="mine", function=f"{HERE}:echo")
     components = RewardComponents((CriticComponent(), component), plain.count_tokens, lambda: plain.ending)
     critic_S = np.zeros(len(items), dtype=np.float32)
-    _, parts = components.combine(finish_items(items, plain, Limits()), critic_S)
+    _, parts = components.combine(finish_items(items, plain, CallLimits()), critic_S)
     assert parts["mine"].tolist() == list(range(7))
     ((prompts, responses),) = TOLD
     assert prompts == ["please "] * 7

@@ -1,4 +1,4 @@
-"""A short run of a critic engine on preferences, as every rank of a job makes it."""
+"""A short training run of a critic engine on preferences, for every rank."""
 
 from dataclasses import asdict
 
@@ -24,7 +24,7 @@ OPTIONS = TrainConfig(
 def make(
     source: str, data: str, cache: str, stage: int, dtype: str = "float32", prefix_tree: bool = True, **changes: object
 ) -> tuple[CriticEngine, EncodedPreferences, Encoder]:
-    """What every rank of a job builds."""
+    """Builds the engine, the data and the encoder of one rank."""
     encoder = Encoder(load_tokenizer(source), max_length=64)
     options = OPTIONS.model_copy(update={"zero_stage": stage, **changes})
     model = ModelConfig(path=source, dtype=dtype, prefix_tree=prefix_tree)
@@ -36,7 +36,7 @@ def rows_of(preferences: EncodedPreferences, step: int) -> np.ndarray:
 
 
 def train(engine: CriticEngine, preferences: EncodedPreferences, until: int) -> list[dict]:
-    """Steps, and returns the metrics of each."""
+    """Takes steps and returns their metrics."""
     return [
         asdict(engine.train_step(preferences, rows_of(preferences, engine.step))) for _ in range(engine.step, until)
     ]

@@ -1,4 +1,4 @@
-"""Rollouts as an update of values or of a policy takes them."""
+"""Rollouts for updates of values or of a policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What an update takes: token ids, and two numbers for each action."""
+    """Input of an update: token ids, and two numbers for each response token."""
 
     sequences: list[list[int]]
     prompt_lengths: list[int]
@@ -21,7 +21,7 @@ class Rollouts:
 
 
 def make_rollouts(seed: int) -> Rollouts:
-    """Three prompts, one of a single token, with four rollouts each; one-token and empty responses among them."""
+    """Makes three prompts, one of a single token, with four rollouts each; some responses are empty or one token."""
     rng = np.random.default_rng(seed)
     sequences, prompt_lengths = [], []
     for prompt_length in (1, 9, 14):

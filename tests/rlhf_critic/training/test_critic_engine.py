@@ -1,6 +1,6 @@
-"""Training is the same on any number of shards and at any ZeRO stage, and goes on as if it had never stopped.
+"""Training is the same on any number of ranks and at any ZeRO stage, and resumes exactly.
 
-The functions below the fixtures travel to real ranks (Ray actors) and run there.
+The functions below the fixtures are sent to real ranks (Ray actors) and run there.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, make
 
 
 def optimizer_state(engine: CriticEngine) -> list[torch.Tensor]:
-    """This rank's shard of the moments, in a fixed order."""
+    """Returns this rank's shard of the moments, in a fixed order."""
     optimizer = engine._engine.optimizer  # at stage 0 ours, else DeepSpeed's around ours
     state = getattr(optimizer, "optimizer", optimizer).state
     return [entry[name].detach().clone() for entry in state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -44,7 +44,7 @@ def cache(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def reference(tiny_model, preference_file, cache) -> tuple[list[float], list[float]]:
-    """The losses and gradient norms of a plain loop: no engine, no DeepSpeed, no batches, one preference at a time."""
+    """Losses and gradient norms of a plain loop: no engine, no DeepSpeed, no batches, one preference at a time."""
     from rlhf_critic.model.factory import create_critic_model
 
     encoder = Encoder(load_tokenizer(tiny_model), max_length=64)
@@ -122,7 +122,7 @@ def test_bf16_trains_with_the_head_in_fp32(ranks, tiny_model, preference_file, c
 
 
 def rewards_twice(source: str) -> list[np.ndarray]:
-    """The first call finds the token budget, which takes a training step's passes."""
+    """Scores twice. The first call probes the token budget, which runs training passes."""
     encoder = Encoder(load_tokenizer(source), max_length=64)
     options = OPTIONS.model_copy(update={"zero_stage": 0, "token_budget": "auto"})
     engine = CriticEngine.from_pretrained(encoder, ModelConfig(path=source, disable_dropout=False), options, STEPS)
@@ -214,7 +214,7 @@ def poison_and_step(source: str, data: str, cache: str, stage: int) -> tuple[int
     train(engine, preferences, 1)
     before = whole_weights(engine)
     rows = rows_of(preferences, 1)
-    # A token that only one preference of the batch holds becomes not a number.
+    # The embedding of a token that only one preference of the batch holds becomes NaN.
     ids = [{*preferences[row].chosen_ids, *preferences[row].rejected_ids} for row in rows]
     own = [
         (row, mine - set().union(*(other for other in ids if other is not mine)))

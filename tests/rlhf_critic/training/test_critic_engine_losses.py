@@ -1,4 +1,4 @@
-"""Each option of the loss gives, over ranks and micro-batches, the loss and gradient of a slow loop."""
+"""Each loss option gives the loss and gradient of a slow loop, over ranks and micro-batches."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def smoothed(advantage: torch.Tensor, smoothing: float) -> torch.Tensor:
 
 
 def slow_loss(values: list[torch.Tensor], ids: list[list[int]], margin: float, options: TrainConfig) -> torch.Tensor:
-    """The loss of one preference from the values at every token of each response."""
+    """Computes the loss of one preference from the values at every token of each response."""
     rewards = [of_response[-1] for of_response in values]
     if options.loss == "per_token":
         end = max(map(len, ids))

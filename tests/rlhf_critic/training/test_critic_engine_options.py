@@ -1,4 +1,4 @@
-"""Freezing and offloading do what they say at every ZeRO stage, and change nothing else."""
+"""Freezing and offloading work at every ZeRO stage, and change nothing else."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""On real judgements of real answers, a few layers of a pretrained model learn something that carries over."""
+"""On human ratings of real texts, a few layers of a pretrained model learn preferences that generalise."""
 
 import gzip
 import math
@@ -25,7 +25,7 @@ HELD_OUT = 120
 
 
 def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
-    """Fits on this rank, then evaluates."""
+    """Trains on this rank, then evaluates."""
     torch.set_num_threads(2)
     encoder = Encoder(load_tokenizer(model), max_length=48)
     preferences, held_out = load_preferences(train, encoder, cache), load_preferences(validation, encoder, cache)
@@ -38,7 +38,7 @@ def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
     return engine.evaluate(held_out)
 
 
-@pytest.mark.timeout(900)  # a hang guard: in a fresh clone the model is brought and converted first
+@pytest.mark.timeout(900)  # a hang guard: a fresh clone first downloads and converts the model
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"real preferences are not at {DATA}")
 def test_sixty_steps_lower_the_log_loss_below_a_coins(ranks, tmp_path):
     model = REPOSITORY / ".cache" / "quickstart" / "model"

@@ -1,6 +1,6 @@
-"""What is calculated of a shard's memory is what real ranks hold, and what a real forward and backward pass keep.
+"""The calculated memory equals what real ranks hold, and what a real forward and backward pass keep.
 
-The functions travel to real ranks (Ray actors) and run there.
+The functions are sent to real ranks (Ray actors) and run there.
 """
 
 import gc
@@ -20,7 +20,8 @@ from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.factory import DTYPE_OF, critic_without_weights, limit_training, silence_dropout
+from rlhf_critic.model.factory import DTYPE_OF, critic_without_weights, limit_training
+from rlhf_critic.model.hf_config import silence_dropout
 from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.memory_estimate import PERSISTENT, ModelCount, activation_bytes, count_model, shard_memory
 from rlhf_critic.training.offload import _storages
@@ -38,15 +39,15 @@ def cache(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory) -> str:
-    """Some 3 million parameters, most in matrices above ZeRO-3's threshold, some in matrices below it."""
+    """A model of about 3 million parameters, most in matrices above ZeRO-3's threshold, some below it."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "small", tie_word_embeddings=False, **SHAPE)
 
 
-# --- what DeepSpeed holds ---
+# --- memory of DeepSpeed ---
 
 
 def held_bytes(deepspeed_engine: Any) -> int:
-    """Of the distinct storages that parameters, gradients and optimizer state reach, without reduction buckets."""
+    """Returns the bytes of distinct storages of parameters, gradients and optimizer state, without buckets."""
     buckets = getattr(deepspeed_engine.optimizer, "ipg_buckets", {}).values()
     buffers = {t.untyped_storage().data_ptr() for bucket in buckets for t in tree_leaves(bucket.buffer)}
     found = _storages(deepspeed_engine, [])
@@ -54,7 +55,7 @@ def held_bytes(deepspeed_engine: Any) -> int:
 
 
 def measure(source: str, data: str, cache: str, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
-    """Bytes of this rank between two micro-batches and after a step, neither of them the first."""
+    """Returns this rank's bytes between two micro-batches and after a step, neither of them the first."""
     encoder = Encoder(load_tokenizer(source), max_length=64)
     engine = CriticEngine.from_pretrained(encoder, model.model_copy(update={"path": source}), train, 10)
     preferences = load_preferences(data, encoder, cache)
@@ -80,7 +81,7 @@ def measure(source: str, data: str, cache: str, model: ModelConfig, train: Train
 
 
 def allocated(run: Callable[[], Any], trace: Path) -> int:
-    """The most that the CPU's allocator has given out at any time in ``run`` above what it had given out before."""
+    """Returns the peak of the CPU allocator's memory during ``run``, above its level before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     profiled.export_chrome_trace(str(trace))
@@ -116,7 +117,7 @@ def test_parameters_gradients_and_optimizer_are_what_a_rank_holds(
     for found in ranks(world_size).run(measure, small_model, preference_file, cache, model, train):
         assert found["micro_batches"] > 1
         assert found["between micro-batches"] == pytest.approx(memory.states, rel=0.05)
-        # Stage 3 keeps the memory of gradients from step to step, the others give it back.
+        # Stage 3 keeps the memory of gradients between steps; other stages free it.
         after = memory.states - (memory.gradients if stage < 3 else 0)
         assert found["after a step"] == pytest.approx(after, rel=0.05)
 
@@ -141,7 +142,7 @@ def test_what_is_offloaded_frozen_or_adapted_is_counted_as_such(
 ):
     model, train = options(stage, dtype, **changes)
     memory = calculated(small_model, model, train, 2)
-    # Where the device is the CPU, what is offloaded is found with the rest, and the buffer for one gradient too.
+    # On the CPU, offloaded memory is counted with the rest, and so is the buffer for one gradient.
     in_place = {name: value for name, value in changes.items() if "offload" not in name}
     buffer = memory.buckets - calculated(small_model, *options(stage, dtype, **in_place), 2).buckets
     for found in ranks(2).run(measure, small_model, preference_file, cache, model, train):
@@ -151,7 +152,7 @@ def test_what_is_offloaded_frozen_or_adapted_is_counted_as_such(
 def peak_of_a_step(
     source: str, data: str, cache: str, model: ModelConfig, train: TrainConfig, trace: str
 ) -> tuple[int, int]:
-    """What this rank holds between two steps without buckets, and what its allocator gives out on top in a step."""
+    """Returns this rank's bytes between two steps without buckets, and its allocator's additional peak in a step."""
     encoder = Encoder(load_tokenizer(source), max_length=64)
     engine = CriticEngine.from_pretrained(encoder, model.model_copy(update={"path": source}), train, 10)
     preferences = load_preferences(data, encoder, cache)
@@ -161,7 +162,7 @@ def peak_of_a_step(
 
     step()
     step()
-    gc.collect()  # what is not held would be taken for what a step has at its start, and go during the step
+    gc.collect()  # garbage would be counted at the start of the step and freed during it
     held = held_bytes(engine.training.engine)
     return held, allocated(step, Path(f"{trace}-{engine.rank}.json"))
 
@@ -180,11 +181,11 @@ def test_the_peak_is_what_the_allocator_gives_out_in_a_step(
     critic = critic_without_weights(AutoConfig.from_pretrained(small_model), model)
     activations = activation_bytes(critic, 400, 64, gradient_checkpointing=False)
     memory = shard_memory(count_model(critic), model, train, 2, activations)
-    # Stage 3 made its bucket before the step.
+    # Stage 3 allocated its bucket before the step.
     bucket = (4 if dtype == "float32" else 2) * 20_000_000 if stage == 3 else 0
     arguments = (small_model, preference_file, cache, model, train, str(tmp_path / "trace"))
     for held, on_top in ranks(2).run(peak_of_a_step, *arguments):
-        # When stage 3 gathers ahead of the passes differs from run to run.
+        # The time at which stage 3 prefetches parameters varies between runs.
         assert memory.peak == pytest.approx(held + bucket + on_top, rel=0.2 if stage == 3 else 0.12)
 
 
@@ -198,7 +199,7 @@ def test_stage_3_keeps_the_whole_of_a_small_model_gathered(ranks, small_model, p
 
 
 def test_a_shard_by_hand():
-    """A billion parameters in four matrices and a frozen one of a tenth, bf16 on 4 ranks, in millions of bytes."""
+    """One billion parameters in four matrices and a frozen tenth of that, bf16 on 4 ranks, in millions of bytes."""
     count = ModelCount(
         trained=(250_000_000,) * 4, frozen=(100_000_000,), largest=250_000_000, largest_of_all=250_000_000
     )
@@ -216,7 +217,7 @@ def test_a_shard_by_hand():
     assert whole.peak == whole.states == 4 * 1_100_000_000 + 12 * 1_000_000_000
 
 
-# --- what the forward pass keeps ---
+# --- memory of the forward pass ---
 
 
 TOKENS, LENGTH = 1000, 48
@@ -234,9 +235,9 @@ def larger(family: str) -> Any:
 
 
 def passes(config: Any, model: ModelConfig, checkpointing: bool, trace: Path) -> dict[str, int]:
-    """What a real forward pass saves, and what the CPU's allocator gave out at most during it and the backward pass.
+    """Returns what a real forward pass saves, and the CPU allocator's peak during it and the backward pass.
 
-    Gradients of parameters leave as they come.
+    Gradients of parameters are freed as they are computed.
     """
     silence_dropout(config)
     critic = Critic(AutoModelForSequenceClassification.from_config(config).to(DTYPE_OF[model.dtype]))
@@ -276,13 +277,13 @@ def test_activations_are_what_two_passes_take(family, dtype, changes, checkpoint
     critic = critic_without_weights(larger(family), model)
     estimate = activation_bytes(critic, found["tokens"], LENGTH, gradient_checkpointing=checkpointing)
     assert estimate == pytest.approx(found["peak"], rel=0.05)
-    if not checkpointing:  # what is saved is nearly all
+    if not checkpointing:  # saved tensors are nearly all of the memory
         assert found["saved"] < estimate < 1.25 * found["saved"]
 
 
 @pytest.mark.parametrize("family", family_configs())
 def test_every_family_can_be_counted_without_weights(family):
-    """Twice the tokens take twice the memory, and checkpointing takes less; padded families too."""
+    """Twice the tokens need twice the memory, and checkpointing needs less, also for padded families."""
     critic = critic_without_weights(family_configs()[family], ModelConfig())
     half, whole, checkpointed = (
         activation_bytes(critic, tokens, 64, gradient_checkpointing=checkpointing)

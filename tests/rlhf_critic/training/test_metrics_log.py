@@ -1,4 +1,4 @@
-"""A history has each step once, also after a crash in the middle of a line."""
+"""A history has each step once, even after a crash in the middle of a line."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""An engine that is offloaded holds no memory, and once it is restored nothing tells that it was ever away.
+"""An offloaded engine holds no memory, and restoring it changes no number.
 
-The functions travel to real ranks (Ray actors) and run there.
+The functions are sent to real ranks (Ray actors) and run there.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ def cache(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory) -> str:
-    """Some 13 million parameters, so that what is freed shows among all else that a process does with memory."""
+    """A model of about 13 million parameters, so that the freed memory exceeds other changes in the process."""
     directory = tmp_path_factory.mktemp("models") / "large"
     return save_tiny_model(directory, tie_word_embeddings=False, hidden_size=640, intermediate_size=2560)
 
@@ -60,7 +60,7 @@ def step(engine: CriticEngine, preferences: EncodedPreferences) -> dict[str, Any
 
 
 def held_tensors(engine: CriticEngine) -> list[torch.Tensor]:
-    """This rank's parameters and moments."""
+    """Returns this rank's parameters and moments."""
     parameters = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.critic.parameters()]
     optimizer = engine._engine.optimizer  # at stage 0 in fp32 ours, else DeepSpeed's around ours
     states = getattr(optimizer, "optimizer", optimizer).state.values()
@@ -68,7 +68,7 @@ def held_tensors(engine: CriticEngine) -> list[torch.Tensor]:
 
 
 def memory() -> int:
-    """Bytes of RAM of this process, without what other tests left for the collector or for malloc."""
+    """Returns the RAM of this process in bytes, after freeing garbage and malloc's free memory."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
@@ -76,7 +76,7 @@ def memory() -> int:
 
 def measure(source: str, data: str, cache: str, stage: int) -> dict[str, Any]:
     engine, preferences = make(source, data, cache, stage, "float32")
-    step(engine, preferences)  # makes the optimizer state
+    step(engine, preferences)  # creates the optimizer state
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.critic.parameters())
     large = [tensor for tensor in held_tensors(engine) if tensor.untyped_storage().nbytes() >= MIN_BYTES]
     before = memory()
@@ -102,12 +102,12 @@ def test_the_memory_of_parameters_and_optimizer_goes_and_comes(
 ):
     for measured in ranks(world_size).run(measure, large_model, preference_file, cache, stage):
         whole = 4 * measured["parameters"]
-        # parameters and two moments; from stage 1 on the optimizer's own copy of the parameters too
+        # parameters and two moments; from stage 1 on also the optimizer's copy of the parameters
         held = {0: 3 * whole, 3: 4 * whole / world_size}.get(stage, whole + 3 * whole / world_size)
         assert measured["left"] == 0
         assert measured["same shapes"]
         assert measured["bytes"] >= measured["large"] > 0
-        if stage == 3:  # and the gradients, and the bucket they are reduced in
+        if stage == 3:  # also the gradients and their reduction bucket
             assert measured["bytes"] > 0.99 * held
         else:
             assert measured["bytes"] == pytest.approx(held, rel=0.01)
@@ -172,7 +172,7 @@ def test_scoring_is_refused_while_away_and_the_same_to_the_bit_after(
 
 
 def linear_engine(stage: int = 0, trained: bool = True) -> Any:
-    """A DeepSpeed engine around a matrix of a megabyte."""
+    """Builds a DeepSpeed engine around a matrix of one megabyte."""
     module = nn.Linear(512, 512, bias=False)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
     optimizer = torch.optim.AdamW(module.parameters()) if trained else None
@@ -180,13 +180,13 @@ def linear_engine(stage: int = 0, trained: bool = True) -> Any:
 
 
 def files_in(directory: str) -> list[int]:
-    """The sizes of the files below a directory that this process has open, those without a name too."""
+    """Returns the sizes of open files of this process below a directory, including unnamed ones."""
     sizes = []
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
             if os.readlink(descriptor).startswith(directory):
                 sizes.append(descriptor.stat().st_size)
-        except FileNotFoundError:  # the descriptor of this very listing
+        except FileNotFoundError:  # the descriptor of this listing
             continue
     return sizes
 
@@ -206,7 +206,7 @@ def watch_files(directory: str) -> list[Any]:
 
 def test_the_file_has_no_name_and_goes_with_what_it_holds(ranks, tmp_path):
     ((size, away, names, restored, away_again, dropped),) = ranks(1).run(watch_files, str(tmp_path))
-    assert size == 4 * 512 * 512  # no step was taken: there are no moments yet
+    assert size == 4 * 512 * 512  # before the first step there are no moments
     assert away == away_again == [size]
     assert names == restored == dropped == []
 

@@ -1,7 +1,7 @@
-"""The policy is fitted on any number of shards and at any ZeRO stage as in a loop from the definition of PPO.
+"""The policy trains on any number of ranks and at any ZeRO stage like a loop from the definition of PPO.
 
-Plain means: the family's own ``*ForCausalLM`` as ``from_pretrained`` loads it, one rollout at a time. The functions
-that take a `source` travel to real ranks (Ray actors) and run there.
+The loop uses the family's own ``*ForCausalLM`` from ``from_pretrained``, one rollout at a time. The functions that take
+a `source` are sent to real ranks (Ray actors) and run there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.model.factory import padded_vocabulary_size
+from rlhf_critic.model.hf_config import padded_vocabulary_size
 from rlhf_critic.model.policy import create_policy
 from rlhf_critic.training.policy_engine import PolicyEngine
 from tests.helpers import STAGES_ON_RANKS, slow_except
@@ -56,13 +56,13 @@ def reference_of(engine: PolicyEngine, rollouts: Rollouts) -> list[np.ndarray]:
 
 
 def drawn_rollouts(engine: PolicyEngine) -> Rollouts:
-    """The rollouts with the policy's own log-probabilities as old ones, which at first are the reference's."""
+    """Returns the rollouts with the policy's log-probabilities as old ones; initially they are the reference's."""
     rollouts = make_rollouts(0)
     return replace(rollouts, old=reference_of(engine, rollouts))
 
 
 def train(source: str, stage: int, prefix_tree: bool = True, changes: dict | None = None) -> list[tuple]:
-    """By entropy coefficient the metrics of each update, and the reference's log-probs before and after them."""
+    """Returns, by entropy coefficient, the metrics of each update and the reference's log-probs before and after."""
     of_coefficients = []
     for coefficient in COEFFICIENTS:
         engine = make(source, stage, prefix_tree, **(changes or {}))
@@ -73,12 +73,12 @@ def train(source: str, stage: int, prefix_tree: bool = True, changes: dict | Non
 
 
 def never_drawn(source: str) -> list[int]:
-    """The pad token, and the rows of a padded vocabulary that plain transformers does not have."""
+    """Returns the pad token, and the rows of a padded vocabulary that plain transformers does not have."""
     return create_policy(BodyConfig(path=source), load_tokenizer(source)).suppressed
 
 
 def action_log_probs(model: PreTrainedModel, source: str, rollouts: Rollouts) -> np.ndarray:
-    """Of all actions, from the definition."""
+    """Computes the statistics of all response tokens from the definition."""
     with torch.no_grad():
         drawn = from_the_definition(
             model, rollouts.sequences, rollouts.prompt_lengths, TEMPERATURE, never_drawn(source)
@@ -88,7 +88,7 @@ def action_log_probs(model: PreTrainedModel, source: str, rollouts: Rollouts) ->
 
 @pytest.fixture(scope="module")
 def reference(tiny_model) -> list[dict[str, list[float]]]:
-    """By entropy coefficient what a plain loop measures at each update."""
+    """Metrics of a plain loop at each update, by entropy coefficient."""
     suppressed = never_drawn(tiny_model)
     rollouts = make_rollouts(0)
     advantages_A = torch.from_numpy(np.concatenate(rollouts.targets)).double()
@@ -141,7 +141,7 @@ def test_updates_are_those_of_a_plain_loop(ranks, tiny_model, reference, world_s
         assert metrics[0]["approx_kl"] == pytest.approx(0.0, abs=1e-6)
         assert metrics[0]["clip_fraction"] == 0.0
         assert metrics[0]["tokens"] == sum(len(ids) for ids in make_rollouts(0).sequences)
-        # The reference is the model that training began with, whatever has become of the policy.
+        # The reference remains the initial model while the policy trains.
         rollouts = make_rollouts(0)
         for old, row, new in zip(before, rollouts.targets, after, strict=True):
             assert old.shape == row.shape
@@ -187,7 +187,7 @@ def update_once(source: str, stage: int, rollouts: Rollouts, changes: dict) -> d
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_without_work_wait_for_the_others(ranks, tiny_model, stage):
-    """One rollout for two ranks: one of them has nothing but a dummy."""
+    """With one rollout for two ranks, one of them computes only a dummy."""
     alone = make_rollouts(0).part(7)
     (expected,) = ranks(1).run(update_once, tiny_model, 0, alone, {})
     for metrics in ranks(2).run(update_once, tiny_model, stage, alone, {}):
@@ -206,7 +206,7 @@ def test_what_rollouts_share_is_computed_once_and_last_tokens_are_not_computed(r
 
 
 def entropies(source: str, stage: int, coefficient: float) -> list[float]:
-    """Of each update, where no action is better than another."""
+    """Returns the entropies of each update when all advantages are equal."""
     engine = make(source, stage, learning_rate=3e-3, weight_decay=0.0)
     rollouts = drawn_rollouts(engine)
     rollouts = replace(rollouts, targets=[np.zeros_like(row) for row in rollouts.targets])
@@ -246,11 +246,11 @@ def test_few_or_no_rollouts_have_a_reference_too(ranks, tiny_model, stage):
         np.testing.assert_array_equal(half_empty[1], single[0])
 
 
-# --- what is refused ---
+# --- rejected inputs ---
 
 
 def refuse(source: str, stage: int) -> list[dict]:
-    """The metrics of an update on an engine that has refused all that is bad, and of one that met nothing bad."""
+    """Returns the metrics of an update after rejected bad inputs, and without any bad input."""
     good = make_rollouts(0)
     not_a_number = [row.copy() for row in good.targets]
     not_a_number[6][-1] = math.inf
@@ -260,8 +260,8 @@ def refuse(source: str, stage: int) -> list[dict]:
         (replace(good, old=short), CLIP, "rollout 7: old_log_probs has the shape"),
         (replace(good, targets=not_a_number), CLIP, "rollout 6: advantages is inf at action"),
         (replace(good, targets=good.targets[:-1]), CLIP, "12 rollouts, but advantages has 11 entries"),
-        (good.part(0), CLIP, "no rollout has an action"),
-        (good.part(), CLIP, "no rollout has an action"),
+        (good.part(0), CLIP, "no rollout has a response token"),
+        (good.part(), CLIP, "no rollout has a response token"),
         (good, 0.0, "must lie between 0 and 1"),
         (good, 1.0, "must lie between 0 and 1"),
     ]
@@ -320,10 +320,10 @@ def test_weights_are_those_that_save_wrote_and_plain_transformers_loads(ranks, r
 
 
 def save_families(sources: dict[str, str], out: str) -> dict[str, np.ndarray]:
-    """Saves a policy of each family after an update; the log-probs of its reference, read from what was saved."""
+    """Saves a policy of each family after an update; returns log-probs computed from the saved policy."""
     log_probs = {}
     for name, source in sources.items():
-        engine = make(source, 0, warmup_fraction=0.0)  # whose first step would have the rate 0
+        engine = make(source, 0, warmup_fraction=0.0)  # with warm-up the first step would have the rate 0
         update(engine, drawn_rollouts(engine))
         directory = str(Path(out) / name)
         engine.save(directory)
@@ -344,7 +344,7 @@ def test_saved_policies_of_every_family_load_in_plain_transformers(ranks, tmp_pa
         assert np.abs(found - unlike).max() > 1e-3, f"{name} was not trained"
 
 
-# --- going on ---
+# --- resuming ---
 
 
 def go_straight(source: str, stage: int) -> tuple[list[dict], dict[str, torch.Tensor], np.ndarray]:

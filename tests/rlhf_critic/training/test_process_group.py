@@ -1,4 +1,4 @@
-"""How ranks join."""
+"""Ranks join a process group without compiling anything."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ print("joined")
 
 
 def test_joining_compiles_nothing_and_waits_for_no_compiler(tmp_path):
-    """The lock that a killed build leaves behind must not stop the runs that come after it."""
+    """The lock that a killed build leaves behind must not block later runs."""
     finished = run_command(["-c", JOIN], cwd=Path(), env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}, timeout=100)
     assert "joined" in finished.stdout, finished.stderr
     assert not list(tmp_path.iterdir())

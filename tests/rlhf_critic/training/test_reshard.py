@@ -1,6 +1,6 @@
-"""A state goes on, on any number of ranks, as if nothing had changed; and a conversion that fails says so.
+"""A state resumes exactly on any number of ranks, and a failed conversion raises an error.
 
-The functions below travel to real ranks (Ray actors) and run there.
+The functions below are sent to real ranks (Ray actors) and run there.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.helpers import slow_except, wait_until
 from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, train, whole_weights
 
 HALF = STEPS // 2
-# A large decay, so that one group of parameters with the decay of another shows.
+# A large decay, so that a group with the decay of another one is detected.
 CHANGES = {"weight_decay": 0.3}
 
 
@@ -37,7 +37,7 @@ def make(source: str, data: str, cache: str, model: dict[str, Any], changes: dic
 
 
 def straight(until: int, directory: str, *run: Any) -> tuple[list[dict], dict]:
-    """Steps to the end, and saves on the way, if it is told where."""
+    """Trains to the end, and saves on the way if a directory is given."""
     engine, preferences, encoder = make(*run)
     metrics = train(engine, preferences, until)
     if directory:
@@ -51,7 +51,7 @@ def resume(directory: str, *run: Any) -> tuple[list[dict], dict, int]:
     engine.load(directory)
     assert engine.step == HALF
     metrics = train(engine, preferences, STEPS)
-    return metrics, whole_weights(engine), engine.token_budget
+    return metrics, whole_weights(engine), engine.training.token_budget
 
 
 def left_behind() -> set[str]:
@@ -68,7 +68,7 @@ def cache(tmp_path_factory) -> str:
 
 
 def assert_goes_on(ranks, saved: Path, before: int, after: int, run: tuple, tolerance: float) -> None:
-    """Trains on some ranks, resumes in the middle on others, and compares with what was not disturbed."""
+    """Trains on some ranks, resumes half-way on others, and compares with an uninterrupted run."""
     expected_metrics, expected_weights = ranks(before).run(straight, HALF, str(saved), *run)[0]
     stored, temporary = tree(saved), left_behind()
     of_ranks = ranks(after).run(resume, str(saved), *run)
@@ -122,7 +122,7 @@ def save_midway(directory: str, until: int, *run: Any) -> dict:
 
 
 def load_and_save(directory: str, again: str, *run: Any) -> tuple[dict, list[torch.Tensor], list[float]]:
-    """Whole weights, this rank's counts of steps, and the decay of each group."""
+    """Returns gathered weights, this rank's step counts, and the decay of each group."""
     engine, _, encoder = make(*run)
     engine.load(directory)
     optimizer = engine._engine.optimizer
@@ -134,7 +134,7 @@ def load_and_save(directory: str, again: str, *run: Any) -> tuple[dict, list[tor
 
 
 def merged(saved: str, directory: Path, stage: int) -> dict[str, torch.Tensor]:
-    """Every parameter in fp32 and its moments, as a critic directory holds them."""
+    """Returns every parameter in fp32 and its moments, as a critic directory holds them."""
     directory.mkdir()
     convert(Path(saved) / RESUME_FOLDER / STATE_TAG, directory / "universal", stage)
     files = {str(path.relative_to(directory)): path for path in directory.glob("universal/zero/*/*.pt")}
@@ -147,7 +147,7 @@ def merged(saved: str, directory: Path, stage: int) -> dict[str, torch.Tensor]:
 def test_all_that_was_saved_comes_back_bit_for_bit_whatever_base_model_the_engine_was_built_from(
     ranks, tiny_model, preference_file, cache, tmp_path, stage
 ):
-    """In bf16, where a parameter is more than its weight, and with frozen layers, which no optimizer has."""
+    """Resharding restores bf16 parameters with their fp32 copies, and frozen layers, which no optimizer has."""
     model, saved = AutoModelForCausalLM.from_pretrained(tiny_model), str(tmp_path / "saved")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -192,9 +192,9 @@ def test_what_cannot_be_converted_is_refused_on_all_ranks_and_leaves_nothing(
     shard = next((saved / RESUME_FOLDER / STATE_TAG).glob("*pp_rank_1*optim_states.pt"))
     os.truncate(shard, shard.stat().st_size // 2)
     for message in ranks(4).run(refusal, str(saved), *run(2)):
-        assert "waits for DeepSpeed's conversion" in message
+        assert "needs DeepSpeed's conversion" in message
         assert "ended with exit code 1" in message
-        assert "zip archive" in message, "the end of what it said"
+        assert "zip archive" in message, "the end of the conversion's output"
     wait_until(lambda: left_behind() <= before, "temporary directories to be removed")
 
 

@@ -1,11 +1,11 @@
-"""The probe stops where more tokens no longer pay or no longer fit."""
+"""The probe stops when more tokens give no gain or do not fit in memory."""
 
 import pytest
 import torch
 
 from rlhf_critic.training.token_budget import (
     FIRST_TOKENS,
-    MOST_TOKENS,
+    MAX_TOKENS,
     ActivationMeter,
     Measurement,
     probe_token_budget,
@@ -13,7 +13,7 @@ from rlhf_critic.training.token_budget import (
 
 
 def machine(overhead_s: float, bytes_per_token: int, calls: list[int] | None = None):
-    """Every micro-batch costs a fixed time and memory, and 1 ms a token; the first call is slow, as first calls are."""
+    """Returns a simulated cost: fixed time and memory for each micro-batch, 1 ms a token, and a slow first call."""
     made = [] if calls is None else calls
 
     def measure(tokens: int) -> Measurement:
@@ -30,7 +30,7 @@ def test_it_grows_until_the_fixed_cost_no_longer_matters():
     assert probe_token_budget(machine(0.3, 1, calls), free_bytes=10**12) == 8 * FIRST_TOKENS
     assert calls == [FIRST_TOKENS // 2, *(FIRST_TOKENS * 2**power for power in range(5))]
     assert probe_token_budget(machine(0.0, 1), free_bytes=10**12) == FIRST_TOKENS
-    assert probe_token_budget(machine(1e9, 1), free_bytes=10**12) == MOST_TOKENS
+    assert probe_token_budget(machine(1e9, 1), free_bytes=10**12) == MAX_TOKENS
 
 
 @pytest.mark.parametrize(("free_tokens", "expected"), [(4 * FIRST_TOKENS, 2 * FIRST_TOKENS), (1, FIRST_TOKENS)])

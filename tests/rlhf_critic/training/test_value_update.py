@@ -1,6 +1,6 @@
-"""Fitting values to returns is the same on any number of shards and at any ZeRO stage as in a loop from the definition.
+"""Value updates equal those of a loop from the definition, on any number of ranks and at any ZeRO stage.
 
-The functions that take a `source` travel to real ranks (Ray actors) and run there.
+The functions that take a `source` are sent to real ranks (Ray actors) and run there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.plain_loop import PlainOptimizer
 from tests.rlhf_critic.training.rollouts import Rollouts, make_rollouts
 
 UPDATES = 10
-ALONE = 6  # the update that has one rollout only
+ALONE = 6  # number of the update with one rollout
 STAGES = slow_except([3], [0, 1, 2, 3])
 OPTIONS = TrainConfig(learning_rate=3e-3, warmup_fraction=0.2, weight_decay=0.01, token_budget=40)
 CLIPS = [0.2, None]
@@ -49,7 +49,7 @@ def update(engine: CriticEngine, rollouts: Rollouts, clip: float | None) -> dict
 
 
 def train(source: str, stage: int, prefix_tree: bool = True, **changes: object) -> list[list[dict]]:
-    """By clip the metrics of each update."""
+    """Returns the metrics of each update, by clip."""
     of_clips = []
     for clip in CLIPS:
         engine = make(source, stage, prefix_tree, **changes)
@@ -58,7 +58,7 @@ def train(source: str, stage: int, prefix_tree: bool = True, **changes: object) 
 
 
 def plain_critic(source: str) -> PreTrainedModel:
-    """Plain transformers' own loading, with the head that the engine draws."""
+    """Loads the model with plain transformers, with the head that the engine initialises."""
     torch.manual_seed(OPTIONS.seed)
     head_1D = create_critic_model(source, load_tokenizer(source), None).model.score.weight.detach()
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
@@ -69,12 +69,12 @@ def plain_critic(source: str) -> PreTrainedModel:
 def losses_from_the_definition(
     model: PreTrainedModel, rollouts: Rollouts, rollout: int, clip: float | None
 ) -> list[tuple[torch.Tensor, bool]]:
-    """The loss of each action of one rollout, and whether it is the clipped one."""
+    """Computes the loss of each response token of one rollout, and whether it is the clipped one."""
     ids, prompt_length = rollouts.sequences[rollout], rollouts.prompt_lengths[rollout]
     values_L = model.base_model(torch.tensor([ids])).last_hidden_state[0] @ model.score.weight[0]
     losses = []
     for action in range(len(ids) - prompt_length):
-        value = values_L[prompt_length + action - 1]  # what is expected before the token is drawn
+        value = values_L[prompt_length + action - 1]  # the value before the token is sampled
         target, old = float(rollouts.targets[rollout][action]), float(rollouts.old[rollout][action])
         square = (value - target) ** 2
         near_square = square if clip is None else (value.clamp(old - clip, old + clip) - target) ** 2
@@ -84,7 +84,7 @@ def losses_from_the_definition(
 
 @pytest.fixture(scope="module")
 def reference(tiny_model) -> list[list[tuple[float, float, float]]]:
-    """By clip the loss, gradient norm and clipped share of each update of a plain loop, one rollout at a time."""
+    """Loss, gradient norm and clip fraction of each update of a plain loop, by clip, one rollout at a time."""
     of_clips = []
     for clip in CLIPS:
         model = plain_critic(tiny_model)
@@ -148,7 +148,7 @@ def update_once(source: str, stage: int, rollouts: Rollouts, changes: dict) -> d
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_without_work_wait_for_the_others(ranks, tiny_model, stage):
-    """One rollout for two ranks: one of them has nothing but a dummy."""
+    """With one rollout for two ranks, one of them computes only a dummy."""
     alone = make_rollouts(0).part(7)
     (expected,) = ranks(1).run(update_once, tiny_model, 0, alone, {})
     for metrics in ranks(2).run(update_once, tiny_model, stage, alone, {}):
@@ -156,7 +156,7 @@ def test_ranks_without_work_wait_for_the_others(ranks, tiny_model, stage):
         assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert metrics["clip_fraction"] == expected["clip_fraction"]
         assert metrics["tokens"] == expected["tokens"]
-        assert metrics["computed_tokens"] == 2 * expected["computed_tokens"]  # the dummy is counted
+        assert metrics["computed_tokens"] == 2 * expected["computed_tokens"]  # the dummy counts
 
 
 def test_what_rollouts_share_is_computed_once_and_last_tokens_are_not_computed(ranks, tiny_model):
@@ -188,7 +188,7 @@ def whole_weights(engine: CriticEngine) -> dict[str, torch.Tensor]:
 
 
 def weights_around_an_update(source: str, stage: int, prefix_tree: bool) -> list[dict[str, torch.Tensor]]:
-    """With AdamW's epsilon at 1 the first step of rate 1 moves a weight by g / (|g| + 1): it shows the gradient g."""
+    """With epsilon 1, AdamW's first step of rate 1 moves a weight by g / (|g| + 1), which reveals the gradient g."""
     engine = make(
         source,
         stage,
@@ -218,13 +218,13 @@ def test_every_gradient_is_that_of_autograd_over_single_rollouts(ranks, tiny_mod
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert expected.keys() == before.keys()
     for name, gradient in expected.items():
-        moved = (before[name] - after[name])[: len(gradient)]  # without the rows that pad the vocabulary
+        moved = (before[name] - after[name])[: len(gradient)]  # without the padding rows of the vocabulary
         torch.testing.assert_close(moved, gradient / (gradient.abs() + 1), rtol=1e-3, atol=2e-6, msg=name)
     assert max(gradient.abs().max() for gradient in expected.values()) > 0.1
 
 
 def refuse(source: str, stage: int) -> list[dict]:
-    """The metrics of an update on an engine that has refused all that is bad, and of one that met nothing bad."""
+    """Returns the metrics of an update after rejected bad inputs, and without any bad input."""
     good = make_rollouts(0)
     not_a_number = [row.copy() for row in good.old]
     not_a_number[6][-1] = math.nan
@@ -234,8 +234,8 @@ def refuse(source: str, stage: int) -> list[dict]:
         (replace(good, targets=short), 0.2, "rollout 7: returns has the shape"),
         (replace(good, old=not_a_number), 0.2, "rollout 6: old_values is nan at action"),
         (replace(good, old=good.old[:-1]), 0.2, "12 rollouts, but old_values has 11 entries"),
-        (good.part(0), 0.2, "no rollout has an action"),
-        (good.part(), 0.2, "no rollout has an action"),
+        (good.part(0), 0.2, "no rollout has a response token"),
+        (good.part(), 0.2, "no rollout has a response token"),
         (good, 0.0, "the clip of values must be positive"),
         (good, -0.2, "the clip of values must be positive"),
         (good, math.nan, "the clip of values must be positive"),

@@ -1,0 +1,85 @@
+"""Hugging Face configs: loads them and changes vocabulary, layers and dropout.
+
+Knows nothing about weights or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from rlhf_critic.errors import CheckpointError
+
+VOCABULARY_MULTIPLE = 8
+# Every spelling of dropout in the configs of transformers' decoder families, e.g. attn_pdrop, attention_dropout,
+# hidden_dropout, hidden_dropout_prob, classifier_dropout, dropout, layerdrop.
+DROPOUT_FIELD = re.compile(r"(^|_)(p?drop|dropout)(_prob|_rate|_p)?$|^layerdrop$")
+
+
+def load_config(model_name_or_path: str) -> PreTrainedConfig:
+    """Loads a model's config without running code that comes with it.
+
+    Raises:
+        CheckpointError: There is no config, or it cannot be read without running code.
+    """
+    try:
+        # With the default (None) transformers would ask at the terminal whether to run the code.
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model_name_or_path}: no model config could be loaded: {error}") from error
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # otherwise building a model from this config would ask
+    return config
+
+
+def padded_vocabulary_size(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """Returns the smallest multiple of 8 that holds the tokenizer's ids and the model's rows; it never removes rows."""
+    return padded(max(len(tokenizer), config.get_text_config().vocab_size))
+
+
+def padded(rows: int) -> int:
+    """Rounds a number of vocabulary rows up to a multiple of 8."""
+    return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
+    """Reduces a config to its first layers, and per-layer lists (``layer_types``) with it.
+
+    Raises:
+        CheckpointError: The model has fewer layers.
+    """
+    text_config = config.get_text_config()
+    available = text_config.num_hidden_layers
+    if not 1 <= num_layers <= available:
+        raise CheckpointError(
+            f"num_layers is {num_layers}, but the model has {available} layers: choose 1 to {available}"
+        )
+    for name, value in list(vars(text_config).items()):
+        if isinstance(value, list) and len(value) == available:
+            setattr(text_config, name, value[:num_layers])
+    text_config.num_hidden_layers = num_layers
+
+
+def silence_dropout(config: PreTrainedConfig) -> None:
+    """Sets every dropout probability in a config to 0, whatever the family calls it."""
+    for name, value in vars(config).items():
+        if DROPOUT_FIELD.search(name) and isinstance(value, (int, float)):
+            setattr(config, name, 0.0)
+        elif isinstance(value, PreTrainedConfig):
+            silence_dropout(value)
+
+
+def validate_tokenizer(name_or_path: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Checks that the embedding has a row for every token id. The pad token, which is never read, needs none.
+
+    Raises:
+        CheckpointError: A token id has no row.
+    """
+    highest = max(index for token, index in tokenizer.get_vocab().items() if token != tokenizer.pad_token)
+    if highest >= rows:
+        raise CheckpointError(
+            f"{name_or_path}: the tokenizer is bigger than the embedding: it has ids up to {highest}, the model "
+            f"rows for {rows}. Use the model's own tokenizer; if tokens were added to it, call "
+            "resize_token_embeddings and train them"
+        )

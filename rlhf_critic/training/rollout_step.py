@@ -1,0 +1,77 @@
+"""One optimizer step on the response tokens of rollouts, for the critic and the policy of PPO.
+
+Knows nothing about the loss: the caller computes it for each response token.
+
+Shape legend: R response tokens of one rollout, A response tokens of a micro-batch, U rollouts of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
+from rlhf_critic.batching.prefix_tree import TokenIds
+from rlhf_critic.training.engine import Batch, MicroBatchLoss, StepResult, TrainingEngine
+
+
+def take_rollout_step(
+    training: TrainingEngine,
+    sequences: Sequence[TokenIds],
+    prompt_lengths: Sequence[int],
+    numbers: Mapping[str, Sequence[NDArray[np.floating]]],
+    loss_of: Callable[[Batch, ResponseTokens, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
+    seed: int,
+) -> tuple[StepResult, list[float]]:
+    """Takes one optimizer step on the mean loss of all response tokens.
+
+    The last token of a rollout is not computed, because no response token follows it. Rollouts with an empty response
+    add nothing.
+
+    Args:
+        training: The engine that takes the step.
+        sequences: Token ids of prompt and response, the same on every rank.
+        prompt_lengths: Tokens of each prompt, at least 1.
+        numbers: By name, one number for each response token of each rollout, ``[R]``.
+        loss_of: Computes, for a batch and its response tokens, their losses ``[A]`` and further tensors ``[A]`` to
+            average. It gets ``numbers`` of the batch as fp32 tensors ``[A]``, in their order.
+        seed: Random seed of dropout.
+
+    Returns:
+        The result, and the mean of each further tensor over all response tokens.
+
+    Raises:
+        ValueError: Shapes do not fit, a number is not finite, or no rollout has a response token.
+        NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
+    """
+    validate_rollouts(sequences, prompt_lengths, **numbers)
+    trained = nonempty_responses(sequences, prompt_lengths)
+    if not trained:
+        raise ValueError("no rollout has a response token: there is nothing to train on")
+
+    def loss_of_units(batch: Batch, units: Sequence[int]) -> MicroBatchLoss:
+        rows = [trained[unit] for unit in units]
+        tokens = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+        numbers_A = [
+            torch.from_numpy(np.concatenate([array[row] for row in rows])).to(training.device, torch.float32)
+            for array in numbers.values()
+        ]
+        loss_A, averaged = loss_of(batch, tokens, numbers_A)
+        rows_A = torch.from_numpy(tokens.rows_A).to(training.device)
+        loss_U = loss_A.new_zeros(len(rows)).index_add(0, rows_A, loss_A)
+        return MicroBatchLoss(loss_U, torch.stack([tensor.detach().double().sum() for tensor in averaged]))
+
+    count = sum(len(sequences[row]) - prompt_lengths[row] for row in trained)
+    result, sums = training.take_step(
+        [[sequences[row][:-1]] for row in trained],
+        loss_of_units,
+        denominator=count,
+        tokens=sum(len(ids) for ids in sequences),
+        seed=seed,
+        name_of=lambda unit: f"rollout {trained[unit]}",
+    )
+    return result, [number / count for number in sums]
