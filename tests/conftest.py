@@ -14,6 +14,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     DS_ACCELERATOR="cpu",
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_raylet_start_wait_time_s="120",  # on a busy machine Ray takes longer than it expects
     TOKENIZERS_PARALLELISM="false",
 )
 

@@ -17,17 +17,6 @@ import pytest
 TOP = Path(__file__).parents[2]
 SOURCES = sorted(path for room in ("rlhf_critic", "actors", "jobs") for path in (TOP / room).rglob("*.py"))
 PAGES = sorted({*TOP.glob("*.md"), *TOP.glob("*/README.md"), *TOP.glob("docs/**/*.md"), *TOP.glob("tests/*/README.md")})
-# Files and folders that still wait for their rewriting.
-NOT_YET_CLEAN: tuple[str, ...] = (
-    "actors/serving/",
-    "rlhf_critic/",
-    "docs/architecture.md",
-    "docs/options.md",
-    "SECURITY.md",
-    "benchmarks/",
-    "cluster/",
-    "tests/",
-)
 
 FIRST_WORDS = re.compile(r"^(What|Which|Of|Where|Whether that|As|And|That|Such)\b")
 DESCRIPTION_FIRST_WORDS = re.compile(r"^(And|Or|Of|Which|Where|What|See|Likewise|Most|Fewest|As|That)\b")
@@ -76,10 +65,6 @@ def fault(kind: str, text: str) -> str:
     return "is shorter than four words" if kind == "description" and len(text.split()) < 4 else ""
 
 
-def is_clean(path: Path) -> bool:
-    return not str(path.relative_to(TOP)).startswith(NOT_YET_CLEAN or "/")
-
-
 def faults_of(path: Path) -> list[str]:
     """All faults of a module, as ``file:line: kind fault: text``."""
     found = texts_of(ast.parse(path.read_text(encoding="utf-8")))
@@ -90,14 +75,12 @@ def faults_of(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if is_clean(path)], ids=lambda path: str(path.name))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.name))
 def test_a_module_is_in_plain_english(path):
     assert "\n".join(faults_of(path)) == ""
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PAGES if is_clean(path)], ids=lambda path: str(path.relative_to(TOP))
-)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(TOP)))
 def test_a_page_is_in_plain_english(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     wrong = [
