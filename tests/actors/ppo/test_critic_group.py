@@ -294,7 +294,7 @@ def test_the_handle_does_not_leave_its_process(pair):
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
-        ([], "no units were given"),
+        ([], "the list of units is empty"),
         ([[3, 4], []], "sequence 1 is empty"),
         ([[3, 4], [3, 100_000]], "sequence 1: token ids from 3 to 100000"),
         ([[-1]], "sequence 0: token ids from -1"),
@@ -382,7 +382,7 @@ def test_a_checkpoint_that_is_damaged_or_none_of_a_group_is_refused_before_anyth
     weights.write_bytes(content)
     next(partial.glob("manifest-*")).unlink()
     with leaves_nothing():
-        for directory, message in ((damaged, "damaged"), (partial, "not written whole"), (tmp_path / "no", "manifest")):
+        for directory, message in ((damaged, "damaged"), (partial, "incomplete"), (tmp_path / "no", "manifest")):
             with pytest.raises(CheckpointError, match=message):
                 CriticGroup.restore(directory, shards=2)
             with pytest.raises(CheckpointError, match=message):
