@@ -17,7 +17,7 @@ import torch
 from rlhf_critic import Encoder, create_critic_model, load_critic, load_tokenizer
 from rlhf_critic.algorithms.preference_objective import preference_loss
 from rlhf_critic.batching.planner import plan_micro_batches
-from rlhf_critic.batching.sampler import global_batch, steps_in
+from rlhf_critic.batching.sampler import rows_of_step, steps_in
 from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, save_critic
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.preferences import load_preferences
@@ -48,7 +48,7 @@ def main(base: str, data: str, out: str) -> float:
     for step in range(steps):
         # 4. The rows of this step: a function of the seed and the step alone, so a resumed run sees the same rows.
         #    Preferences that share a prompt come together.
-        rows_G = global_batch(preferences.prompts_N, OPTIONS.global_batch_size, OPTIONS.epochs, OPTIONS.seed, step)
+        rows_G = rows_of_step(preferences.prompts_N, OPTIONS.global_batch_size, OPTIONS.seed, step, OPTIONS.epochs)
         units = [preference.responses for preference in preferences.take(rows_G)]
 
         # 5. Micro-batches within the token budget. Each becomes one prefix tree: a prompt is computed once for both
