@@ -138,7 +138,8 @@ def _read_through(
             return pa.unify_schemas([schema, schema_of(chunk)], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
-                f"{data}: a field has values of several types up to row {count}, which Parquet cannot hold: {error}; "
+                f"{data}: among the first {count} rows, a field has values of several types, which Parquet cannot hold: "
+                f"{error}; "
                 "use --format jsonl"
             ) from error
         except UnicodeEncodeError as error:
