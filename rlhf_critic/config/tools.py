@@ -93,7 +93,7 @@ SizeNames = "0.1B, 0.5B, 1B, 3B, 8B, 14B, 32B, 70B"
 
 
 class PlanJobConfig(Section):
-    """Estimates the memory of a critic's shard in training. If it does not fit a GPU, suggests options that make it fit.
+    """Estimates the memory of a critic's shard in training, and suggests options that make it fit a GPU.
 
     For example, 8B on two nodes of 8 GPUs:
     rlhf-critic plan --model 8B --world-size 16 --zero-stage 3 --gradient-checkpointing --cluster cluster/gcp.yaml
