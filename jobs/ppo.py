@@ -74,7 +74,10 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
     quarantine_damaged_checkpoints(directory)
     if not config.run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    validate_before_start(config, prompts)
+    # Actors would report these errors only after their start.
+    critic_options(config)
+    if checkpoint := latest_checkpoint(directory):
+        read_state(checkpoint, config, prompts)
     started_ray = join_ray(may_start=True)
     try:
         if started_ray:
@@ -84,33 +87,19 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
             while True:
                 try:
                     with PPOTrainer(config, prompts, held_out, client) as attempt:
-                        return finish(attempt.run())
+                        outcome = attempt.run()
+                    save_curves(read_metrics(directory / HISTORY_FOLDER), directory / PLOT_NAME)
+                    return outcome
                 except RankLost as error:
                     failures += 1
                     if failures > config.run.max_failures:
                         raise
-                    logger.warning(
-                        "rank lost, resuming from the last checkpoint failures=%d/%d error=%s",
-                        failures,
-                        config.run.max_failures,
-                        error,
-                    )
+                    message = "rank lost, resuming from the last checkpoint failures=%d/%d error=%s"
+                    logger.warning(message, failures, config.run.max_failures, error)
     finally:
         if started_ray:
             serve.shutdown()
             ray.shutdown()
-
-
-def validate_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
-    """Finds errors that actors would otherwise report only after their start.
-
-    Raises:
-        CriticError: The critic cannot read the policy's tokens, or the run cannot resume with these options.
-    """
-    critic_options(config)
-    checkpoint = latest_checkpoint(Path(config.run.storage_path) / config.run.name)
-    if checkpoint is not None:
-        read_state(checkpoint, config, prompts)
 
 
 def validate_room(config: PPOJobConfig) -> None:
@@ -190,12 +179,6 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         finally:
             if control.is_running(reward.app):
                 control.stop(reward.app)
-
-
-def finish(outcome: PPOOutcome) -> PPOOutcome:
-    """Plots the curves of a finished run."""
-    save_curves(read_metrics(outcome.directory / HISTORY_FOLDER), outcome.directory / PLOT_NAME)
-    return outcome
 
 
 def show(console: Console, outcome: PPOOutcome) -> None:
