@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -127,16 +127,15 @@ def read_prompts(config: PPOJobConfig) -> tuple[Prompts, Prompts | None]:
     tokenizer = load_tokenizer(config.policy.model.path, config.policy.chat_template)
     encoder = Encoder(tokenizer, options.max_tokens + config.rollout.max_new_tokens)
     train = load_prompts(options.train, encoder, options.max_tokens, options.fields)
+    held_out = None
     logger.info("prompts %s", train)
     if options.validation:
         held_out = load_prompts(options.validation, encoder, options.max_tokens, options.fields)
         logger.info("held-out prompts %s", held_out)
-        return train, held_out
-    if options.validation_fraction:
+    elif options.validation_fraction:
         train, held_out = split_prompts(train, options.validation_fraction, config.ppo.seed)
         logger.info("split prompts train=%d held_out=%d", len(train), len(held_out))
-        return train, held_out
-    return train, None
+    return train, held_out
 
 
 @contextmanager
@@ -159,6 +158,9 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         raise ConfigError(
             f"a pool {reward.app!r} runs already: leave out reward.checkpoint to use it, or choose another --reward.app"
         )
+    with socket.socket() as probe:  # finds a port: another Serve may have the default one
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     options = ServeJobConfig(
         checkpoint=reward.checkpoint,
         app=reward.app,
@@ -168,7 +170,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         max_replicas=reward.max_replicas,
         cpus_per_shard=reward.cpus_per_replica,
         use_gpu=config.run.use_gpu,
-        port=_free_port(),
+        port=port,
         start_timeout_s=config.run.start_timeout_s,
     )
     with ends_with_this_job(reward.app):
@@ -211,13 +213,6 @@ def show(console: Console, outcome: PPOOutcome) -> None:
     paths = {"curves": outcome.directory / PLOT_NAME, **{n: outcome.checkpoint / n for n in ("policy", "critic")}}
     for name, path in paths.items():
         console.print(f"{name}: {shown_path(str(path))}", highlight=False, soft_wrap=True)
-
-
-def _free_port() -> int:
-    """Returns a free port for HTTP, which this job does not use; another Serve may have the default port."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ appears atomically.
 from __future__ import annotations
 
 import logging
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,12 +62,6 @@ class RunState(BaseModel):
 def checkpoints(directory: Path) -> list[Path]:
     """Lists a run's checkpoints, the oldest first. All were written completely, but may be damaged since."""
     return sorted(directory.glob(CHECKPOINT_PATTERN.format(0)[:-6] + "[0-9]*"))
-
-
-def remove_old_checkpoints(directory: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest ``keep``."""
-    for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -97,15 +97,7 @@ class Timings:
 
 
 class RolloutWorker:
-    """Samples responses and requests their rewards from scorers; runs in an actor with two threads.
-
-    Args:
-        options: Options of the policy.
-        client: Client of the scorers.
-        max_new_tokens: Maximum tokens of a response.
-        threads: Number of torch threads if there is no GPU.
-        use_gpu: Whether the worker has a GPU.
-    """
+    """Samples responses and requests their rewards from scorers; runs in an actor with two threads."""
 
     def __init__(
         self, options: PolicyOptions, client: ScorerClient, max_new_tokens: int, threads: int, use_gpu: bool

@@ -8,6 +8,7 @@ resumed run gives the results of an undisturbed one. Knows nothing about command
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,10 @@ from actors.ppo.checkpoint import (
     POLICY_FOLDER,
     PPO_STATE_NAME,
     RunState,
+    checkpoints,
     latest_checkpoint,
     read_state,
     reference_digest,
-    remove_old_checkpoints,
 )
 from actors.ppo.critic_group import CriticGroup, CriticOptions
 from actors.ppo.evaluation import (
@@ -166,10 +167,8 @@ class PPOTrainer:
                 if is_last or is_due(self._iteration, options.run.checkpoint_every):
                     history.save()
                     self._checkpoint()
-        checkpoint = latest_checkpoint(self.directory)
-        assert checkpoint is not None, "the last iteration makes one"
         first, last = (read_samples(self.directory, one) if self._held_out else [] for one in (0, total))
-        return PPOOutcome(self.directory, checkpoint, first, last)
+        return PPOOutcome(self.directory, checkpoints(self.directory)[-1], first, last)
 
     def _run_logger(self) -> RunLogger:
         run = self.config.run
@@ -304,7 +303,8 @@ class PPOTrainer:
             )
             (building / PPO_STATE_NAME).write_text(state.model_dump_json(indent=2), encoding="utf-8")
             write_manifest(building, 0, 1, PPO_STATE_NAME)
-        remove_old_checkpoints(self.directory, self.config.run.keep_checkpoints)
+        for old in checkpoints(self.directory)[: -self.config.run.keep_checkpoints]:
+            shutil.rmtree(old)
 
 
 def policy_options(config: PPOJobConfig) -> PolicyOptions:

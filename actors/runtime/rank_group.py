@@ -37,12 +37,7 @@ _stores: list[TCPStore] = []  # in the first rank's process, which must hold the
 class Rank:
     """One rank, in an actor. Subclasses add methods.
 
-    Args:
-        rank: Number of the rank.
-        world_size: Number of all ranks.
-        local_world_size: Number of ranks on this rank's node.
-        use_gpu: Whether the rank has a GPU.
-        collective_timeout_s: Seconds after which a collective that a peer does not join fails.
+    A collective that a peer does not join fails after ``collective_timeout_s`` seconds.
     """
 
     def __init__(
@@ -126,7 +121,9 @@ class RankGroup:
                 )
                 for rank, bundle in enumerate(bundles)
             ]
-            self._join(deadline)
+            # At a port that the first rank holds, because a free port may be taken meanwhile.
+            address, port = self._answers("start", [self._ranks[0].open_store.remote()], _seconds_to(deadline))[0]
+            self._answers("join", [rank.join.remote(address, port) for rank in self._ranks], _seconds_to(deadline))
         except BaseException:
             self.close()
             raise
@@ -226,11 +223,6 @@ class RankGroup:
                 "fewer, or let the autoscaler add nodes"
             )
         return self._own_group, list(range(ranks))
-
-    def _join(self, deadline: float) -> None:
-        """Joins the ranks at a port that the first rank holds, because a free port may be taken meanwhile."""
-        address, port = self._answers("start", [self._ranks[0].open_store.remote()], _seconds_to(deadline))[0]
-        self._answers("join", [rank.join.remote(address, port) for rank in self._ranks], _seconds_to(deadline))
 
 
 def _seconds_to(deadline: float) -> float:
