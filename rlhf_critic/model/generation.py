@@ -154,7 +154,7 @@ class _SamplingRecorder(LogitsProcessor):
 
 
 class VllmGenerator:
-    """Generator that uses vLLM, which computes a prompt once for all its responses. Needs a GPU."""
+    """Generator that uses vLLM, which computes each prompt once for all responses to it. Needs a GPU."""
 
     def __init__(self, model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
         from vllm import LLM
