@@ -53,7 +53,7 @@ class Critic(Backbone):
         if not isinstance(head, ScalarHead):
             model.score = ScalarHead(head.weight)
         self.num_padding_at_beginning = num_padding_at_beginning
-        self.config = model.config
+        self.config = model.config  # for code that saves DeepSpeed-Chat's models
 
     def forward(
         self,
