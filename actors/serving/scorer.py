@@ -111,11 +111,7 @@ class _Version:
     """One published critic: loaded, warmed up, with its own queue, so that one version answers a whole call."""
 
     def __init__(
-        self,
-        config: ScorerConfig,
-        backend: CriticBackend,
-        digest: str,
-        on_batch: Callable[[BatchRecord], None],
+        self, config: ScorerConfig, backend: CriticBackend, digest: str, on_batch: Callable[[BatchRecord], None]
     ) -> None:
         self.config = config
         self.backend = backend
@@ -305,12 +301,7 @@ class Scorer:
                 from actors.serving.sharded_critic import ShardedCritic
 
                 backend = ShardedCritic(
-                    config.checkpoint,
-                    directory,
-                    config.token_budget,
-                    self._shards,
-                    self._cpus_per_shard,
-                    self._use_gpu,
+                    config.checkpoint, directory, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu
                 )
         try:
             return _Version(config, backend, digest, self._on_batch)

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from rlhf_critic.config.base import (
-    Decay,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PathOrUri,
-    RunName,
-    Section,
-    Sources,
-)
+from rlhf_critic.config.base import Decay, NonNegativeFloat, NonNegativeInt, PathOrUri, RunName, Section, Sources
 from rlhf_critic.config.model import EncodingConfig, ModelConfig, OptimizerConfig
 from rlhf_critic.errors import ConfigError
 
