@@ -38,7 +38,6 @@ from rlhf_critic.scoring.reward_components import RewardComponents
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 600.0
-DIGITS_OF_VERSION = 8
 
 
 class CriticBackend(Protocol):
@@ -63,12 +62,7 @@ class CriticBackend(Protocol):
 
 
 class LocalCritic:
-    """A critic on this process's device.
-
-    Args:
-        directory: A critic directory on this machine, verified by the caller.
-        token_budget: Maximum number of tokens computed at once.
-        use_gpu: Whether to use the GPU.
+    """A critic on this process's device, of a verified directory; computes at most ``token_budget`` tokens at once.
 
     Raises:
         CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
@@ -161,7 +155,6 @@ class _Call:
     outputs: Future[Outputs]
 
     def finish(self, outputs: Outputs) -> Scores:
-        """Builds the answer from the critic's outputs."""
         critic_S = np.array([output[-1] for output in outputs], dtype=np.float32)
         if self.served.config.normalize:
             critic_S = self.served.backend.card.normalize(critic_S).astype(np.float32)
@@ -294,9 +287,8 @@ class Scorer:
                     f"{config.checkpoint}: these files are not the published ones (SHA-256 {digest[:12]}, expected "
                     f"{str(config.digest)[:12]}): restore them, and publish a changed critic under another path"
                 )
-            backend: CriticBackend
             if self._shards == 1:
-                backend = LocalCritic(directory, config.token_budget, self._use_gpu)
+                backend: CriticBackend = LocalCritic(directory, config.token_budget, self._use_gpu)
             else:
                 from actors.serving.sharded_critic import ShardedCritic
 
@@ -318,4 +310,4 @@ def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:
     """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
     how = config.model_dump_json(include={"normalize", "components"})
-    return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:DIGITS_OF_VERSION]}"
+    return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:8]}"
