@@ -24,7 +24,7 @@ from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
 from actors.serving.deployment import deployment_hash
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
-from actors.serving.replica_status import read_status, remove_status
+from actors.serving.replica_status import read_status, status_of
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 
@@ -32,9 +32,8 @@ IMPORT_PATH = "actors.serving.deployment:app"
 POLL_S = 0.2
 SEQUENCER_CPUS = 0.1
 SCALING_OPTIONS = {"min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"}
-# Environment variables and runtime_env entries that replicas take over from the process that starts them.
+# Environment variables that replicas take over from the process that starts them.
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM")
-REMOTE_ENVIRONMENT = ("working_dir", "py_modules")
 
 Progress = Callable[[str], None]
 
@@ -203,7 +202,7 @@ def stop(app: str) -> None:
     if not is_running(app):
         raise ConfigError(f"there is no pool {app!r} to stop")
     # First, so that an interrupted stop leaves a pool that can be stopped again, not a status actor alone.
-    remove_status(app)
+    ray.kill(status_of(app))
     serve.delete(app)
 
 
@@ -260,7 +259,7 @@ def _runtime_environment(use_gpu: bool) -> dict[str, Any]:
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if not use_gpu:
         passed_on["DS_ACCELERATOR"] = "cpu"
-    return {**{name: mine[name] for name in REMOTE_ENVIRONMENT if mine.get(name)}, "env_vars": passed_on}
+    return {**{name: mine[name] for name in ("working_dir", "py_modules") if mine.get(name)}, "env_vars": passed_on}
 
 
 def _client() -> Any:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,30 +35,12 @@ from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, encode_items, fi
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
+if TYPE_CHECKING:
+    from actors.serving.sharded_critic import ShardedCritic
+
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 600.0
-
-
-class CriticBackend(Protocol):
-    """A loaded critic that computes micro-batches: `LocalCritic` or `actors.serving.sharded_critic.ShardedCritic`.
-
-    Its methods raise `ScorerUnavailable` after a part of the critic was lost.
-    """
-
-    card: CriticCard
-    encoder: Encoder
-    prefix_tree: bool
-    tokens_at_once: int  # maximum number of tokens in a micro-batch
-
-    def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`."""
-
-    def check_healthy(self) -> None:
-        """Checks that no part of the critic was lost."""
-
-    def close(self) -> None:
-        """Frees the weights and ends the processes that hold them."""
 
 
 class LocalCritic:
@@ -78,7 +60,7 @@ class LocalCritic:
         self.tokens_at_once = token_budget
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """See `CriticBackend.forward`."""
+        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`."""
         whole = [MicroBatch(tuple(range(len(sequences))))]
         ((_, output, tokens),) = forward_micro_batches(
             self._critic,
@@ -105,7 +87,11 @@ class _Version:
     """One published critic: loaded, warmed up, with its own queue, so that one version answers a whole call."""
 
     def __init__(
-        self, config: ScorerConfig, backend: CriticBackend, digest: str, on_batch: Callable[[BatchRecord], None]
+        self,
+        config: ScorerConfig,
+        backend: LocalCritic | ShardedCritic,
+        digest: str,
+        on_batch: Callable[[BatchRecord], None],
     ) -> None:
         self.config = config
         self.backend = backend
@@ -288,7 +274,7 @@ class Scorer:
                     f"{str(config.digest)[:12]}): restore them, and publish a changed critic under another path"
                 )
             if self._shards == 1:
-                backend: CriticBackend = LocalCritic(directory, config.token_budget, self._use_gpu)
+                backend: LocalCritic | ShardedCritic = LocalCritic(directory, config.token_budget, self._use_gpu)
             else:
                 from actors.serving.sharded_critic import ShardedCritic
 

@@ -31,7 +31,7 @@ class ShardedCriticRank(Rank):
 
     def node(self) -> str:
         """Returns the id of this rank's node."""
-        return str(ray.get_runtime_context().get_node_id())
+        return ray.get_runtime_context().get_node_id()
 
     def open_critic(self, checkpoint: str, ranks: Sequence[int]) -> str | None:
         """Opens the critic's directory if this is one of ``ranks``, and keeps it open until `load` is done."""
@@ -55,7 +55,7 @@ class ShardedCriticRank(Rank):
 
 
 class ShardedCritic:
-    """The handle of a critic's shards; an `actors.serving.scorer.CriticBackend`.
+    """The handle of a critic's shards, used as an `actors.serving.scorer.LocalCritic` is.
 
     Args:
         checkpoint: A critic directory, path or URI, reachable from the node of every shard.
@@ -112,12 +112,11 @@ class ShardedCritic:
         """
         arrays = ray.put([np.asarray(ids, dtype=np.int64) for ids in sequences])
         try:
-            computed: Computed = self._group.call_all("score", "forward", arrays, rewards_only)[0]
+            return self._group.call_all("score", "forward", arrays, rewards_only)[0]
         except RankLost as error:
             self._is_lost = True
             shards = len(self._group)
             raise ScorerUnavailable(f"a scorer lost one of its {shards} shards ({error}): try again") from error
-        return computed
 
     def check_healthy(self) -> None:
         """Checks that no shard was lost.
