@@ -119,7 +119,7 @@ class ShardedCritic:
             raise ScorerUnavailable(f"a scorer lost one of its {shards} shards ({error}): try again") from error
 
     def check_healthy(self) -> None:
-        """Checks that no shard was lost.
+        """Raises an error if a shard was lost.
 
         Raises:
             ScorerUnavailable: A shard was lost.
