@@ -64,8 +64,7 @@ class PrefixTree:
         shared = shared_lengths([arrays[index] for index in order])
         leaves_S = np.empty(len(arrays), dtype=np.int64)
         ids, positions, starts, parents = [], [], [], []
-        # Runs of the sequence added last: start of each run in the sequence and in the row.
-        path: list[tuple[int, int]] = []
+        path: list[tuple[int, int]] = []  # start of each run of the sequence added last, in it and in the row
         size = 0
         for index, common in zip(order, shared, strict=True):
             array = arrays[index]
@@ -117,22 +116,20 @@ class PrefixTree:
     @cached_property
     def subtree_ends_T(self) -> IntArray:
         """End of the subtree below each token (exclusive): t attends to u if ``u <= t < subtree_ends_T[u]``."""
-        ends_T = self.run_ends_R[self.run_of_T]
         # Deeper branches come first in the row, so the last branch at or below a token ends the subtree of the token.
         below_T = np.zeros(len(self), dtype=np.int64)
         branches = np.flatnonzero(self.run_parents_R >= 0)
         np.maximum.at(below_T, self.run_parents_R[branches], self.subtree_ends_R[branches])
         for start, end in zip(self.run_starts_R.tolist(), self.run_ends_R.tolist(), strict=True):
             below_T[start:end] = np.maximum.accumulate(below_T[start:end][::-1])[::-1]
-        return np.maximum(ends_T, below_T)
+        return np.maximum(self.run_ends_R[self.run_of_T], below_T)
 
     @cached_property
     def segments(self) -> Segments:
         """Nodes of the tree: runs, divided at the tokens where other runs branch off."""
         starts_here_T = np.zeros(len(self), dtype=bool)
         starts_here_T[self.run_starts_R] = True
-        after_branch = self.run_parents_R[self.run_parents_R >= 0] + 1
-        starts_here_T[after_branch] = True
+        starts_here_T[self.run_parents_R[self.run_parents_R >= 0] + 1] = True  # the tokens after a branch
         starts_G = np.flatnonzero(starts_here_T)
         segment_of_T = np.cumsum(starts_here_T) - 1
         parent_T = np.arange(len(self)) - 1
