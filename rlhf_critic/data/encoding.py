@@ -27,7 +27,6 @@ from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
 from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import EncodingError
 
-PAD_TOKEN = "<|pad|>"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
 RESPONSE_MARK = "\u2402"  # a visible symbol, which no template strips
 # A template that reads the current date would give another reward tomorrow, so it always gets this date.
@@ -61,8 +60,9 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no fast (Rust) implementation, which is required")
     if tokenizer.eos_token is None:
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no EOS token; set eos_token and save it again")
-    if tokenizer.pad_token is None or tokenizer.pad_token_id in _tokens_that_end_or_begin(tokenizer):
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    begin_or_end = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in begin_or_end:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
         # The template adds all special tokens. A tokenizer that also adds BOS would double it for callers that omit
@@ -70,10 +70,6 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     tokenizer.chat_template = _resolve_template(tokenizer, chat_template, begins_with_bos)
     return tokenizer
-
-
-def _tokens_that_end_or_begin(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
-    return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
 
 
 def _resolve_template(tokenizer: PreTrainedTokenizerBase, choice: str, begins_with_bos: bool) -> str:
