@@ -145,10 +145,6 @@ def is_best_of_n(row: Mapping[str, Any]) -> bool:
 def load_best_of_n(source: str, encoder: Encoder) -> list[BestOfN]:
     """Reads and encodes best-of-n rows.
 
-    Args:
-        source: Path, URI or hub id; see `rlhf_critic.data.sources`.
-        encoder: Encoder of the critic.
-
     Raises:
         DataError: See `rlhf_critic.data.sources.read_rows`. Or a row lacks a field or cannot be encoded.
     """
@@ -185,23 +181,12 @@ def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN
             encoded.append(encoder.encode(prompt, text))
         except EncodingError as error:
             raise DataError(f"{origin}: field {field!r}: {error}") from error
-    return BestOfN(
-        origin=origin,
-        sequences=tuple(tuple(one.ids) for one in encoded),
-        right=right,
-        truncated=any(one.truncated for one in encoded),
-        subset=row.subset or "",
-        id="" if row.id is None else str(row.id),
-    )
+    sequences, truncated = tuple(tuple(one.ids) for one in encoded), any(one.truncated for one in encoded)
+    return BestOfN(origin, sequences, right, truncated, row.subset or "", "" if row.id is None else str(row.id))
 
 
 def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray, seed: int = 0) -> BestOfNEvaluation:
-    """Compares rewards within each row.
-
-    Args:
-        rows: Rows; at least one.
-        rewards: Rewards of all sequences of all rows, in order.
-        seed: Seed of the bootstrap.
+    """Compares the rewards of each row. ``rewards`` has those of all sequences of all rows (at least one), in order.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.

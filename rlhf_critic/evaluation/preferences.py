@@ -19,14 +19,7 @@ from rlhf_critic.evaluation.length_control import length_controlled_accuracy
 
 @dataclass(frozen=True)
 class SubsetAccuracy:
-    """Agreement on the preferences of one subset.
-
-    Attributes:
-        name: Tag of the subset; empty for preferences without one.
-        preferences: Number of preferences.
-        accuracy: Accuracy as in `Evaluation`.
-        length_baseline: Length baseline as in `Evaluation`.
-    """
+    """Figures of one subset; see `Evaluation`. The name is empty for preferences without a tag."""
 
     name: str
     preferences: int
@@ -114,21 +107,16 @@ def evaluate_rewards(
         reward_mean=float(rewards_P2.mean()),
         reward_std=float(rewards_P2.std()),
         calibration=calibrate(margin_P, seed),
-        subsets=()
-        if subsets_P is None
-        else tuple(
+        subsets=tuple(
             SubsetAccuracy(
                 name, len(rows), bootstrap_mean(right_P[rows], seed), bootstrap_mean(wins(longer_P[rows]), seed)
             )
-            for name, rows in rows_of_subsets(subsets_P)
+            for name, rows in ([] if subsets_P is None else rows_of_subsets(subsets_P))
         ),
     )
 
 
 def rows_of_subsets(subsets_P: NDArray[np.str_]) -> list[tuple[str, NDArray[np.int64]]]:
     """Returns the rows of each subset, the largest first, or an empty list if no row has a tag."""
-    names = np.unique(subsets_P)
-    if not any(names):
-        return []
-    rows = [(str(name), np.flatnonzero(subsets_P == name)) for name in names]
-    return sorted(rows, key=lambda one: -len(one[1]))
+    rows = [(str(name), np.flatnonzero(subsets_P == name)) for name in np.unique(subsets_P)]
+    return sorted(rows, key=lambda one: -len(one[1])) if any(name for name, _ in rows) else []
