@@ -46,9 +46,9 @@ def bootstrap_mean(sample_P: FloatArray, seed: int = 0) -> BootstrapEstimate:
     return _with_interval(float(sample_P.mean()), means_B)
 
 
-def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int, seed: int = 0) -> BootstrapEstimate:
+def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int) -> BootstrapEstimate:
     """Computes a statistic (a function of row indices) of ``size`` rows and its percentile-bootstrap interval."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     values_B = np.array([statistic(rng.integers(0, size, size)) for _ in range(BOOTSTRAP_RESAMPLES)])
     return _with_interval(statistic(np.arange(size)), values_B)
 

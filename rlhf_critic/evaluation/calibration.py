@@ -73,14 +73,14 @@ class Calibration:
     scaled: Reliability | None
 
 
-def calibrate(margin_P: FloatArray, seed: int = 0) -> Calibration:
+def calibrate(margin_P: FloatArray) -> Calibration:
     """Measures calibration before and after temperature scaling. Margins are chosen minus rejected rewards."""
     temperature = fit_temperature(margin_P)
-    scaled = None if temperature is None else reliability(margin_P / temperature, seed)
-    return Calibration(reliability(margin_P, seed), temperature, scaled)
+    scaled = None if temperature is None else reliability(margin_P / temperature)
+    return Calibration(reliability(margin_P), temperature, scaled)
 
 
-def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
+def reliability(margin_P: FloatArray) -> Reliability:
     """Computes the expected calibration error of ``sigmoid(margin)`` and its bins."""
     confidence_P = 1.0 / (1.0 + np.exp(-np.abs(margin_P)))
     bin_P = np.minimum(((confidence_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
@@ -89,7 +89,7 @@ def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
     confidence_K = np.bincount(bin_P, confidence_P, BINS)
     right_K = np.bincount(bin_P, right_P, BINS)
     edges = np.linspace(0.5, 1.0, BINS + 1).tolist()
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     errors_by_chance = [
         np.abs(np.bincount(bin_P, rng.random(len(bin_P)) < confidence_P, BINS) - confidence_K).sum() / len(bin_P)
         for _ in range(1000)

@@ -77,17 +77,7 @@ class WrongExample:
 
 @dataclass(frozen=True)
 class Page:
-    """Content of the page.
-
-    Attributes:
-        critic: Version of the evaluated critic.
-        source: Description of the data.
-        figures: Figures in order; the first three are shown large.
-        baseline_name: Name of the bars' baseline.
-        bars: Accuracy by subset; if empty, the section is omitted.
-        plots: Plots in order.
-        wrong: Wrong examples, the worst first.
-    """
+    """Content of the page. The first three figures are shown large; without bars, their section is omitted."""
 
     critic: str
     source: str
