@@ -383,12 +383,9 @@ class RunningMoments:
     squares: float = 0.0
 
     def updated(self, rewards_S: Tensor) -> RunningMoments:
-        """Returns the moments after these rewards, in float64.
+        """Returns the moments after new rewards ``[S]`` (perhaps none), in float64.
 
         Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-
-        Args:
-            rewards_S: New rewards, ``[S]``; may be empty.
 
         Raises:
             NonFiniteRewardError: A reward is NaN or infinite, which would make all later moments so.

@@ -27,6 +27,7 @@ from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
 from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import EncodingError
 
+PAD_TOKEN = "<|pad|>"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
 RESPONSE_MARK = "\u2402"  # a visible symbol, which no template strips
 # A template that reads the current date would give another reward tomorrow, so it always gets this date.
@@ -62,7 +63,7 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no EOS token; set eos_token and save it again")
     begin_or_end = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     if tokenizer.pad_token is None or tokenizer.pad_token_id in begin_or_end:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
         # The template adds all special tokens. A tokenizer that also adds BOS would double it for callers that omit
