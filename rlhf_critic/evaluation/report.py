@@ -31,7 +31,7 @@ MAX_CHARACTERS = 4000  # of one text
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure: a number with its interval (or the reason why there is none), its definition and what to compare."""
+    """A number formatted for people, with its interval (or the reason why there is none), label and meaning."""
 
     name: str
     value: str
