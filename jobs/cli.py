@@ -10,9 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_critic.errors import ConfigError, CriticError
 from rlhf_critic.logs import configure_logging
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +29,7 @@ class Command:
 
     Attributes:
         module: The module that runs it.
-        config: The class of its options, ``MODULE:CLASS``.
+        config: The class of its options, ``MODULE:CLASS`` of ``rlhf_critic.config``.
         summary: One line for the list of commands.
     """
 
@@ -33,24 +37,21 @@ class Command:
     config: str
     summary: str
 
+    def config_class(self) -> type[BaseModel]:
+        """Imports the class of its options."""
+        module, _, name = self.config.partition(":")
+        return getattr(importlib.import_module(f"rlhf_critic.config.{module}"), name)
+
 
 COMMANDS = {
-    "train": Command("jobs.train", "rlhf_critic.config.train:TrainJobConfig", "Train a critic on preferences."),
-    "evaluate": Command(
-        "jobs.evaluate", "rlhf_critic.config.tools:EvaluateJobConfig", "Measure how well a critic agrees with data."
-    ),
-    "inspect": Command(
-        "jobs.inspect_data", "rlhf_critic.config.tools:InspectJobConfig", "Count and show preferences before training."
-    ),
-    "export": Command(
-        "jobs.export", "rlhf_critic.config.tools:ExportJobConfig", "Export a critic, or convert another reward model."
-    ),
-    "serve": Command("jobs.serve", "rlhf_critic.config.serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
-    "score": Command("jobs.score", "rlhf_critic.config.serve:ScoreJobConfig", "Score the responses of a data set."),
-    "ppo": Command("jobs.ppo", "rlhf_critic.config.ppo:PPOJobConfig", "Train a policy with PPO."),
-    "plan": Command(
-        "jobs.plan", "rlhf_critic.config.tools:PlanJobConfig", "Estimate the memory and time of a training run."
-    ),
+    "train": Command("jobs.train", "train:TrainJobConfig", "Train a critic on preferences."),
+    "evaluate": Command("jobs.evaluate", "tools:EvaluateJobConfig", "Measure how well a critic agrees with data."),
+    "inspect": Command("jobs.inspect_data", "tools:InspectJobConfig", "Count and show preferences before training."),
+    "export": Command("jobs.export", "tools:ExportJobConfig", "Export a critic, or convert another reward model."),
+    "serve": Command("jobs.serve", "serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
+    "score": Command("jobs.score", "serve:ScoreJobConfig", "Score the responses of a data set."),
+    "ppo": Command("jobs.ppo", "ppo:PPOJobConfig", "Train a policy with PPO."),
+    "plan": Command("jobs.plan", "tools:PlanJobConfig", "Estimate the memory and time of a training run."),
 }
 
 EXIT_FAILED = 1

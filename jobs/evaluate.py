@@ -73,8 +73,7 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
     with local_directory(config.checkpoint) as directory:
         loaded = load_critic(directory)
     _, first_row = next(read_rows(config.data))
-    evaluate_rows = _evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences
-    return evaluate_rows(loaded, config)
+    return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)
 
 
 def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[Evaluation, Page]:
@@ -183,20 +182,17 @@ def _decode_example(loaded: LoadedCritic, origin: str, note: str, sequences: Map
 
 def tables(page: Page) -> list[Table]:
     """Returns tables of the figures and, if rows have tags, of accuracy by subset."""
-    figures = Table(title=escape(f"{page.critic} on {page.source}"), title_justify="left")
-    for column in ("measure", "value [95% interval]", "meaning"):
-        figures.add_column(escape(column))
+    title = escape(f"{page.critic} on {page.source}")
+    figures = Table("measure", "value [95% interval]", "meaning", title=title, title_justify="left")
     for figure in page.figures:
         figures.add_row(figure.name, escape(figure.value), figure.meaning)
     if not page.bars:
         return [figures]
-    subsets = Table(title="by subset", title_justify="left")
-    for column in ("subset", "accuracy [95% interval]", page.baseline_name, "count"):
-        subsets.add_column(escape(column))
+    columns = ("subset", "accuracy [95% interval]", page.baseline_name, "count")
+    subsets = Table(*columns, title="by subset", title_justify="left")
     for bar in page.bars:
-        subsets.add_row(
-            escape(bar.name or "(no tag)"), escape(str(bar.accuracy)), f"{bar.baseline:.3f}", str(bar.count)
-        )
+        name, accuracy = escape(bar.name or "(no tag)"), escape(str(bar.accuracy))
+        subsets.add_row(name, accuracy, f"{bar.baseline:.3f}", str(bar.count))
     return [figures, subsets]
 
 

@@ -142,13 +142,13 @@ class RequestBatcher:
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout_s)
-        done = not self._thread.is_alive()
-        if not done:
-            with self._changed:
-                left, self._queue = list(self._queue), deque()
-            for request in left:
-                _fail(request, ScorerUnavailable(f"this scorer shut down with unfinished calls after {timeout_s:g} s"))
-        return done
+        if not self._thread.is_alive():
+            return True
+        with self._changed:
+            left, self._queue = self._queue, deque()
+        for request in left:
+            _fail(request, ScorerUnavailable(f"this scorer shut down with unfinished calls after {timeout_s:g} s"))
+        return False
 
     def _tokens_of(self, sequences: Sequence[TokenIds]) -> int:
         tokens = sum(len(sequence) for sequence in sequences)
@@ -162,12 +162,11 @@ class RequestBatcher:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 self._drop_finished()
-                if not self._queue:
-                    if self._closed:
-                        return
-                    continue
+                if self._closed and not self._queue:
+                    return
                 window = self._oldest()
-            self._compute(window)
+            if window:  # not every request was cancelled
+                self._compute(window)
 
     def _drop_finished(self) -> None:
         self._queue = deque(request for request in self._queue if not request.future.done())
