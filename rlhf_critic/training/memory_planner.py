@@ -115,7 +115,7 @@ class Planner:
         return next((stage for stage in range(lowest, 4) if self.fits(setup.changed(zero_stage=stage))), None)
 
     def fitting_setup(self) -> Setup | None:
-        """Finds the first setup that fits, on the way from the given one to the one with the least memory."""
+        """Returns the first setup that fits, from the given one to the one with the least memory."""
         for setup in _with_less_and_less_memory(self.setup):
             stage = self.smallest_stage(setup)
             if stage is not None:
