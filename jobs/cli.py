@@ -25,16 +25,10 @@ SCRIPT = "rlhf-critic"
 
 @dataclass(frozen=True)
 class Command:
-    """A job as a command of ``rlhf-critic``.
-
-    Attributes:
-        module: The module that runs it.
-        config: The class of its options, ``MODULE:CLASS`` of ``rlhf_critic.config``.
-        summary: One line for the list of commands.
-    """
+    """A job as a command of ``rlhf-critic``."""
 
     module: str
-    config: str
+    config: str  # MODULE:CLASS of its options, below rlhf_critic.config
     summary: str
 
     def config_class(self) -> type[BaseModel]:
@@ -57,8 +51,7 @@ COMMANDS = {
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a full disk, or a user's quota
-# The folder in which Ray unpacks the working directory of a submitted job.
-RAY_PACKAGE_FOLDER = "working_dir_files"
+RAY_PACKAGE_FOLDER = "working_dir_files"  # where Ray unpacks the working directory of a submitted job
 
 
 def command(name: str) -> str:
@@ -102,13 +95,7 @@ def validate_wandb(project: str | None) -> None:
 
 
 def validate_resume(storage_path: str, name: str, exists: bool, resume: bool) -> None:
-    """Checks that a run is resumed on purpose.
-
-    Args:
-        storage_path: The directory of all runs.
-        name: The name of this run.
-        exists: There is a directory of that run.
-        resume: The user gave ``--resume``.
+    """Checks that a run which ``exists`` is resumed on purpose, by ``--resume``.
 
     Raises:
         ConfigError: The run exists and the user did not ask to resume it.
@@ -124,12 +111,8 @@ def validate_resume(storage_path: str, name: str, exists: bool, resume: bool) ->
 def validate_outside_package(option: str, path: str) -> None:
     """Checks that a job does not write into the copy of the working directory that Ray makes for a submitted job.
 
-    Args:
-        option: The option's name.
-        path: The option's value, an absolute path or a URI.
-
     Raises:
-        ConfigError: The path lies in such a copy, which Ray deletes at any time.
+        ConfigError: The path, absolute or a URI, lies in such a copy, which Ray deletes at any time.
     """
     if "://" not in path and RAY_PACKAGE_FOLDER in Path(path).parts:
         raise ConfigError(

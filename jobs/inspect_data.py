@@ -36,13 +36,7 @@ def main() -> None:
 
 
 def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], max_length: int) -> Table:
-    """Returns a table with the statistics of one source.
-
-    Args:
-        preferences: Preferences of one source.
-        before: Preferences of the earlier sources; shared prompts are counted.
-        max_length: Maximum sequence length in tokens.
-    """
+    """Returns a table with the statistics of one source, among them the prompts it shares with those ``before`` it."""
     ((source, report),) = preferences.reports.items()
     pairs = preferences.comparisons()
     longer = wins((pairs.lengths_P2[:, 0] - pairs.lengths_P2[:, 1]).astype(np.float64))

@@ -9,7 +9,6 @@ by hash, which pip checks before it unpacks them; what is read from them is text
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import random
@@ -128,19 +127,15 @@ def read_ratings(sdist: Path) -> dict[str, list[RatedText]]:
     """Reads the rated texts of each collection and recomputes their means from the raw ratings."""
     with tarfile.open(sdist) as outer:
         name = next(member for member in outer.getnames() if member.endswith(RATINGS_ARCHIVE))
-        packed = outer.extractfile(name)
-        assert packed is not None
-        inner_bytes = packed.read()
-    collections = {}
-    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-        for collection in COLLECTIONS:
-            ratings = {
-                fields[0]: statistics.fmean(json.loads(fields[3]))
-                for fields in _tab_separated(inner, f"hutto_ICWSM_2014/{collection}_anonDataRatings.txt", 4)
-            }
-            texts = _tab_separated(inner, f"hutto_ICWSM_2014/{collection}_GroundTruth.txt", 3)
-            collections[collection] = [RatedText(text.strip(), ratings[number]) for number, _, text in texts]
-    return collections
+        with tarfile.open(fileobj=outer.extractfile(name)) as inner:
+            return {collection: _read_collection(inner, collection) for collection in COLLECTIONS}
+
+
+def _read_collection(archive: tarfile.TarFile, collection: str) -> list[RatedText]:
+    raw = _tab_separated(archive, f"hutto_ICWSM_2014/{collection}_anonDataRatings.txt", 4)
+    ratings = {number: statistics.fmean(json.loads(each)) for number, _, _, each in raw}
+    texts = _tab_separated(archive, f"hutto_ICWSM_2014/{collection}_GroundTruth.txt", 3)
+    return [RatedText(text.strip(), ratings[number]) for number, _, text in texts]
 
 
 def make_preferences(collections: dict[str, list[RatedText]]) -> tuple[list[Row], list[Row]]:

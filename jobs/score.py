@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from actors.runtime.session import init_ray
 from actors.runtime.storage import local_directory
-from actors.serving.offline import ChunkScorer, ScoringJob, added_fields, json_line, read_rewards, schema_of
+from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
 from actors.serving.scorer import version_name
 from jobs.cli import command, run_job, validate_outside_package
 from rlhf_critic.checkpoint.critic_directory import check_critic
@@ -106,7 +106,7 @@ def _read_through(config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bo
         The number of rows, and their common schema without responses that are not written.
     """
     data = config.data
-    ours = added_fields([component.name for component in scorer.components])
+    ours = ("reward", "truncated", "model_version", *(f"reward_{component.name}" for component in scorer.components))
     list_field = config.fields.get("responses", "responses")
     schema: pa.Schema = pa.schema([])
     chunk: list[dict[str, Any]] = []

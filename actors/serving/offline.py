@@ -54,13 +54,7 @@ class ScoringJob:
 
 
 class ChunkScorer:
-    """Worker that scores parts of a job.
-
-    Args:
-        job: The scoring job.
-        config: Options of its scorer.
-        use_gpu: Whether to score on a GPU.
-    """
+    """Worker that scores parts of a job with one scorer."""
 
     def __init__(self, job: ScoringJob, config: ScorerConfig, use_gpu: bool) -> None:
         self._job = job
@@ -116,11 +110,6 @@ class ChunkScorer:
         added |= {f"reward_{name}": value_S for name, value_S in scores.components.items()}
         scored |= {name: value_S[index].tolist() for name, value_S in added.items()}
         return scored | {"model_version": scores.model_version}
-
-
-def added_fields(components: list[str]) -> tuple[str, ...]:
-    """Returns the names of the fields that scoring adds to a row."""
-    return ("reward", "truncated", "model_version", *(f"reward_{name}" for name in components))
 
 
 def schema_of(rows: list[Row]) -> pa.Schema:

@@ -40,8 +40,7 @@ class Computed(NamedTuple):
 
 Forward: TypeAlias = Callable[[Sequence[TokenIds], bool], Computed]
 
-# Number of micro-batches that are planned together. Most of them are full then, and planning stays much faster than
-# computing.
+# Micro-batches that are planned together: most are full then, and planning stays much faster than computing.
 PLANNED_AHEAD = 4
 
 
