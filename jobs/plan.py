@@ -11,13 +11,13 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jobs.cli import command, run_job
 from jobs.plan_catalog import GPUS, NodeGroup, model_config, node_groups
 from rlhf_critic.config.base import parse_command_line
-from rlhf_critic.config.tools import PlanJobConfig
-from rlhf_critic.training.memory_planner import USABLE, Planner, Setup
+from rlhf_critic.config.tools import MEMORY_OPTIONS, PlanJobConfig
+from rlhf_critic.training.memory_planner import USABLE, Planner
 
 PARTS = {
     "parameters": "parameters",
@@ -56,10 +56,12 @@ def changes_that_fit(planner: Planner) -> list[str]:
     if planner.fits(planner.setup):
         return []
     ways = []
-    found, ranks = planner.fitting_setup(), planner.enough_ranks()
-    if found is not None:
-        ways.append(f"{_flags(planner.setup, found)} ({_gb(planner.memory(found).peak)})")
-    if ranks is not None:
+    if found := planner.fitting_setup():
+        values = ((name, getattr(found, name)) for name in (*MEMORY_OPTIONS, "dtype"))
+        changed = [(name, value) for name, value in values if value != getattr(planner.setup, name)]
+        flags = (f"--{name.replace('_', '-')} {value}".removesuffix(" True") for name, value in changed)
+        ways.append(f"{' '.join(flags)} ({_gb(planner.memory(found).peak)})")
+    if ranks := planner.enough_ranks():
         ways.append(f"--world-size {ranks} --zero-stage 3 --gradient-checkpointing")
     return ways or ["no option; use a GPU with more memory, or a smaller model"]
 
@@ -85,16 +87,15 @@ def plan_table(config: PlanJobConfig, planner: Planner, groups: list[NodeGroup])
     """Returns the plan as a table for the terminal."""
     count, gpu, memory = planner.count, planner.gpu, planner.memory(planner.setup)
     stage = planner.smallest_stage(planner.setup)
-    table = Table(title=f"plan of {config.model}, calculated without starting anything", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("value", overflow="fold")
+    title = f"plan of {config.model}, calculated without starting anything"
+    table = Table("quantity", Column("value", overflow="fold"), title=title, title_justify="left")
     trained = "" if not count.frozen else f", of which {sum(count.trained):,} are trained"
     table.add_row("parameters of the critic", f"{count.parameters:,}{trained}")
     table.add_row("shards", f"{config.world_size}, ZeRO-{config.zero_stage}, {config.dtype}")
     table.add_section()
     for part, words in PARTS.items():
-        if getattr(memory, part):
-            table.add_row(words, _gb(getattr(memory, part)))
+        if size := getattr(memory, part):
+            table.add_row(words, _gb(size))
     table.add_row("peak memory of a shard", _gb(memory.peak))
     if memory.host:
         table.add_row("CPU memory per shard", _gb(memory.host))
@@ -118,16 +119,8 @@ def plan_table(config: PlanJobConfig, planner: Planner, groups: list[NodeGroup])
     return table
 
 
-def _flags(setup: Setup, found: Setup) -> str:
-    """Returns the options of this command that lead from one setup to the other."""
-    before, after = ({**s.options.model_dump(), "dtype": s.dtype} for s in (setup, found))
-    changed = [(name, value) for name, value in after.items() if value != before[name]]
-    return " ".join(f"--{name.replace('_', '-')} {value}".removesuffix(" True") for name, value in changed)
-
-
 def _gb(size: float) -> str:
-    gigabytes = size / 1e9
-    return f"{gigabytes:,.0f} GB" if gigabytes >= 100 else f"{gigabytes:.3g} GB"
+    return f"{size / 1e9:,.0f} GB" if size / 1e9 >= 100 else f"{size / 1e9:.3g} GB"
 
 
 if __name__ == "__main__":

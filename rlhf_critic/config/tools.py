@@ -147,4 +147,4 @@ class PlanJobConfig(Section):
         return OptimizerConfig(**{name: getattr(self, name) for name in MEMORY_OPTIONS})
 
 
-MEMORY_OPTIONS = ("zero_stage", "gradient_checkpointing", "offload_optimizer", "offload_parameters", "token_budget")
+MEMORY_OPTIONS = ("token_budget", "gradient_checkpointing", "zero_stage", "offload_optimizer", "offload_parameters")

@@ -129,7 +129,7 @@ def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERS
                 process.wait()
         if code == 0:
             return
-        why = f"ended with exit code {code}" if code is not None else f"did not end within {timeout_s:g} s"
+        why = f"did not end within {timeout_s:g} s" if code is None else f"ended with exit code {code}"
         output.seek(0)
         raise CheckpointError(
             f"{state}: resuming on another number of ranks needs DeepSpeed's conversion to a universal checkpoint, "
@@ -151,8 +151,8 @@ def _load_frozen(module: torch.nn.Module, state: Path, stage: int, saved_world_s
     if stage < 3:
         complete = read("mp_rank_00_model_states.pt")["module"]
     else:
-        files = [read(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(saved_world_size)]
-        shards = [file["frozen_param_fragments"] for file in files]
+        files = (f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(saved_world_size))
+        shards = [read(file)["frozen_param_fragments"] for file in files]
     for name, parameter in frozen.items():
         with torch.no_grad(), gathered(parameter, modify=True):
             if not is_writer(parameter):

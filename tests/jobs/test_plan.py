@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -86,8 +85,8 @@ def test_the_smallest_stage_fits_and_the_one_below_does_not():
     planner = plan_of(model="3B", world_size=8, zero_stage=3, gpu="l40s", gradient_checkpointing=True)
     stage = planner.smallest_stage(planner.setup)
     assert stage in {1, 2, 3}
-    assert planner.fits(planner.setup.changed(zero_stage=stage))
-    assert not planner.fits(planner.setup.changed(zero_stage=stage - 1))
+    assert planner.fits(planner.setup.model_copy(update={"zero_stage": stage}))
+    assert not planner.fits(planner.setup.model_copy(update={"zero_stage": stage - 1}))
     assert planner.fits(planner.setup)
     assert changes_that_fit(planner) == []
 
@@ -170,11 +169,12 @@ def markdown_table(config: PlanJobConfig) -> str:
 
 
 def cell(planner: Planner, world_size: int) -> str:
-    setup = replace(planner.setup, world_size=world_size).changed(gradient_checkpointing=True)
+    setup = planner.setup.model_copy(update={"world_size": world_size, "gradient_checkpointing": True})
     stage = planner.smallest_stage(setup)
     if stage is not None:
-        return f"ZeRO-{stage}, {_gb(planner.memory(setup.changed(zero_stage=stage)).peak)}"
-    setup = setup.changed(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+        memory = planner.memory(setup.model_copy(update={"zero_stage": stage}))
+        return f"ZeRO-{stage}, {_gb(memory.peak)}"
+    setup = setup.model_copy(update={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True})
     memory = planner.memory(setup)
     return f"offload, {_gb(memory.peak)} and {_gb(memory.host)}" if planner.fits(setup) else "no"
 
