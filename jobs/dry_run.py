@@ -44,16 +44,11 @@ def plan_table(config: TrainJobConfig) -> Table:
         if options.token_budget != "auto":
             plan = plan_micro_batches(units, config.run.num_workers, options.token_budget, config.model.prefix_tree)
             micro_batches.append(len(plan[0]))
-    # An automatic token budget is assumed to be one sequence.
     length = data.encoder.max_length
-    budget = length if options.token_budget == "auto" else options.token_budget
-    kept = activation_bytes(
-        critic,
-        budget,
-        length,
-        gradient_checkpointing=options.gradient_checkpointing,
-        rewards_only=not needs_values(options),
-    )
+    budget = length if options.token_budget == "auto" else options.token_budget  # auto is assumed to be one sequence
+    recompute, rewards_only = options.gradient_checkpointing, not needs_values(options)
+    kept = activation_bytes(critic, budget, length, gradient_checkpointing=recompute, rewards_only=rewards_only)
+    planned = f"{np.mean(micro_batches):.1f} per rank" if micro_batches else "measured at the start"
     memory = shard_memory(count, config.model, options, config.run.num_workers, kept)
     title = f"plan of {config.run.name}, calculated without starting anything"
     table = Table("quantity", Column("value", overflow="fold"), title=title, title_justify="left")
@@ -62,10 +57,7 @@ def plan_table(config: TrainJobConfig) -> Table:
         ("optimizer steps", f"{steps:,} of {options.global_batch_size} preferences"),
         ("tokens per step", f"{np.mean(tokens):,.0f}"),
         ("  computed tokens, with shared prefixes once", f"{np.mean(computed):,.0f}"),
-        (
-            "micro-batches per step",
-            f"{np.mean(micro_batches):.1f} per rank" if micro_batches else "measured at the start",
-        ),
+        ("micro-batches per step", planned),
         ("parameters", f"{count.parameters:,}, of which embedding {embedding:,}, trained {sum(count.trained):,}"),
         ("shards", f"{config.run.num_workers}, ZeRO-{options.zero_stage}, {config.model.dtype}"),
         (
@@ -73,7 +65,8 @@ def plan_table(config: TrainJobConfig) -> Table:
             f"{memory.peak / 1e9:.2f} GB at peak: {memory.states / 1e9:.2f} of parameters, gradients and optimizer, "
             f"{kept / 1e9:.2f} of activations of {budget:,} tokens, the rest buffers",
         ),
-        *([("  CPU memory of a shard", f"{memory.host / 1e9:.2f} GB")] if memory.host else []),
     ):
         table.add_row(*row)
+    if memory.host:
+        table.add_row("  CPU memory of a shard", f"{memory.host / 1e9:.2f} GB")
     return table

@@ -78,12 +78,9 @@ def compare_seeds(config: TrainJobConfig) -> Table:
         CriticError: See `train`.
         TrainingFailedError: See `train`.
     """
-    columns = ("seed", "validation accuracy", "validation log-loss", "checkpoint")
-    table = Table(
-        *(Column(name, overflow="fold") for name in columns),
-        title=f"{config.run.name}: {len(config.seeds)} seeds",
-        title_justify="left",
-    )
+    headers = ("seed", "validation accuracy", "validation log-loss", "checkpoint")
+    columns = (Column(header, overflow="fold") for header in headers)
+    table = Table(*columns, title=f"{config.run.name}: {len(config.seeds)} seeds", title_justify="left")
     measured = []
     for seed in config.seeds:
         run = config.run.model_copy(update={"name": f"{config.run.name}-seed-{seed}"})

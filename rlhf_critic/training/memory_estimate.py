@@ -79,12 +79,12 @@ class ShardMemory:
     gradients: int
     masters: int
     moments: int
-    buckets: int
-    gathered: int
-    activations: int
-    reduction: int
-    step: int
-    host: int
+    buckets: int = 0
+    gathered: int = 0
+    activations: int = 0
+    reduction: int = 0
+    step: int = 0
+    host: int = 0
 
     @property
     def states(self) -> int:
@@ -167,17 +167,17 @@ def activation_bytes(
         critic.gradient_checkpointing_enable()
     else:
         critic.gradient_checkpointing_disable()
+
+    def drop_gradient(parameter: Tensor) -> None:
+        parameter.grad = None
+
     trained = (parameter for parameter in critic.parameters() if parameter.requires_grad)
-    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
+    hooks = [parameter.register_post_accumulate_grad_hook(drop_gradient) for parameter in trained]
     with torch.enable_grad(), _LiveBytes([*critic.parameters(), *critic.buffers()]) as live:
         critic(batch, rewards_only=rewards_only).sum().backward()
     for hook in hooks:
         hook.remove()
     return live.peak
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def shard_memory(
@@ -204,12 +204,9 @@ def shard_memory(
             gradients=working * trained,
             masters=fp32_copy * trained,
             moments=ADAM_BYTES * trained,
-            buckets=0,
-            gathered=0,
             activations=activations,
             reduction=working * min(trained, ALL_REDUCE) if world_size > 1 else 0,
             step=(working + fp32_copy) * trained,
-            host=0,
         )
 
     def part(sizes: tuple[int, ...]) -> int:
@@ -227,11 +224,9 @@ def shard_memory(
         moments=ADAM_BYTES * shard,
         # The bucket's contents are copied into a flat buffer for reduction; so is a gradient larger than a bucket.
         buckets=working * (bucket if stage == 1 else bucket + max(filled, count.largest)),
-        gathered=0,
         activations=activations,
         reduction=working * (bucket + max(filled, largest) + (largest if largest > bucket else 0)),
         step=shard * (2 * working + fp32_copy),  # accumulated gradients, their flat copy and its fp32 copy
-        host=0,
     )
     if stage == 3:
         sizes = (*count.trained, *count.frozen)

@@ -109,17 +109,16 @@ class PolicyEngine:
         flat = torch.zeros(int(ends_S[-1]) if len(ends_S) else 0, dtype=torch.float64, device=self.training.device)
         if nonempty:
             shortened = [sequences[row][:-1] for row in nonempty]
-            training = self.training
-            plan = plan_sequences(shortened, training.world_size, training.token_budget, self._reference.prefix_tree)
+            training, backbone = self.training, self._reference
+            plan = plan_sequences(shortened, training.world_size, training.token_budget, backbone.prefix_tree)
 
             def run(batch: Batch, units: Sequence[int]) -> SampledTokenStats:
                 rows = [nonempty[unit] for unit in units]
                 tokens = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
                 return self._run(self._reference_module, batch, tokens)
 
-            for units, stats, _ in forward_micro_batches(
-                self._reference, shortened, plan[training.rank], run, training.device
-            ):
+            outputs = forward_micro_batches(backbone, shortened, plan[training.rank], run, training.device)
+            for units, stats, _ in outputs:
                 rows = [nonempty[unit] for unit in units]
                 parts = stats.log_probs_A.double().split([counts_S[row] for row in rows])
                 for row, part in zip(rows, parts, strict=True):

@@ -65,12 +65,9 @@ def init_process_group(
 def init_distributed(backend: str) -> None:
     """Initialises DeepSpeed's communication, and ``torch.distributed`` unless the caller has.
 
-    Nothing is compiled. DeepSpeed would build its shared-memory all-reduce for CPUs on first use, which only its
-    inference engine calls. A process that is killed during that build leaves a lock behind, on which every later
-    process of the user waits forever.
-
-    Args:
-        backend: ``gloo`` or ``nccl``; rank and world size come from the environment.
+    The backend is ``gloo`` or ``nccl``; rank and world size come from the environment. Nothing is compiled: DeepSpeed
+    would build its shared-memory all-reduce for CPUs on first use, which only its inference engine calls. A process
+    that is killed during that build leaves a lock behind, on which every later process of the user waits forever.
     """
     import deepspeed
 

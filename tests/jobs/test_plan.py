@@ -134,13 +134,12 @@ def test_a_cluster_file_without_gpus_is_refused(tmp_path, content, message):
 def test_the_time_of_a_step_is_that_of_the_measured_or_the_assumed_rate():
     options = {"model": "0.1B", "world_size": 16, "tokens_per_step": 80_000}
     assert plan_of(**options, tokens_per_second=1000).step_seconds() == pytest.approx(5)
-    config = PlanJobConfig(**options, utilisation=0.5, gpu="h100", max_length=512)
-    assumed = planner_of(config)
+    assumed = plan_of(**options, utilisation=0.5, gpu="h100", max_length=512)
     multiplied = assumed.count.parameters - 49_152 * 576
     operations = 6 * multiplied + 6 * 30 * 576 * 512
     expected = 80_000 * operations / (0.5 * 989e12 * 16)
     assert assumed.step_seconds() == pytest.approx(expected)
-    assert plan_values(config, assumed, [])["step_seconds_are"] == "assumed"
+    assert plan_values(assumed, [])["step_seconds_are"] == "assumed"
 
 
 def test_it_neither_starts_nor_imports_ray():
