@@ -21,7 +21,7 @@ CONVERSION_OPTIONS = ("base", "max_length", "chat_template", "head_bias")
 
 
 def main() -> None:
-    """Exports or converts a critic and prints how to load the result."""
+    """Exports a critic, or converts another system's reward model, and prints how to load the result."""
     config = parse_command_line(ExportJobConfig, prog=command("export"))
     with local_directory(config.checkpoint) as directory:
         card = make_critic_directory(directory, config)

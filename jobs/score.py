@@ -138,8 +138,8 @@ def _read_through(
             return pa.unify_schemas([schema, schema_of(chunk)], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
-                f"{data}: a field has values of several types up to row {count}, which Parquet cannot hold: {error}; "
-                "use --format jsonl"
+                f"{data}: a field of the first {count} rows has values of several types, which Parquet cannot hold: "
+                f"{error}; use --format jsonl"
             ) from error
         except UnicodeEncodeError as error:
             raise DataError(

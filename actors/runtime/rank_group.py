@@ -150,7 +150,7 @@ class RankGroup:
         return len(self._ranks)
 
     def call_all(self, doing: str, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
-        """Calls a method on all ranks and waits for all answers; one caller at a time.
+        """Calls a method on all ranks and returns their answers. A lock makes concurrent callers wait.
 
         Args:
             doing: Purpose of the call in messages, such as ``compute values``.

@@ -129,7 +129,7 @@ class ShardedCritic:
         return computed
 
     def check_healthy(self) -> None:
-        """Checks that no shard was lost.
+        """Raises an error if a shard was lost.
 
         Raises:
             ScorerUnavailable: A shard was lost.

@@ -63,7 +63,7 @@ class PromptConfig(Section):
     """Sources of the prompts that the policy answers."""
 
     train: Sources = ()
-    """Training prompts (required): files, directories that datasets saved, or hub ids, whose rows have a prompt."""
+    """Training prompts (required): files, directories from datasets' save_to_disk, or hub ids. Rows need a prompt."""
     validation: Sources = ()
     """Held-out prompts, sources as in prompts.train; an alternative to prompts.validation_fraction."""
     validation_fraction: Decay = 0.0

@@ -136,7 +136,7 @@ class ServeJobConfig(ScoringOptions, CallLimits):
     """
 
     checkpoint: tyro.conf.Positional[PathOrUri | None] = None
-    """Critic directory, a checkpoint of a run or an export; path or URI."""
+    """Critic directory: a checkpoint of a run, or an export. A path or URI."""
     publish: bool = False
     """Replace the critic of the running pool by CHECKPOINT and keep its other options."""
     stop: bool = False
@@ -215,10 +215,10 @@ class ScoreJobConfig(ScoringOptions):
     """
 
     checkpoint: tyro.conf.Positional[PathOrUri]
-    """Critic directory, a checkpoint of a run or an export; path or URI."""
+    """Critic directory: a checkpoint of a run, or an export. A path or URI."""
     data: tyro.conf.Positional[Source]
-    """Data to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory that datasets
-    saved or a hub id."""
+    """Data to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory from
+    datasets' save_to_disk, or a hub id."""
     out: tyro.conf.Positional[PathOrUri]
     """Directory for the scored parts, new or of the same job. Every worker must reach it."""
     fields: dict[str, str] = Field({})

@@ -11,7 +11,8 @@ from rlhf_critic.config.base import NonNegativeInt, PathOrUri, Section
 from rlhf_critic.config.model import ChatTemplate, EncodingConfig, OptimizerConfig
 
 SOURCE_KINDS = (
-    "a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory that datasets saved or a hub id"
+    "a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), "
+    "a directory from datasets' save_to_disk, or a hub id"
 )
 
 
@@ -44,7 +45,7 @@ class EvaluateJobConfig(Section):
     """
 
     checkpoint: tyro.conf.Positional[PathOrUri]
-    """Critic directory, a checkpoint of a run or an export; path or URI."""
+    """Critic directory: a checkpoint of a run, or an export. A path or URI."""
     data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
     token_budget: PositiveInt = 4096
     """Maximum number of tokens computed at once. Changes speed and memory only."""
@@ -92,7 +93,7 @@ SizeNames = "0.1B, 0.5B, 1B, 3B, 8B, 14B, 32B, 70B"
 
 
 class PlanJobConfig(Section):
-    """Calculates the memory of a critic's shard in training, whether it fits a GPU, and changes that make it fit.
+    """Estimates the memory of a critic's shard in training, and suggests options that make it fit a GPU.
 
     For example, 8B on two nodes of 8 GPUs:
     rlhf-critic plan --model 8B --world-size 16 --zero-stage 3 --gradient-checkpointing --cluster cluster/gcp.yaml

@@ -30,7 +30,7 @@ class DataConfig(Section):
 
     train: Sources = ()
     """Training preferences (required): one or more files (.jsonl, .json, .parquet, .csv, each also .gz; paths or URIs),
-    directories that datasets saved, or hub ids. The last two take an optional :SPLIT."""
+    directories from datasets' save_to_disk, or hub ids. The last two take an optional :SPLIT."""
     train_weights: tuple[NonNegativeFloat, ...] | None = None
     """How often an epoch shows the preferences of each source of data.train; None shows each once."""
     validation: Sources = ()
@@ -44,7 +44,7 @@ class DataConfig(Section):
     """Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. Both are counted
     and reported."""
     seed: NonNegativeInt = 0
-    """Random seed for held-out prompts and for the sampled part of a weighted source."""
+    """Random seed that selects the held-out prompts, and the preferences of a source with a fractional weight."""
     cache_dir: PathOrUri = ".cache"
     """Local cache directory for encoded data. Safe to delete."""
 

@@ -1,4 +1,4 @@
-"""Agreement of rewards with preferences, with confidence intervals. Knows only numbers: rewards and lengths.
+"""How often rewards agree with labelled preferences, with confidence intervals. Takes only rewards and lengths.
 
 Shape legend: P preferences.
 """

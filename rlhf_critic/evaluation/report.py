@@ -30,7 +30,7 @@ MAX_CHARACTERS = 4000  # of one text
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure in human-readable form.
+    """A number formatted for people, with its label.
 
     Attributes:
         name: Name of the measure.

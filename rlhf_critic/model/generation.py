@@ -179,7 +179,7 @@ class _SamplingRecorder(LogitsProcessor):
 
 
 class VllmGenerator:
-    """Generator that uses vLLM, which computes a prompt once for all its responses. Needs a GPU.
+    """Generator that uses vLLM, which computes each prompt once for all responses to it. Needs a GPU.
 
     Args:
         model: Options of the policy.

@@ -106,7 +106,7 @@ def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[C
     """
     if isinstance(prompts, str) or isinstance(responses, str):
         raise ScorerRejected(
-            "not_a_list", "prompts and responses must be lists of equal length; put a single one in []"
+            "not_a_list", "prompts and responses must be lists of equal length; write a single one as a list of one"
         )
     if len(prompts) != len(responses):
         raise ScorerRejected(

@@ -84,7 +84,7 @@ class Planner:
         return next((setup.zero_stage for setup in setups if self.fits(setup)), None)
 
     def fitting_setup(self) -> PlanJobConfig | None:
-        """Finds the first setup that fits with one more change each; changes that cost the least time come first."""
+        """Returns the first setup that fits, with one more change each; those that cost the least time come first."""
         setup = self.setup
         for change in (
             {"zero_stage": 3},
