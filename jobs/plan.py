@@ -16,7 +16,8 @@ from rich.table import Column, Table
 from jobs.cli import command, run_job
 from jobs.plan_catalog import GPUS, NodeGroup, model_config, node_groups
 from rlhf_critic.config.base import parse_command_line
-from rlhf_critic.config.tools import MEMORY_OPTIONS, PlanJobConfig
+from rlhf_critic.config.model import ShardingConfig
+from rlhf_critic.config.tools import PlanJobConfig
 from rlhf_critic.training.memory_planner import USABLE, Planner
 
 PARTS = {
@@ -57,7 +58,7 @@ def changes_that_fit(planner: Planner) -> list[str]:
         return []
     ways = []
     if found := planner.fitting_setup():
-        values = ((name, getattr(found, name)) for name in (*MEMORY_OPTIONS, "dtype"))
+        values = ((name, getattr(found, name)) for name in ("token_budget", *ShardingConfig.model_fields, "dtype"))
         changed = [(name, value) for name, value in values if value != getattr(planner.setup, name)]
         flags = (f"--{name.replace('_', '-')} {value}".removesuffix(" True") for name, value in changed)
         ways.append(f"{' '.join(flags)} ({_gb(planner.memory(found).peak)})")

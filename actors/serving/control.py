@@ -24,26 +24,24 @@ from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
 from actors.serving.deployment import deployment_hash
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
-from actors.serving.replica_status import read_status, remove_status
+from actors.serving.replica_status import read_status, status_of
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 
 IMPORT_PATH = "actors.serving.deployment:app"
 POLL_S = 0.2
 SEQUENCER_CPUS = 0.1
-# Environment variables and runtime_env entries that replicas take over from the process that starts them.
+SCALING_OPTIONS = {"min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"}
+# Environment variables that replicas take over from the process that starts them.
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM")
-REMOTE_ENVIRONMENT = ("working_dir", "py_modules")
 
 Progress = Callable[[str], None]
 
 
 def is_loopback(host: str) -> bool:
     """Returns whether only this machine can connect to a server that listens on ``host``."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
@@ -76,15 +74,13 @@ def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
         CheckpointError: The critic is incomplete or damaged, or lacks what the options need.
         ConfigError: The components are not valid.
     """
-    scorer = config.scorer_config(checkpoint, "")
-    return _with_digest(scorer)
+    return _with_digest(config.scorer_config(checkpoint, ""))
 
 
 def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None, progress: Progress) -> str:
-    """Starts the pool, or changes the running one. A running pool keeps its configuration if the change fails.
+    """Starts the pool or changes the running one, and returns the version that every replica serves.
 
-    Returns:
-        The version that every replica serves.
+    A running pool keeps its configuration if the change fails.
 
     Raises:
         CheckpointError: The critic cannot be served.
@@ -98,32 +94,20 @@ def deploy(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | Non
 def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str | None) -> dict[str, Any]:
     """Returns the pool's entry in Ray Serve's configuration, without the ``runtime_env`` of the process that starts it.
 
-    Args:
-        config: The user's options.
-        scorer: The configuration of a replica.
-        token_sha256: See `actors.serving.http_api.HttpSettings`.
+    See `actors.serving.http_api.HttpSettings` for ``token_sha256``.
     """
-    user_config = {
-        "scorer": scorer.model_dump(mode="json"),
-        "shards": config.shards,
-        "cpus_per_shard": config.cpus_per_shard,
-        "use_gpu": config.use_gpu,
-    }
+    hardware = config.model_dump(include={"shards", "cpus_per_shard", "use_gpu"})
     replicas: dict[str, Any] = {
         "name": SCORER_DEPLOYMENT,
         "autoscaling_config": {
-            "min_replicas": config.min_replicas,
-            "max_replicas": config.max_replicas,
+            **config.model_dump(include=SCALING_OPTIONS),
             "initial_replicas": max(1, config.min_replicas),
-            "target_ongoing_requests": config.target_ongoing_requests,
-            "upscale_delay_s": config.upscale_delay_s,
-            "downscale_delay_s": config.downscale_delay_s,
             "metrics_interval_s": min(2.0, max(0.1, config.upscale_delay_s / 2)),
             "look_back_period_s": min(10.0, max(0.5, config.upscale_delay_s)),
         },
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
-        "user_config": user_config,
+        "user_config": {"scorer": scorer.model_dump(mode="json"), **hardware},
     }
     devices = {"num_cpus": config.cpus_per_shard, "num_gpus": int(config.use_gpu)}
     if config.shards == 1:
@@ -133,11 +117,7 @@ def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str 
         replicas["ray_actor_options"] = {"num_cpus": SEQUENCER_CPUS}
         replicas["placement_group_bundles"] = [{"CPU": SEQUENCER_CPUS}] + [shard] * config.shards
         replicas["placement_group_strategy"] = "PACK"
-    http = {
-        "token_sha256": token_sha256,
-        "max_body_bytes": config.max_body_bytes,
-        "deadline_s": config.deadline_s,
-    }
+    http = {"token_sha256": token_sha256, **config.model_dump(include={"max_body_bytes", "deadline_s"})}
     gateway = {"name": "Gateway", "user_config": {"http": http, "max_items": config.max_items}}
     return {
         "name": config.app,
@@ -148,10 +128,7 @@ def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str 
 
 
 def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> str:
-    """Swaps the critic of a running pool and keeps its other options.
-
-    Returns:
-        The version that every replica serves.
+    """Swaps the critic of a running pool, keeps its other options, and returns the version that every replica serves.
 
     Raises:
         ConfigError: There is no such pool, it runs another version of this package, or another process changed it
@@ -175,7 +152,7 @@ def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> 
 
 
 def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: str | None = None) -> str:
-    """Waits until every replica of a pool serves the published configuration.
+    """Waits until every replica of a pool serves the published configuration, and returns the version it has.
 
     A replica that is still starting at the time of publishing is not waited for. It starts with the previous
     configuration, names that version in its answers, and then swaps.
@@ -185,9 +162,6 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: st
         timeout_s: Maximum time to wait, in seconds.
         progress: Called with a line of text about the replicas that serve it so far.
         wanted: Hash of the published configuration; None takes the latest one.
-
-    Returns:
-        The version that every replica serves.
 
     Raises:
         CheckpointError: A replica cannot serve it.
@@ -202,9 +176,8 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: st
             raise ConfigError(f"the pool {app!r} was {what} by another process meanwhile")
         status, message, running, target = _state(app)
         reports = [report for report in read_status(app) if report.replica in running and report.published == wanted]
-        for report in reports:
-            if report.error:
-                raise CheckpointError(f"a replica cannot serve the published critic: {report.error}")
+        if error := next((report.error for report in reports if report.error), ""):
+            raise CheckpointError(f"a replica cannot serve the published critic: {error}")
         current = [report for report in reports if report.is_current]
         progress(f"{len(current)} of {max(len(running), target)} replicas serve the critic ({status})")
         if status == "DEPLOY_FAILED":
@@ -226,10 +199,10 @@ def stop(app: str) -> None:
     Raises:
         ConfigError: There is no such pool.
     """
-    if _deployed(app) is None:
+    if not is_running(app):
         raise ConfigError(f"there is no pool {app!r} to stop")
     # First, so that an interrupted stop leaves a pool that can be stopped again, not a status actor alone.
-    remove_status(app)
+    ray.kill(status_of(app))
     serve.delete(app)
 
 
@@ -245,7 +218,7 @@ def _change(
     # A unique name, so that earlier reports about the same critic are not taken for reports about this publication.
     _replicas(after)["user_config"]["publication"] = uuid.uuid4().hex
     wanted = deployment_hash(_replicas(after)["user_config"])
-    before = None if before is None else _at_its_size(app, before)
+    before = before and _at_its_size(app, before)
     _apply(app, _at_its_size(app, after))
     try:
         return wait_until_served(app, timeout_s, progress, wanted)
@@ -286,7 +259,7 @@ def _runtime_environment(use_gpu: bool) -> dict[str, Any]:
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     if not use_gpu:
         passed_on["DS_ACCELERATOR"] = "cpu"
-    return {**{name: mine[name] for name in REMOTE_ENVIRONMENT if mine.get(name)}, "env_vars": passed_on}
+    return {**{name: mine[name] for name in ("working_dir", "py_modules") if mine.get(name)}, "env_vars": passed_on}
 
 
 def _client() -> Any:
@@ -294,16 +267,13 @@ def _client() -> Any:
 
 
 def _deployed(app: str) -> dict[str, Any] | None:
-    """Returns the config that a pool was deployed with, None if there is no pool."""
     return _configs().get(app)
 
 
 def _configs() -> dict[str, dict[str, Any]]:
     """Returns the configs of all applications that were deployed by config."""
     client = get_serve_client(raise_if_no_controller_running=False)
-    if client is None:
-        return {}
-    applications = client.get_serve_details()["applications"]
+    applications = client.get_serve_details()["applications"] if client else {}
     return {
         name: details["deployed_app_config"]
         for name, details in applications.items()
@@ -315,12 +285,8 @@ def _apply(app: str, config: dict[str, Any]) -> None:
     """Replaces one application's config. Serve stops applications that a config does not name, so all are passed."""
     configs = {**_configs(), app: config}
     client = _client()
-    client.deploy_apps(
-        ServeDeploySchema(
-            applications=list(configs.values()),
-            http_options={"host": client.http_config.host, "port": client.http_config.port},
-        )
-    )
+    http = {"host": client.http_config.host, "port": client.http_config.port}
+    client.deploy_apps(ServeDeploySchema(applications=list(configs.values()), http_options=http))
 
 
 def _replicas(application: dict[str, Any]) -> dict[str, Any]:

@@ -133,17 +133,10 @@ class ScorerReplica:
 
 
 def _make_scorer(user_config: dict[str, Any], metrics: ScorerMetrics) -> Scorer:
-    from actors.serving.scorer import (
-        Scorer,  # imports torch and transformers, which only replicas need
-    )
+    from actors.serving.scorer import Scorer  # imports torch and transformers, which only replicas need
 
-    return Scorer(
-        ScorerConfig(**user_config["scorer"]),
-        shards=user_config["shards"],
-        cpus_per_shard=user_config["cpus_per_shard"],
-        use_gpu=user_config["use_gpu"],
-        on_batch=metrics.on_batch,
-    )
+    hardware = {name: user_config[name] for name in ("shards", "cpus_per_shard", "use_gpu")}
+    return Scorer(ScorerConfig(**user_config["scorer"]), **hardware, on_batch=metrics.on_batch)
 
 
 def _http_app() -> Any:

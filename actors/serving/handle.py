@@ -21,11 +21,7 @@ DEFAULT_APP = "scorers"
 
 
 class HandleTransport:
-    """Calls replicas through Serve's router.
-
-    Args:
-        app: The pool's name, the ``--app`` of ``python -m jobs.serve``.
-    """
+    """Calls the replicas of the pool ``app`` through Serve's router."""
 
     def __init__(self, app: str) -> None:
         self._app = app
@@ -41,7 +37,7 @@ class HandleTransport:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(serve.get_deployment_handle, SCORER_DEPLOYMENT, self._app)
             response = self._handle.score.remote(items, values, version)
-            answer: Scores | CriticError = await asyncio.wait_for(_answer(response), timeout_s)
+            answer: Scores | CriticError = await asyncio.wait_for(response, timeout_s)
         except asyncio.TimeoutError as error:
             _cancel(response)
             raise ScorerUnavailable(f"no replica answered within {timeout_s:.1f} s") from error
@@ -67,10 +63,6 @@ def _cancel(response: Any) -> None:
     if response is not None:
         with contextlib.suppress(RayError, RayServeException):
             response.cancel()
-
-
-async def _answer(response: Any) -> Any:
-    return await response
 
 
 def connect(app: str = DEFAULT_APP, **options: Any) -> ScorerClient:

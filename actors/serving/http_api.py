@@ -22,26 +22,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable, VersionMismatch
-from rlhf_critic.scoring.http_schema import (
-    ClassifyDatum,
-    ClassifyRequest,
-    ClassifyResponse,
-    ErrorDetail,
-    ErrorResponse,
-    GetRewardRequest,
-    GetRewardResponse,
-    HealthResponse,
-    InfoResponse,
-    LimitsModel,
-    ScoreRequest,
-    ScoreResponse,
-    Usage,
-    conversation_of,
-)
+from rlhf_critic.scoring import http_schema as schema
 from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, Text
 
 HEALTH = "/health"
-RETRY_AFTER_S = "1"
 MAX_SHOWN = 200  # characters of a field name chosen by the caller
 KIND_OF_STATUS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}
 
@@ -77,13 +61,16 @@ class ScoringService(Protocol):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The body is not JSON."},
-    401: {"model": ErrorResponse, "description": "The bearer token is missing or wrong."},
-    409: {"model": ErrorResponse, "description": "The pool serves another version than the requested one."},
-    413: {"model": ErrorResponse, "description": "The body is too large."},
-    422: {"model": ErrorResponse, "description": "The request has an invalid field, or an item that cannot be scored."},
-    500: {"model": ErrorResponse, "description": "A scorer failed."},
-    503: {"model": ErrorResponse, "description": "No scorer answered in time. Try again."},
+    status: {"model": schema.ErrorResponse, "description": description}
+    for status, description in {
+        400: "The body is not JSON.",
+        401: "The bearer token is missing or wrong.",
+        409: "The pool serves another version than the requested one.",
+        413: "The body is too large.",
+        422: "The request has an invalid field, or an item that cannot be scored.",
+        500: "A scorer failed.",
+        503: "No scorer answered in time. Try again.",
+    }.items()
 }
 
 
@@ -125,26 +112,21 @@ class _Gate:
             refusal = _error(request, 401, KIND_OF_STATUS[401], message, {"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
             return
-        limit = settings.max_body_bytes
         read = 0
 
         async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > limit:
-                raise HTTPException(413, f"the body is larger than {limit} bytes: split the call")
+            if read > settings.max_body_bytes:
+                raise HTTPException(413, f"the body is larger than {settings.max_body_bytes} bytes: split the call")
             return message
 
         await self._app(scope, counted, send)
 
 
 def build_app(service: Callable[[], ScoringService]) -> FastAPI:
-    """Creates the application.
-
-    Args:
-        service: Returns the service that answers; called for every request.
-    """
+    """Creates the application. It calls ``service`` for every request, to get the service that answers."""
     app = FastAPI(
         title="rlhf-critic scorers",
         description="Rewards of a critic. A text has the same reward at every endpoint.",
@@ -163,7 +145,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
     router = APIRouter(route_class=_StrictRoute, dependencies=[Depends(bearer)])
 
     @router.post("/score", responses=ERRORS)
-    async def score(request: ScoreRequest) -> ScoreResponse:
+    async def score(request: schema.ScoreRequest) -> schema.ScoreResponse:
         """Scores conversations, chats, finished texts or token ids."""
         items: list[Item] = []
         for item in request.items:
@@ -171,10 +153,10 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
                 items.append(item.to_item())
             except ScorerRejected as error:
                 raise ScorerRejected(error.kind, f"item {len(items)}: {error.message}", len(items)) from error
-        return ScoreResponse.of(await service().score(items, request.values, request.version))
+        return schema.ScoreResponse.of(await service().score(items, request.values, request.version))
 
     @router.post("/get_reward", responses=ERRORS)
-    async def get_reward(request: GetRewardRequest) -> GetRewardResponse:
+    async def get_reward(request: schema.GetRewardRequest) -> schema.GetRewardResponse:
         """Answers OpenRLHF's ``remote_rm_url`` clients. Replaces the end of each query by the critic's own ending."""
         queries = [request.query] if isinstance(request.query, str) else request.query
         prompts: Sequence[str | None] | None = (
@@ -191,35 +173,32 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
         scores = await service().score(items, False, None)
         rewards = scores.rewards_S.tolist()
         logs = {name: value_S.tolist() for name, value_S in scores.components.items()}
-        return GetRewardResponse(rewards=rewards, scores=rewards, extra_logs=logs, model_version=scores.model_version)
+        return schema.GetRewardResponse(
+            rewards=rewards, scores=rewards, extra_logs=logs, model_version=scores.model_version
+        )
 
     @router.post("/classify", responses=ERRORS)
-    async def classify(request: ClassifyRequest) -> ClassifyResponse:
+    async def classify(request: schema.ClassifyRequest) -> schema.ClassifyResponse:
         """Answers in the format of vLLM's classification endpoint. The raw reward is the only entry of ``probs``."""
         scores = await service().score(_classified(request), False, request.model)
         tokens = int(scores.tokens_S.sum())
-        return ClassifyResponse(
+        return schema.ClassifyResponse(
             id=f"classify-{uuid.uuid4().hex}",
             created=int(time.time()),
             model=scores.model_version,
             data=[
-                ClassifyDatum(index=index, label="LABEL_0", probs=[reward])
+                schema.ClassifyDatum(index=index, label="LABEL_0", probs=[reward])
                 for index, reward in enumerate(scores.rewards_S.tolist())
             ],
-            usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+            usage=schema.Usage(prompt_tokens=tokens, total_tokens=tokens),
         )
 
     @router.get("/info", responses={status: ERRORS[status] for status in (401, 500, 503)})
-    async def info() -> InfoResponse:
+    async def info() -> schema.InfoResponse:
         """Describes the served critic and the limits of a call."""
         served = await service().info()
-        limits = LimitsModel(
-            max_items=served.limits.max_items,
-            max_text_bytes=served.limits.max_text_bytes,
-            max_tokens=served.limits.max_tokens,
-            max_body_bytes=service().settings.max_body_bytes,
-        )
-        return InfoResponse(
+        limits = schema.LimitsModel(**served.limits.model_dump(), max_body_bytes=service().settings.max_body_bytes)
+        return schema.InfoResponse(
             model_version=served.model_version,
             fingerprint=served.fingerprint,
             max_length=served.max_length,
@@ -235,9 +214,9 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
     app.include_router(router)
 
     @app.get(HEALTH, responses={status: ERRORS[status] for status in (500, 503)})
-    async def health() -> HealthResponse:
+    async def health() -> schema.HealthResponse:
         """Reports whether a scorer is ready. This is the only endpoint that needs no token."""
-        return HealthResponse(model_version=(await service().info()).model_version)
+        return schema.HealthResponse(model_version=(await service().info()).model_version)
 
     return app
 
@@ -247,11 +226,11 @@ def _response_of(query: str, prompt: str | None) -> str | None:
     return query[len(prompt) :] if prompt is not None and query.startswith(prompt) else None
 
 
-def _classified(request: ClassifyRequest) -> list[Item]:
+def _classified(request: schema.ClassifyRequest) -> list[Item]:
     if (request.input is None) == (request.messages is None):
         raise ScorerRejected("no_items", "give either input or messages")
     if request.messages is not None:
-        return [conversation_of(request.messages)]
+        return [schema.conversation_of(request.messages)]
     if isinstance(request.input, str):
         return [Text(request.input)]
     assert request.input is not None
@@ -279,7 +258,7 @@ def _error(
     item: int | None = None,
 ) -> JSONResponse:
     request.app.state.on_refusal(kind)
-    body = ErrorResponse(error=ErrorDetail(kind=kind, message=message, item=item))
+    body = schema.ErrorResponse(error=schema.ErrorDetail(kind=kind, message=message, item=item))
     return JSONResponse(body.model_dump(), status, headers)
 
 
@@ -301,7 +280,7 @@ async def _on_critic_error(request: Request, error: Any) -> JSONResponse:
     if isinstance(error, VersionMismatch):
         return _error(request, 409, "version_mismatch", str(error))
     if isinstance(error, ScorerUnavailable):
-        return _error(request, 503, "unavailable", str(error), {"Retry-After": RETRY_AFTER_S})
+        return _error(request, 503, "unavailable", str(error), {"Retry-After": "1"})
     return _error(request, 500, "failed", str(error))
 
 

@@ -22,11 +22,7 @@ POLL_S = 2.0
 
 
 class JobCleanup:
-    """The actor that watches the job that created it.
-
-    Args:
-        app: The pool's name.
-    """
+    """The actor that watches the job that created it, for the pool ``app``."""
 
     def __init__(self, app: str) -> None:
         self._app = app
@@ -36,7 +32,8 @@ class JobCleanup:
     def _watch(self) -> None:
         context = ray.get_runtime_context()
         try:
-            while _runs(context.get_job_id()):
+            # Whether the job's driver is alive. Ray's public API for this needs the dashboard.
+            while any(one["JobID"] == context.get_job_id() and not one["IsDead"] for one in ray_state.jobs()):
                 time.sleep(POLL_S)
             if control.is_running(self._app):
                 control.stop(self._app)
@@ -44,21 +41,14 @@ class JobCleanup:
             ray.kill(context.current_actor)
 
 
-_Actor: Any = ray.remote(JobCleanup)
-
-
 @contextmanager
 def ends_with_this_job(app: str) -> Iterator[None]:
     """Guarantees that a pool started and stopped inside the block does not outlive the job."""
-    cleanup = _Actor.options(
+    actor: Any = ray.remote(JobCleanup)
+    cleanup = actor.options(
         name=f"pool-keeper-{app}", namespace=NAMESPACE, lifetime="detached", num_cpus=0, resources=ON_HEAD
     ).remote(app)
     try:
         yield
     finally:
         ray.kill(cleanup)
-
-
-def _runs(job: str) -> bool:
-    """Returns whether a job's driver is alive. Ray's public API for this needs the dashboard."""
-    return any(one["JobID"] == job and not one["IsDead"] for one in ray_state.jobs())

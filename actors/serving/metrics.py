@@ -20,25 +20,19 @@ TOKEN_BOUNDS = [64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 
 
 class ScorerMetrics:
-    """The metrics of one replica.
-
-    Args:
-        app: The pool's name.
-        replica: The replica's id.
-    """
+    """The metrics of one replica of the pool ``app``."""
 
     def __init__(self, app: str, replica: str) -> None:
         tags = {"app": app, "replica": replica}
-        names = tuple(tags)
 
         def counter(name: str, description: str, *more: str) -> Counter:
-            return Counter(f"rlhf_critic_{name}", description, (*names, *more)).set_default_tags(tags)
+            return Counter(f"rlhf_critic_{name}", description, (*tags, *more)).set_default_tags(tags)
 
         def gauge(name: str, description: str, *more: str) -> Gauge:
-            return Gauge(f"rlhf_critic_{name}", description, (*names, *more)).set_default_tags(tags)
+            return Gauge(f"rlhf_critic_{name}", description, (*tags, *more)).set_default_tags(tags)
 
         def histogram(name: str, description: str, bounds: list[float]) -> Histogram:
-            return Histogram(f"rlhf_critic_{name}", description, bounds, names).set_default_tags(tags)
+            return Histogram(f"rlhf_critic_{name}", description, bounds, tuple(tags)).set_default_tags(tags)
 
         self._latency = histogram("score_seconds", "Seconds from a call's arrival to its answer.", LATENCY_BOUNDS_S)
         self._batch_tokens = histogram("batch_tokens", "Tokens computed for a micro-batch.", list(TOKEN_BOUNDS))
@@ -87,10 +81,6 @@ class ScorerMetrics:
 
 
 def http_refusals(app: str) -> Counter:
-    """Returns the counter of HTTP requests without scores, by kind of error, including errors of replicas.
-
-    Args:
-        app: The pool's name.
-    """
+    """Returns a pool's counter of HTTP requests without scores, by kind of error, including errors of replicas."""
     counter = Counter("rlhf_critic_http_refusals_total", "Rejected or failed HTTP requests, by kind.", ("app", "kind"))
     return counter.set_default_tags({"app": app})

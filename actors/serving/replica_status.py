@@ -79,12 +79,6 @@ def status_of(app: str) -> Any:
 def read_status(app: str) -> list[ReplicaReport]:
     """Returns the last reports of a pool's replicas; none while the status actor restarts."""
     try:
-        reports: list[ReplicaReport] = ray.get(status_of(app).reports.remote(), timeout=CALL_TIMEOUT_S)
+        return ray.get(status_of(app).reports.remote(), timeout=CALL_TIMEOUT_S)
     except RayError:
         return []
-    return reports
-
-
-def remove_status(app: str) -> None:
-    """Ends a pool's status actor."""
-    ray.kill(status_of(app))

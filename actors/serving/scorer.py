@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,40 +35,16 @@ from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, encode_items, fi
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
+if TYPE_CHECKING:
+    from actors.serving.sharded_critic import ShardedCritic
+
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 600.0
-DIGITS_OF_VERSION = 8
-
-
-class CriticBackend(Protocol):
-    """A loaded critic that computes micro-batches: `LocalCritic` or `actors.serving.sharded_critic.ShardedCritic`.
-
-    Its methods raise `ScorerUnavailable` after a part of the critic was lost.
-    """
-
-    card: CriticCard
-    encoder: Encoder
-    prefix_tree: bool
-    tokens_at_once: int  # maximum number of tokens in a micro-batch
-
-    def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`."""
-
-    def check_healthy(self) -> None:
-        """Checks that no part of the critic was lost."""
-
-    def close(self) -> None:
-        """Frees the weights and ends the processes that hold them."""
 
 
 class LocalCritic:
-    """A critic on this process's device.
-
-    Args:
-        directory: A critic directory on this machine, verified by the caller.
-        token_budget: Maximum number of tokens computed at once.
-        use_gpu: Whether to use the GPU.
+    """A critic on this process's device, of a verified directory; computes at most ``token_budget`` tokens at once.
 
     Raises:
         CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
@@ -84,7 +60,7 @@ class LocalCritic:
         self.tokens_at_once = token_budget
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """See `CriticBackend.forward`."""
+        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`."""
         whole = [MicroBatch(tuple(range(len(sequences))))]
         ((_, output, tokens),) = forward_micro_batches(
             self._critic,
@@ -113,7 +89,7 @@ class _Version:
     def __init__(
         self,
         config: ScorerConfig,
-        backend: CriticBackend,
+        backend: LocalCritic | ShardedCritic,
         digest: str,
         on_batch: Callable[[BatchRecord], None],
     ) -> None:
@@ -165,7 +141,6 @@ class _Call:
     outputs: Future[Outputs]
 
     def finish(self, outputs: Outputs) -> Scores:
-        """Builds the answer from the critic's outputs."""
         critic_S = np.array([output[-1] for output in outputs], dtype=np.float32)
         if self.served.config.normalize:
             critic_S = self.served.backend.card.normalize(critic_S).astype(np.float32)
@@ -298,19 +273,13 @@ class Scorer:
                     f"{config.checkpoint}: these files are not the published ones (SHA-256 {digest[:12]}, expected "
                     f"{str(config.digest)[:12]}): restore them, and publish a changed critic under another path"
                 )
-            backend: CriticBackend
             if self._shards == 1:
-                backend = LocalCritic(directory, config.token_budget, self._use_gpu)
+                backend: LocalCritic | ShardedCritic = LocalCritic(directory, config.token_budget, self._use_gpu)
             else:
                 from actors.serving.sharded_critic import ShardedCritic
 
                 backend = ShardedCritic(
-                    config.checkpoint,
-                    directory,
-                    config.token_budget,
-                    self._shards,
-                    self._cpus_per_shard,
-                    self._use_gpu,
+                    config.checkpoint, directory, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu
                 )
         try:
             return _Version(config, backend, digest, self._on_batch)
@@ -327,4 +296,4 @@ def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:
     """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
     how = config.model_dump_json(include={"normalize", "components"})
-    return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:DIGITS_OF_VERSION]}"
+    return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:8]}"

@@ -31,8 +31,7 @@ class ShardedCriticRank(Rank):
 
     def node(self) -> str:
         """Returns the id of this rank's node."""
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
+        return ray.get_runtime_context().get_node_id()
 
     def open_critic(self, checkpoint: str, ranks: Sequence[int]) -> str | None:
         """Opens the critic's directory if this is one of ``ranks``, and keeps it open until `load` is done."""
@@ -56,15 +55,13 @@ class ShardedCriticRank(Rank):
 
 
 class ShardedCritic:
-    """The handle of a critic's shards; an `actors.serving.scorer.CriticBackend`.
+    """The handle of a critic's shards, used as an `actors.serving.scorer.LocalCritic` is.
 
     Args:
         checkpoint: A critic directory, path or URI, reachable from the node of every shard.
         directory: The same directory on this machine, verified by the caller.
         token_budget: Maximum number of tokens that a shard computes at once.
-        shards: Number of shards.
-        cpus_per_shard: CPUs that Ray reserves for each shard.
-        use_gpu: Whether each shard uses a GPU, with NCCL between them.
+        shards: Number of shards; each reserves ``cpus_per_shard`` and, with ``use_gpu``, a GPU.
 
     Raises:
         CheckpointError: The critic cannot be loaded.
@@ -72,13 +69,7 @@ class ShardedCritic:
     """
 
     def __init__(
-        self,
-        checkpoint: str,
-        directory: Path,
-        token_budget: int,
-        shards: int,
-        cpus_per_shard: float = 1.0,
-        use_gpu: bool = False,
+        self, checkpoint: str, directory: Path, token_budget: int, shards: int, cpus_per_shard: float, use_gpu: bool
     ) -> None:
         self.card: CriticCard = read_card(directory)
         self.encoder: Encoder = load_encoder(directory, self.card)
@@ -121,12 +112,11 @@ class ShardedCritic:
         """
         arrays = ray.put([np.asarray(ids, dtype=np.int64) for ids in sequences])
         try:
-            computed: Computed = self._group.call_all("score", "forward", arrays, rewards_only)[0]
+            return self._group.call_all("score", "forward", arrays, rewards_only)[0]
         except RankLost as error:
             self._is_lost = True
             shards = len(self._group)
             raise ScorerUnavailable(f"a scorer lost one of its {shards} shards ({error}): try again") from error
-        return computed
 
     def check_healthy(self) -> None:
         """Raises an error if a shard was lost.

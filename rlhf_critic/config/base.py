@@ -42,11 +42,6 @@ SECRET_IN_URI = re.compile(
 )
 
 
-def is_local_source(source: str) -> bool:
-    """Returns true if a source of data, without its ``:SPLIT``, is a file or directory of this machine."""
-    return "://" not in source and (Path(source).exists() or Path(re.sub(r":\w+$", "", source)).is_dir())
-
-
 def shown_path(path: str) -> str:
     """Shortens an absolute path below the working directory to a relative one, as a user would type it."""
     return os.path.relpath(path) if os.path.isabs(path) and Path(path).is_relative_to(Path.cwd()) else path
@@ -64,7 +59,8 @@ def _absolute_if_local(name: str) -> str:
 
 def _absolute_source(source: str) -> str:
     source = os.path.expanduser(source)
-    return os.path.abspath(source) if is_local_source(source) else source
+    is_local = "://" not in source and (Path(source).exists() or Path(re.sub(r":\w+$", "", source)).is_dir())
+    return os.path.abspath(source) if is_local else source
 
 
 def _as_tuple(sources: Any) -> Any:
@@ -161,8 +157,7 @@ def validate_same_options(run: str, before: BaseModel, after: BaseModel, ignore:
     Raises:
         ConfigError: Names the options that differ.
     """
-    changed = changed_options(before, after, ignore)
-    if changed:
+    if changed := changed_options(before, after, ignore):
         raise ConfigError(
             f"the run {run!r} cannot continue with other options: {'; '.join(changed)}. Restore them, or start a run "
             "with another --run.name"
@@ -199,7 +194,7 @@ def parse_command_line(config_class: type[ConfigT], arguments: Sequence[str] | N
         default=load_config_file(config_class, known.config) if known.config else tyro.MISSING_NONPROP,
         prog=prog or None,
         description=f"{purpose}\n\n--config FILE.yaml sets options from a file; options on the command line override "
-        f"it.",
+        "it.",
     )
 
 
@@ -221,9 +216,10 @@ def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:
         return config_class.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        line = _line_of(tree, first["loc"])
         option = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigError(f"{path}:{line}: {option}: {first['msg']} (got {first['input']!r})") from error
+        raise ConfigError(
+            f"{path}:{_line_of(tree, first['loc'])}: {option}: {first['msg']} (got {first['input']!r})"
+        ) from error
 
 
 def _line_of(tree: yaml.Node | None, location: tuple[Any, ...]) -> int:

@@ -75,16 +75,28 @@ class EncodingConfig(Section):
     """Maximum sequence length in tokens. Longer sequences are truncated from the left."""
 
 
-class ConstantSchedule(Section):
-    """A schedule whose learning rate is constant by default, as usual in PPO."""
+class ShardingConfig(Section):
+    """The options that decide the memory of a shard in training."""
 
-    schedule: Literal["cosine", "linear", "constant"] = "constant"
-    """Learning-rate schedule after warm-up."""
-    warmup_fraction: Fraction = 0.0
-    """Fraction of all steps over which the learning rate rises from 0."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, slower."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage of DeepSpeed: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in CPU memory; needs zero_stage 1 to 3."""
+    offload_parameters: bool = False
+    """Keep parameters in CPU memory until they are used; needs zero_stage 3."""
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self) -> ShardingConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        return self
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(ShardingConfig):
     """AdamW, its schedule and its sharding by DeepSpeed."""
 
     learning_rate: PositiveFloat = 1e-5
@@ -106,19 +118,3 @@ class OptimizerConfig(Section):
     token_budget: PositiveInt | Literal["auto"] = "auto"
     """Maximum number of tokens computed per micro-batch; auto measures a few sizes at the start. Changes speed and
     memory, and results only by rounding."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them: less memory, slower."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage of DeepSpeed: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
-    offload_optimizer: bool = False
-    """Keep optimizer state in CPU memory; needs zero_stage 1 to 3."""
-    offload_parameters: bool = False
-    """Keep parameters in CPU memory until they are used; needs zero_stage 3."""
-
-    @model_validator(mode="after")
-    def _offload_needs_shards(self) -> OptimizerConfig:
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError("offload_parameters needs zero_stage 3")
-        return self

@@ -16,19 +16,24 @@ from rlhf_critic.config.base import (
     Section,
     Sources,
 )
-from rlhf_critic.config.model import BodyConfig, ChatTemplate, ConstantSchedule, ModelConfig, OptimizerConfig
+from rlhf_critic.config.model import BodyConfig, ChatTemplate, ModelConfig, OptimizerConfig
 from rlhf_critic.errors import ConfigError
 
 
-class PolicyOptimizerConfig(ConstantSchedule, OptimizerConfig):
+class CriticOptimizerConfig(OptimizerConfig):
+    """AdamW for the critic."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "constant"
+    """Learning-rate schedule after warm-up."""
+    warmup_fraction: Fraction = 0.0
+    """Fraction of all steps over which the learning rate rises from 0."""
+
+
+class PolicyOptimizerConfig(CriticOptimizerConfig):
     """AdamW for the policy."""
 
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
-
-
-class CriticOptimizerConfig(ConstantSchedule, OptimizerConfig):
-    """AdamW for the critic."""
 
 
 class PolicyConfig(Section):
@@ -250,14 +255,9 @@ class PPOJobConfig(Section):
         Raises:
             ConfigError: A required option is missing; the message names it.
         """
-        required: tuple[tuple[str, object], ...] = (
-            ("policy.model.path", self.policy.model.path),
-            ("prompts.train", self.prompts.train),
-        )
-        for option, value in required:
+        for option, value in (("policy.model.path", self.policy.model.path), ("prompts.train", self.prompts.train)):
             if not value:
-                flag = option.replace("_", "-")
-                raise ConfigError(f"{option} is required: give --{flag} VALUE, or set it in the --config file")
+                raise ConfigError(f"{option} is required: give --{option} VALUE, or set it in the --config file")
 
     @property
     def cpus(self) -> float:

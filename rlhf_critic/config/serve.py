@@ -105,6 +105,27 @@ class ScoringOptions(Section):
     """Maximum number of tokens computed at once. Changes speed and memory only."""
 
 
+class ScoringJobOptions(ScoringOptions):
+    """Options of every job that starts scorers."""
+
+    components: PathOrUri | None = None
+    """YAML file with the components of a reward; None uses the critic alone."""
+
+    def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
+        """Returns the options of every scorer. A job without limits of a call has no other callers to limit.
+
+        Raises:
+            ConfigError: The file of components cannot be read, or a component is wrong.
+        """
+        return ScorerConfig(
+            checkpoint=checkpoint,
+            digest=digest,
+            components=load_components(self.components),
+            **self.model_dump(include=set(ScoringOptions.model_fields)),
+            **{name: getattr(self, name, 2**31) for name in CallLimits.model_fields},
+        )
+
+
 class CallLimits(Section):
     """Limits of one call of a scorer."""
 
@@ -126,7 +147,7 @@ class ScorerConfig(ScoringOptions, CallLimits, Components):
     """Expected SHA-256 of the critic's files; None accepts any."""
 
 
-class ServeJobConfig(ScoringOptions, CallLimits):
+class ServeJobConfig(ScoringJobOptions, CallLimits):
     """Serves a critic's rewards from a pool of scorer replicas, or updates a running pool.
 
     For example: rlhf-critic serve runs/first/step-000100 --min-replicas 1 --max-replicas 8
@@ -164,8 +185,6 @@ class ServeJobConfig(ScoringOptions, CallLimits):
     """Seconds of high load before replicas are added."""
     downscale_delay_s: NonNegativeFloat = 300.0
     """Seconds of low load before replicas are removed."""
-    components: PathOrUri | None = None
-    """YAML file with the components of a reward; None uses the critic alone."""
     host: str = "127.0.0.1"
     """Address on which HTTP listens."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -191,21 +210,8 @@ class ServeJobConfig(ScoringOptions, CallLimits):
             raise ValueError("a checkpoint is required: rlhf-critic serve CHECKPOINT")
         return self
 
-    def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
-        """Returns the options of every replica.
 
-        Raises:
-            ConfigError: The file of components cannot be read, or a component is wrong.
-        """
-        return ScorerConfig(
-            checkpoint=checkpoint,
-            digest=digest,
-            components=load_components(self.components),
-            **self.model_dump(include={*ScoringOptions.model_fields, *CallLimits.model_fields}),
-        )
-
-
-class ScoreJobConfig(ScoringOptions):
+class ScoreJobConfig(ScoringJobOptions):
     """Scores the responses of a data set with a critic, part by part. An interrupted job resumes when it runs again.
 
     For example: rlhf-critic score my-critic rollouts.jsonl scored --num-workers 2
@@ -227,8 +233,6 @@ class ScoreJobConfig(ScoringOptions):
     """Write only the best of a row's responses, as response; the first one of equals."""
     format: Literal["auto", "jsonl", "parquet"] = "auto"
     """Output format. auto: Parquet for Parquet input, otherwise JSON Lines."""
-    components: PathOrUri | None = None
-    """YAML file with the components of a reward; None uses the critic alone."""
     rows_per_part: PositiveInt = 512
     """Number of rows per part, the unit that an interruption can lose."""
     num_workers: PositiveInt = 1
@@ -239,19 +243,3 @@ class ScoreJobConfig(ScoringOptions):
     """Use one GPU per scorer."""
     start_timeout_s: PositiveFloat = 1800.0
     """Seconds to wait for scorers, including the time an autoscaler needs to add nodes."""
-
-    def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
-        """Returns the options of every scorer, without limits of a call, because there are no other callers.
-
-        Raises:
-            ConfigError: The file of components cannot be read, or a component is wrong.
-        """
-        return ScorerConfig(
-            checkpoint=checkpoint,
-            digest=digest,
-            components=load_components(self.components),
-            max_items=2**31,
-            max_text_bytes=2**31,
-            max_tokens=2**31,
-            **self.model_dump(include=set(ScoringOptions.model_fields)),
-        )

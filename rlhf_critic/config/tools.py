@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_critic.config.base import NonNegativeInt, PathOrUri, Section
-from rlhf_critic.config.model import ChatTemplate, EncodingConfig, OptimizerConfig
+from rlhf_critic.config.model import ChatTemplate, EncodingConfig, OptimizerConfig, ShardingConfig
 
 SOURCE_KINDS = (
     "a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), "
@@ -92,7 +92,7 @@ GpuName = Literal["a10g", "l4", "l40s", "a100-40g", "a100-80g", "h100", "h200"]
 SizeNames = "0.1B, 0.5B, 1B, 3B, 8B, 14B, 32B, 70B"
 
 
-class PlanJobConfig(Section):
+class PlanJobConfig(ShardingConfig):
     """Estimates the memory of a critic's shard in training, and suggests options that make it fit a GPU.
 
     For example, 8B on two nodes of 8 GPUs:
@@ -104,20 +104,12 @@ class PlanJobConfig(Section):
     )
     world_size: PositiveInt = 8
     """Number of ranks with one GPU each, as run.num_workers in training."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     dtype: Dtype = "bfloat16"
     """Dtype of parameters and activations."""
     token_budget: PositiveInt = 4096
     """Maximum number of tokens computed per micro-batch."""
     max_length: PositiveInt = 1024
     """Maximum sequence length in tokens."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-    offload_optimizer: bool = False
-    """Keep optimizer state in CPU memory; needs zero_stage 1 to 3."""
-    offload_parameters: bool = False
-    """Keep parameters in CPU memory until they are used; needs zero_stage 3."""
     freeze_layers: NonNegativeInt = 0
     """Number of first layers that stay frozen, with the embeddings."""
     lora_rank: NonNegativeInt = 0
@@ -137,15 +129,7 @@ class PlanJobConfig(Section):
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object, in bytes and seconds, instead of a table."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> PlanJobConfig:
-        assert self.optimizer  # its own rules
-        return self
-
     @property
     def optimizer(self) -> OptimizerConfig:
         """The options of the optimizer that decide memory."""
-        return OptimizerConfig(**{name: getattr(self, name) for name in MEMORY_OPTIONS})
-
-
-MEMORY_OPTIONS = ("token_budget", "gradient_checkpointing", "zero_stage", "offload_optimizer", "offload_parameters")
+        return OptimizerConfig(**self.model_dump(include={"token_budget", *ShardingConfig.model_fields}))

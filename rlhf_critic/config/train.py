@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from rlhf_critic.config.base import (
-    Decay,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PathOrUri,
-    RunName,
-    Section,
-    Sources,
-)
+from rlhf_critic.config.base import Decay, NonNegativeFloat, NonNegativeInt, PathOrUri, RunName, Section, Sources
 from rlhf_critic.config.model import EncodingConfig, ModelConfig, OptimizerConfig
 from rlhf_critic.errors import ConfigError
 
@@ -165,11 +151,9 @@ class TrainJobConfig(Section):
         Raises:
             ConfigError: A required option is missing; the message names it.
         """
-        required: tuple[tuple[str, object], ...] = (("model.path", self.model.path), ("data.train", self.data.train))
-        for option, value in required:
+        for option, value in (("model.path", self.model.path), ("data.train", self.data.train)):
             if not value:
-                flag = option.replace("_", "-")
-                raise ConfigError(f"{option} is required: give --{flag} VALUE, or set it in the --config file")
+                raise ConfigError(f"{option} is required: give --{option} VALUE, or set it in the --config file")
         validates = self.data.validation or self.data.validation_fraction
         for option, wanted in (
             ("train.early_stopping_patience", self.train.early_stopping_patience > 0),
