@@ -10,9 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_critic.errors import ConfigError, CriticError
 from rlhf_critic.logs import configure_logging
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 logger = logging.getLogger(__name__)
 
@@ -21,43 +25,33 @@ SCRIPT = "rlhf-critic"
 
 @dataclass(frozen=True)
 class Command:
-    """A job as a command of ``rlhf-critic``.
-
-    Attributes:
-        module: The module that runs it.
-        config: The class of its options, ``MODULE:CLASS``.
-        summary: One line for the list of commands.
-    """
+    """A job as a command of ``rlhf-critic``."""
 
     module: str
-    config: str
+    config: str  # MODULE:CLASS of its options, below rlhf_critic.config
     summary: str
+
+    def config_class(self) -> type[BaseModel]:
+        """Imports the class of its options."""
+        module, _, name = self.config.partition(":")
+        return getattr(importlib.import_module(f"rlhf_critic.config.{module}"), name)
 
 
 COMMANDS = {
-    "train": Command("jobs.train", "rlhf_critic.config.train:TrainJobConfig", "Train a critic on preferences."),
-    "evaluate": Command(
-        "jobs.evaluate", "rlhf_critic.config.tools:EvaluateJobConfig", "Measure how well a critic agrees with data."
-    ),
-    "inspect": Command(
-        "jobs.inspect_data", "rlhf_critic.config.tools:InspectJobConfig", "Count and show preferences before training."
-    ),
-    "export": Command(
-        "jobs.export", "rlhf_critic.config.tools:ExportJobConfig", "Export a critic, or convert another reward model."
-    ),
-    "serve": Command("jobs.serve", "rlhf_critic.config.serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
-    "score": Command("jobs.score", "rlhf_critic.config.serve:ScoreJobConfig", "Score the responses of a data set."),
-    "ppo": Command("jobs.ppo", "rlhf_critic.config.ppo:PPOJobConfig", "Train a policy with PPO."),
-    "plan": Command(
-        "jobs.plan", "rlhf_critic.config.tools:PlanJobConfig", "Estimate the memory and time of a training run."
-    ),
+    "train": Command("jobs.train", "train:TrainJobConfig", "Train a critic on preferences."),
+    "evaluate": Command("jobs.evaluate", "tools:EvaluateJobConfig", "Measure how well a critic agrees with data."),
+    "inspect": Command("jobs.inspect_data", "tools:InspectJobConfig", "Count and show preferences before training."),
+    "export": Command("jobs.export", "tools:ExportJobConfig", "Export a critic, or convert another reward model."),
+    "serve": Command("jobs.serve", "serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
+    "score": Command("jobs.score", "serve:ScoreJobConfig", "Score the responses of a data set."),
+    "ppo": Command("jobs.ppo", "ppo:PPOJobConfig", "Train a policy with PPO."),
+    "plan": Command("jobs.plan", "tools:PlanJobConfig", "Estimate the memory and time of a training run."),
 }
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a full disk, or a user's quota
-# The folder in which Ray unpacks the working directory of a submitted job.
-RAY_PACKAGE_FOLDER = "working_dir_files"
+RAY_PACKAGE_FOLDER = "working_dir_files"  # where Ray unpacks the working directory of a submitted job
 
 
 def command(name: str) -> str:
@@ -101,13 +95,7 @@ def validate_wandb(project: str | None) -> None:
 
 
 def validate_resume(storage_path: str, name: str, exists: bool, resume: bool) -> None:
-    """Checks that a run is resumed on purpose.
-
-    Args:
-        storage_path: The directory of all runs.
-        name: The name of this run.
-        exists: There is a directory of that run.
-        resume: The user gave ``--resume``.
+    """Checks that a run which ``exists`` is resumed on purpose, by ``--resume``.
 
     Raises:
         ConfigError: The run exists and the user did not ask to resume it.
@@ -123,12 +111,8 @@ def validate_resume(storage_path: str, name: str, exists: bool, resume: bool) ->
 def validate_outside_package(option: str, path: str) -> None:
     """Checks that a job does not write into the copy of the working directory that Ray makes for a submitted job.
 
-    Args:
-        option: The option's name.
-        path: The option's value, an absolute path or a URI.
-
     Raises:
-        ConfigError: The path lies in such a copy, which Ray deletes at any time.
+        ConfigError: The path, absolute or a URI, lies in such a copy, which Ray deletes at any time.
     """
     if "://" not in path and RAY_PACKAGE_FOLDER in Path(path).parts:
         raise ConfigError(

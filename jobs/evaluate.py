@@ -73,8 +73,7 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
     with local_directory(config.checkpoint) as directory:
         loaded = load_critic(directory)
     _, first_row = next(read_rows(config.data))
-    evaluate_rows = _evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences
-    return evaluate_rows(loaded, config)
+    return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)
 
 
 def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[Evaluation, Page]:
@@ -85,19 +84,15 @@ def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tu
     rewards_P2 = np.stack([rewards_R[pairs.better_P], rewards_R[pairs.worse_P]], axis=1)
     evaluation = evaluate_rewards(rewards_P2[:, 0], rewards_P2[:, 1], pairs.lengths_P2, subsets_P=pairs.subsets_P)
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    wrong = [
-        _decode_example(
-            loaded,
-            preferences.origin(int(pairs.rows_P[pair])),
-            f"margin {margin_P[pair]:.3f}",
-            {
-                f"chosen, reward {rewards_P2[pair, 0]:.3f}": sequences[pairs.better_P[pair]],
-                f"rejected, reward {rewards_P2[pair, 1]:.3f}": sequences[pairs.worse_P[pair]],
-            },
-        )
-        for pair in _lowest(margin_P)
-    ]
-    page = Page(
+    wrong = []
+    for pair in _lowest(margin_P):
+        texts = {
+            f"chosen, reward {rewards_P2[pair, 0]:.3f}": sequences[pairs.better_P[pair]],
+            f"rejected, reward {rewards_P2[pair, 1]:.3f}": sequences[pairs.worse_P[pair]],
+        }
+        origin = preferences.origin(int(pairs.rows_P[pair]))
+        wrong.append(_decode_example(loaded, origin, f"margin {margin_P[pair]:.3f}", texts))
+    return evaluation, Page(
         critic=loaded.card.version,
         source=str(preferences),
         figures=preference_figures(evaluation),
@@ -106,7 +101,6 @@ def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tu
         plots=_preference_plots(evaluation, rewards_P2, pairs.lengths_P2) if config.report is not None else [],
         wrong=wrong,
     )
-    return evaluation, page
 
 
 def _evaluate_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[BestOfNEvaluation, Page]:
@@ -125,7 +119,7 @@ def _evaluate_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tupl
             f"best wrong response, reward {wrong[best_wrong]:.3f}": row.sequences[row.right + best_wrong],
         }
         wrong_examples.append(_decode_example(loaded, row.origin, f"lead {lead_N[index]:.3f}", texts))
-    page = Page(
+    return evaluation, Page(
         critic=loaded.card.version,
         source=f"{config.data}: {len(rows)} best-of-n rows, {sum(row.truncated for row in rows)} with truncated texts",
         figures=best_of_n_figures(evaluation),
@@ -134,7 +128,6 @@ def _evaluate_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tupl
         plots=_best_of_n_plots(lead_N) if config.report is not None else [],
         wrong=wrong_examples,
     )
-    return evaluation, page
 
 
 def _preference_plots(
@@ -183,20 +176,17 @@ def _decode_example(loaded: LoadedCritic, origin: str, note: str, sequences: Map
 
 def tables(page: Page) -> list[Table]:
     """Returns tables of the figures and, if rows have tags, of accuracy by subset."""
-    figures = Table(title=escape(f"{page.critic} on {page.source}"), title_justify="left")
-    for column in ("measure", "value [95% interval]", "meaning"):
-        figures.add_column(escape(column))
+    title = escape(f"{page.critic} on {page.source}")
+    figures = Table("measure", "value [95% interval]", "meaning", title=title, title_justify="left")
     for figure in page.figures:
         figures.add_row(figure.name, escape(figure.value), figure.meaning)
     if not page.bars:
         return [figures]
-    subsets = Table(title="by subset", title_justify="left")
-    for column in ("subset", "accuracy [95% interval]", page.baseline_name, "count"):
-        subsets.add_column(escape(column))
+    columns = ("subset", "accuracy [95% interval]", page.baseline_name, "count")
+    subsets = Table(*columns, title="by subset", title_justify="left")
     for bar in page.bars:
-        subsets.add_row(
-            escape(bar.name or "(no tag)"), escape(str(bar.accuracy)), f"{bar.baseline:.3f}", str(bar.count)
-        )
+        name, accuracy = escape(bar.name or "(no tag)"), escape(str(bar.accuracy))
+        subsets.add_row(name, accuracy, f"{bar.baseline:.3f}", str(bar.count))
     return [figures, subsets]
 
 

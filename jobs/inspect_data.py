@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -36,19 +36,11 @@ def main() -> None:
 
 
 def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], max_length: int) -> Table:
-    """Returns a table with the statistics of one source.
-
-    Args:
-        preferences: Preferences of one source.
-        before: Preferences of the earlier sources; shared prompts are counted.
-        max_length: Maximum sequence length in tokens.
-    """
+    """Returns a table with the statistics of one source, among them the prompts it shares with those ``before`` it."""
     ((source, report),) = preferences.reports.items()
     pairs = preferences.comparisons()
     longer = wins((pairs.lengths_P2[:, 0] - pairs.lengths_P2[:, 1]).astype(np.float64))
-    shown = Table(title=Text(source), title_justify="left")
-    shown.add_column("measure")
-    shown.add_column("value", overflow="fold")
+    shown = Table("measure", Column("value", overflow="fold"), title=Text(source), title_justify="left")
     rows: list[tuple[str, object]] = [
         ("rows read", report.rows),
         *((f"  {shape}", count) for shape, count in sorted(report.shapes.items())),
@@ -69,15 +61,10 @@ def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], m
         percentiles = ", ".join(f"{length} ({of}%)" for length, of in zip(lengths, PERCENTILES, strict=True))
         rows.append((f"tokens of the {side} response with its prompt, percentiles", percentiles))
     subsets, sizes = np.unique(preferences.subsets_N, return_counts=True)
-    rows += [
-        (f"subset {subset or '(none)'}", int(size))
-        for subset, size in zip(subsets, sizes, strict=True)
-        if len(subsets) > 1
-    ]
-    rows += [
-        (f"preferences with a prompt of {', '.join(other.reports)}", count_leaked(other, preferences))
-        for other in before
-    ]
+    if len(subsets) > 1:
+        rows += [(f"subset {subset or '(none)'}", int(size)) for subset, size in zip(subsets, sizes, strict=True)]
+    for other in before:
+        rows.append((f"preferences with a prompt of {', '.join(other.reports)}", count_leaked(other, preferences)))
     for measure, value in rows:
         shown.add_row(Text(measure), Text(str(value)))
     return shown

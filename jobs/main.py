@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 import runpy
 import sys
 from typing import Annotated, Any, Union
@@ -54,11 +53,10 @@ def print_completion(shell: str) -> None:
     """Prints a script that completes commands and options in a shell."""
     import tyro
 
-    configs: list[Any] = []
-    for name, command in COMMANDS.items():
-        module, _, config = command.config.partition(":")
-        config_class = getattr(importlib.import_module(module), config)
-        configs.append(Annotated[config_class, tyro.conf.subcommand(name, prefix_name=False)])
+    configs = (
+        Annotated[command.config_class(), tyro.conf.subcommand(name, prefix_name=False)]
+        for name, command in COMMANDS.items()
+    )
     all_commands: Any = Union[tuple(configs)]  # noqa: UP007
     tyro.cli(all_commands, prog=SCRIPT, args=["--tyro-print-completion", shell])
 

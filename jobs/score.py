@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from actors.runtime.session import init_ray
 from actors.runtime.storage import local_directory
-from actors.serving.offline import ChunkScorer, ScoringJob, added_fields, json_line, read_rewards, schema_of
+from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
 from actors.serving.scorer import version_name
 from jobs.cli import command, run_job, validate_outside_package
 from rlhf_critic.checkpoint.critic_directory import check_critic
@@ -45,16 +46,10 @@ def main() -> None:
     """Scores the data and prints a summary."""
     config = parse_command_line(ScoreJobConfig, prog=command("score"))
     summary = score(config)
-    table = Table(title=f"{config.out}: rewards of {summary['model_version']}", title_justify="left")
-    for column in ("rows", "responses", "mean", "standard deviation", "truncated"):
-        table.add_column(column)
-    table.add_row(
-        str(summary["rows"]),
-        str(summary["responses"]),
-        f"{summary['reward_mean']:.4f}",
-        f"{summary['reward_std']:.4f}",
-        str(summary["truncated"]),
-    )
+    title = f"{config.out}: rewards of {summary['model_version']}"
+    table = Table("rows", "responses", "mean", "standard deviation", "truncated", title=title, title_justify="left")
+    mean, deviation = f"{summary['reward_mean']:.4f}", f"{summary['reward_std']:.4f}"
+    table.add_row(str(summary["rows"]), str(summary["responses"]), mean, deviation, str(summary["truncated"]))
     Console().print(table)
 
 
@@ -81,52 +76,37 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     fingerprint = fingerprint_of(data)
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)
-    rows, schema = _read_through(data, config, scorer, wants_schema=is_parquet)
+    rows, schema = _read_through(config, scorer, wants_schema=is_parquet)
     if is_parquet and data_is_parquet:  # its types are narrower than those of the decoded rows
-        schema = _schema_of_file(data, config)
+        schema = _schema_of_file(config)
+    out = Path(config.out)
     job = ScoringJob(
-        data=data,
-        fields=config.fields,
-        out=config.out,
-        format="parquet" if is_parquet else "jsonl",
-        schema=schema,
-        rows_per_part=config.rows_per_part,
-        best_of_n=config.best_of_n,
+        data, config.fields, out, "parquet" if is_parquet else "jsonl", schema, config.rows_per_part, config.best_of_n
     )
-    _claim(
-        Path(job.out),
-        {
-            "data": fingerprint,
-            "model_version": version,
-            "fields": config.fields,
-            "best_of_n": config.best_of_n,
-            "format": job.format,
-            "rows_per_part": config.rows_per_part,
-        },
-    )
+    same = {"data": fingerprint, "model_version": version, "fields": config.fields, "best_of_n": config.best_of_n}
+    _claim(out, same | {"format": job.format, "rows_per_part": config.rows_per_part})
     parts = -(-rows // config.rows_per_part)
     missing = [number for number in range(parts) if not job.path(number).exists()]
     if missing:
-        (Path(job.out) / SUMMARY_NAME).unlink(missing_ok=True)
+        (out / SUMMARY_NAME).unlink(missing_ok=True)
         _score_parts(missing, rows, job, scorer, config)
     if fingerprint_of(data) != fingerprint:
         raise DataError(
-            f"{data}: changed during scoring, so rewards may belong to other rows: delete {job.out} and score again"
+            f"{data}: changed during scoring, so rewards may belong to other rows: delete {out} and score again"
         )
     summary = _summarise(job, parts, version, time.perf_counter() - started)
-    write_text_atomically(Path(job.out) / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+    write_text_atomically(out / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _read_through(
-    data: str, config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bool
-) -> tuple[int, pa.Schema | None]:
+def _read_through(config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bool) -> tuple[int, pa.Schema | None]:
     """Reads all rows once, so that a bad row is reported before scoring begins.
 
     Returns:
         The number of rows, and their common schema without responses that are not written.
     """
-    ours = added_fields([component.name for component in scorer.components])
+    data = config.data
+    ours = ("reward", "truncated", "model_version", *(f"reward_{component.name}" for component in scorer.components))
     list_field = config.fields.get("responses", "responses")
     schema: pa.Schema = pa.schema([])
     chunk: list[dict[str, Any]] = []
@@ -161,35 +141,31 @@ def _read_through(
                 f"{place}: some rows have one response and others a list, and a Parquet column holds either numbers or "
                 "lists; use --format jsonl"
             )
-        if not wants_schema:
-            try:
-                json_line(row)
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{place}: holds half of a surrogate pair, which is not text: {error}; fix or remove this row"
-                ) from error
-            except ValueError as error:
-                raise DataError(f"{place}: cannot be written as JSON: {error}; use --format parquet") from error
-        else:
+        if wants_schema:
             chunk.append({name: value for name, value in row.items() if not (config.best_of_n and name == list_field)})
-        if len(chunk) == ROWS_A_SCHEMA:
-            schema, chunk = merge_chunk(), []
+            if len(chunk) == ROWS_A_SCHEMA:
+                schema, chunk = merge_chunk(), []
+            continue
+        try:
+            json_line(row)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: holds half of a surrogate pair, which is not text: {error}; fix or remove this row"
+            ) from error
+        except ValueError as error:
+            raise DataError(f"{place}: cannot be written as JSON: {error}; use --format parquet") from error
     return count, merge_chunk() if wants_schema else None
 
 
-def _schema_of_file(data: str, config: ScoreJobConfig) -> pa.Schema:
-    with fsspec.open(data, "rb", compression="infer") as file:
+def _schema_of_file(config: ScoreJobConfig) -> pa.Schema:
+    with fsspec.open(config.data, "rb", compression="infer") as file:
         schema = parquet.read_schema(file)
     list_field = schema.get_field_index(config.fields.get("responses", "responses"))
     return schema.remove(list_field) if config.best_of_n and list_field >= 0 else schema
 
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
-    """Claims OUT for this job, or checks that it belongs to this job.
-
-    Raises:
-        ConfigError: OUT belongs to another job, or holds other files.
-    """
+    """Claims OUT for this job, or checks that it belongs to this job."""
     path = out / JOB_NAME
     out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -230,17 +206,12 @@ def _score_parts(missing: list[int], rows: int, job: ScoringJob, scorer: ScorerC
 def _run_chunks(
     missing: list[int], job: ScoringJob, scorer: ScorerConfig, config: ScoreJobConfig
 ) -> Iterator[dict[str, Any]]:
-    """Distributes the parts over an actor pool and yields the result of each as it arrives.
-
-    Raises:
-        GetTimeoutError: The pool could not be placed in time.
-    """
+    """Distributes the parts over an actor pool and yields the result of each as it arrives."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a part may take a long time
     context.wait_for_min_actors_s = ceil(config.start_timeout_s)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    environment = {} if config.use_gpu else {"DS_ACCELERATOR": "cpu"}
     with ray.data.DataContext.current(context):
         parts = ray.data.from_items([{"part": number} for number in missing], override_num_blocks=len(missing))
         results = parts.map_batches(
@@ -250,25 +221,21 @@ def _run_chunks(
             fn_constructor_args=(job, scorer, config.use_gpu),
             num_cpus=config.cpus_per_worker,
             num_gpus=int(config.use_gpu),
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": {} if config.use_gpu else {"DS_ACCELERATOR": "cpu"}},
         )
         for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
             yield batch.to_dict("records")[0]
 
 
 def _summarise(job: ScoringJob, parts: int, version: str, seconds: float) -> dict[str, Any]:
-    rows, rewards, truncated = 0, [], 0
-    for number in range(parts):
-        of_part = read_rewards(job.path(number))
-        rows += of_part[0]
-        rewards += of_part[1]
-        truncated += of_part[2]
+    rows, by_part, truncated = zip(*(read_rewards(job.path(number)) for number in range(parts)), strict=True)
+    rewards = list(chain.from_iterable(by_part))
     return {
-        "rows": rows,
+        "rows": sum(rows),
         "responses": len(rewards),
         "reward_mean": float(np.mean(rewards)),
         "reward_std": float(np.std(rewards)),
-        "truncated": truncated,
+        "truncated": sum(truncated),
         "model_version": version,
         "seconds": seconds,
     }

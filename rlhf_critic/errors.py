@@ -112,19 +112,16 @@ class NonFiniteLossError(CriticError):
         rows: Origins of the preferences in the failed step, as ``file:line``.
     """
 
-    MAX_ROWS_SHOWN = 16
-
     def __init__(self, step: int, rows: Sequence[str]) -> None:
         super().__init__(step, list(rows))
         self.step = step
         self.rows = list(rows)
 
     def __str__(self) -> str:
-        shown = ", ".join(self.rows[: self.MAX_ROWS_SHOWN])
-        more = len(self.rows) - self.MAX_ROWS_SHOWN
+        more = f" and {len(self.rows) - 16} more" if len(self.rows) > 16 else ""
         return (
             f"the loss is not finite at step {self.step} (or its gradient, or a validation reward). The checkpoints "
-            f"saved before are intact. Preferences: {shown}{f' and {more} more' if more > 0 else ''}. "
+            f"saved before are intact. Preferences: {', '.join(self.rows[:16])}{more}. "
             "Check these rows, or start a new run with a lower --train.learning-rate; --model.path may be a "
             "checkpoint of this one."
         )

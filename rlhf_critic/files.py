@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,16 +17,10 @@ from rlhf_critic.errors import CheckpointError
 
 TRY_ANOTHER_CHECKPOINT = "Use another checkpoint of the run, or another copy of this one"
 MANIFEST_PATTERN = "manifest-{node}-of-{nodes}.json"
-BLOCK_BYTES = 1 << 24
 
 
 class FileRecord(NamedTuple):
-    """One file in a manifest.
-
-    Attributes:
-        bytes: Size of the file.
-        checksum: SHA-256 in hexadecimal. An integer is a CRC-32, from a manifest of version 0.1.
-    """
+    """Size of a file in a manifest, and its SHA-256 in hexadecimal or, from version 0.1, its CRC-32."""
 
     bytes: int
     checksum: str | int
@@ -35,9 +30,7 @@ class FileRecord(NamedTuple):
 def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yields a temporary directory that becomes ``path`` when the block ends without an error.
 
-    Args:
-        path: The directory to create.
-        keep_existing: Whether a directory that another process created meanwhile is kept instead of this one.
+    With ``keep_existing``, a directory that another process created meanwhile is kept instead of this one.
 
     Raises:
         CheckpointError: ``path`` exists already, or cannot be written.
@@ -48,11 +41,10 @@ def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterat
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", ignore_cleanup_errors=True) as name:
-            building = Path(name)
-            yield building
-            building.chmod(0o755)
+            yield Path(name)
+            os.chmod(name, 0o755)
             try:
-                os.rename(building, path)
+                os.rename(name, path)
             except OSError:
                 if not (keep_existing and path.is_dir()):
                     raise
@@ -80,13 +72,9 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_manifest(directory: str | Path, node: int, nodes: int, pattern: str = "**/*") -> None:
-    """Records the size and SHA-256 of every file that this node wrote into a checkpoint. Call it last.
+    """Records the size and SHA-256 of every file that this node, one of ``nodes``, wrote into a checkpoint.
 
-    Args:
-        directory: The checkpoint.
-        node: Number of this node.
-        nodes: Number of nodes that write a manifest.
-        pattern: Glob of the files to record. Files that have a manifest of their own can be left out.
+    Call it last. ``pattern`` is a glob that can leave out files with a manifest of their own.
     """
     directory = Path(directory)
     files = {
@@ -150,7 +138,7 @@ def verify_files(directory: str | Path, records: Mapping[str, FileRecord]) -> No
 def file_blocks(path: Path) -> Iterator[bytes]:
     """Yields the content of a file block by block."""
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
+        while block := file.read(1 << 24):
             yield block
 
 
@@ -168,7 +156,4 @@ def _sha256(path: Path) -> str:
 
 
 def _crc32(path: Path) -> int:
-    checksum = 0
-    for block in file_blocks(path):
-        checksum = zlib.crc32(block, checksum)
-    return checksum
+    return functools.reduce(lambda checksum, block: zlib.crc32(block, checksum), file_blocks(path), 0)

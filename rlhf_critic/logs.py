@@ -14,7 +14,6 @@ from typing import TextIO
 from rlhf_critic.errors import ConfigError
 
 LEVEL_VARIABLE = "RLHF_CRITIC_LOG_LEVEL"
-PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 PACKAGES = ("rlhf_critic", "actors", "jobs", "__main__")  # the last is a job that was started by python -m
 # Libraries that report their start-up at WARNING or INFO.
@@ -74,5 +73,5 @@ def _handler() -> logging.Handler:
 
         return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
     handler = _StandardError()
-    handler.setFormatter(logging.Formatter(PLAIN_FORMAT))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler

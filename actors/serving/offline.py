@@ -7,8 +7,9 @@ readable source can be scored. Knows nothing about Ray Data, which distributes t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,8 @@ from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.data.sources import Row, read_rows
 from rlhf_critic.errors import CriticError, DataError, ScorerRejected
 from rlhf_critic.files import atomic_file
-from rlhf_critic.scoring.items import Item, Scores
+from rlhf_critic.scoring.items import Scores
 from rlhf_critic.scoring.rows import parse_scorable
-
-PART_PATTERN = "part-{number:06d}.{format}"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ScoringJob:
 
     data: str
     fields: dict[str, str]
-    out: str
+    out: Path
     format: Literal["jsonl", "parquet"]
     schema: pa.Schema | None
     rows_per_part: int
@@ -51,72 +50,50 @@ class ScoringJob:
 
     def path(self, number: int) -> Path:
         """Returns the path of a part. The file exists once it is complete."""
-        return Path(self.out) / PART_PATTERN.format(number=number, format=self.format)
+        return self.out / f"part-{number:06d}.{self.format}"
 
 
 class ChunkScorer:
-    """Worker that scores parts of a job.
-
-    Args:
-        job: The scoring job.
-        config: Options of its scorer.
-        use_gpu: Whether to score on a GPU.
-    """
+    """Worker that scores parts of a job with one scorer."""
 
     def __init__(self, job: ScoringJob, config: ScorerConfig, use_gpu: bool) -> None:
         self._job = job
         self._scorer = Scorer(config, use_gpu=use_gpu)
-        self._rows: Iterator[tuple[int, Row]] = iter(())
-        self._position: int | None = None
+        self._rows = read_rows(job.data)
+        self._position = 0
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Scores the parts whose numbers are in ``part``. Returns their numbers, row counts and errors."""
-        done: dict[str, list[Any]] = {"part": [], "rows": [], "error": []}
-        for number in batch["part"].tolist():
-            rows, error = 0, None
-            try:
-                rows = self._score(int(number))
-            except CriticError as raised:  # returned, because Ray Data would log a traceback and wrap the error twice
-                error = raised
-            done["part"].append(number)
-            done["rows"].append(rows)
-            done["error"].append(error)
-        return done
+        """Scores the part whose number is in ``part``. Returns its row count or its error."""
+        (number,) = batch["part"].tolist()
+        try:
+            return {"rows": [self._score(number)], "error": [None]}
+        except CriticError as error:  # returned, because Ray Data would log a traceback and wrap the error twice
+            return {"rows": [0], "error": [error]}
 
     def _score(self, number: int) -> int:
         rows = self._take(number * self._job.rows_per_part, self._job.rows_per_part)
-        items: list[Item] = []
-        counts: list[int] = []
-        for line, row in rows:
-            of_row = parse_scorable(f"{self._job.data}:{line}", row, self._job.fields)
-            items += of_row
-            counts.append(len(of_row))
-        ends = np.cumsum(counts)
+        of_rows = [parse_scorable(f"{self._job.data}:{line}", row, self._job.fields) for line, row in rows]
+        ends = np.cumsum([len(items) for items in of_rows])
         try:
-            scores = self._scorer.score(items)
+            scores = self._scorer.score(list(chain.from_iterable(of_rows)))
         except ScorerRejected as error:
             if error.item is None:
                 raise
             line, _ = rows[int(np.searchsorted(ends, error.item, side="right"))]
             raise DataError(f"{self._job.data}:{line}: {error}") from error
         scored = [
-            self._scored_row(row, scores, int(end - count), int(end))
-            for (_, row), count, end in zip(rows, counts, ends, strict=True)
+            self._scored_row(row, scores, int(end) - len(items), int(end))
+            for (_, row), items, end in zip(rows, of_rows, ends, strict=True)
         ]
         write_part(self._job.path(number), scored, self._job.schema)
         return len(rows)
 
     def _take(self, start: int, count: int) -> list[tuple[int, Row]]:
-        if self._position is None or start < self._position:
+        if start < self._position:
             self._rows, self._position = read_rows(self._job.data), 0
-        taken = []
-        for numbered in self._rows:
-            self._position += 1
-            if self._position > start:
-                taken.append(numbered)
-            if len(taken) == count:
-                break
-        return taken
+        skipped = start - self._position
+        self._position = start + count
+        return list(islice(self._rows, skipped, skipped + count))
 
     def _scored_row(self, row: Row, scores: Scores, start: int, end: int) -> Row:
         """Returns a row with its scores: a number for one response, a list for a list of ``responses``."""
@@ -131,15 +108,8 @@ class ChunkScorer:
                 index = start + best
         added = {"truncated": scores.truncated_S, "reward": scores.rewards_S}
         added |= {f"reward_{name}": value_S for name, value_S in scores.components.items()}
-        for name, value_S in added.items():
-            scored[name] = value_S[index].tolist()
-        scored["model_version"] = scores.model_version
-        return scored
-
-
-def added_fields(components: list[str]) -> tuple[str, ...]:
-    """Returns the names of the fields that scoring adds to a row."""
-    return ("reward", "truncated", "model_version", *(f"reward_{name}" for name in components))
+        scored |= {name: value_S[index].tolist() for name, value_S in added.items()}
+        return scored | {"model_version": scores.model_version}
 
 
 def schema_of(rows: list[Row]) -> pa.Schema:

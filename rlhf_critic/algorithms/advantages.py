@@ -14,19 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_critic.algorithms.ppo import (
-    RunningMoments,
-    action_values,
-    clip_rewards,
-    estimate_kl,
-    explained_variance,
-    gae,
-    masked_mean,
-    pad_rows,
-    shaped_rewards,
-    unpad_rows,
-    whiten,
-)
+from rlhf_critic.algorithms import ppo
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.ppo import AlgorithmConfig, RewardConfig
 from rlhf_critic.errors import DivergedError
@@ -73,19 +61,13 @@ class PPOTargets:
     returns: list[FloatArray]
     old_values: list[FloatArray]
     metrics: dict[str, float]
-    moments: RunningMoments
+    moments: ppo.RunningMoments
 
 
 def compute_advantages(
-    batch: RolloutBatch, algorithm: AlgorithmConfig, reward: RewardConfig, moments: RunningMoments
+    batch: RolloutBatch, algorithm: AlgorithmConfig, reward: RewardConfig, moments: ppo.RunningMoments
 ) -> PPOTargets:
-    """Computes advantages and returns.
-
-    Args:
-        batch: Rollouts of one iteration.
-        algorithm: PPO options.
-        reward: Options that change rewards before use.
-        moments: Moments of the rewards of all earlier iterations.
+    """Computes advantages and returns of one iteration. The moments are those of the rewards of all earlier iterations.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.
@@ -95,10 +77,10 @@ def compute_advantages(
     _require_finite("critic", "value", batch.values)
     _require_finite("policy", "log-probability", batch.log_probs)
     _require_finite("reference policy", "log-probability", batch.ref_log_probs)
-    old_values, last_values_S = action_values(batch.values, batch.prompt_lengths)
-    log_probs_SL, mask_SL = pad_rows(batch.log_probs)
-    ref_log_probs_SL, _ = pad_rows(batch.ref_log_probs)
-    values_SL, _ = pad_rows(old_values)
+    old_values, last_values_S = ppo.action_values(batch.values, batch.prompt_lengths)
+    log_probs_SL, mask_SL = ppo.pad_rows(batch.log_probs)
+    ref_log_probs_SL, _ = ppo.pad_rows(batch.ref_log_probs)
+    values_SL, _ = ppo.pad_rows(old_values)
     truncated_S = torch.from_numpy(batch.truncated_S)
     raw_S = torch.from_numpy(batch.rewards_S)
     rewards_S = raw_S - reward.missing_eos_penalty * truncated_S
@@ -106,12 +88,12 @@ def compute_advantages(
     if reward.scaling == "running":
         rewards_S = rewards_S / moments.std
     if reward.clip is not None:
-        rewards_S = clip_rewards(rewards_S, reward.clip)
+        rewards_S = ppo.clip_rewards(rewards_S, reward.clip)
     if algorithm.bootstrap_truncated:
         rewards_S = rewards_S.masked_fill(truncated_S, 0.0)
-    kl_SL = estimate_kl(log_probs_SL, ref_log_probs_SL, algorithm.kl_estimator)
-    advantages_SL, returns_SL = gae(
-        shaped_rewards(rewards_S, kl_SL, mask_SL, algorithm.kl_coefficient),
+    kl_SL = ppo.estimate_kl(log_probs_SL, ref_log_probs_SL, algorithm.kl_estimator)
+    advantages_SL, returns_SL = ppo.gae(
+        ppo.shaped_rewards(rewards_S, kl_SL, mask_SL, algorithm.kl_coefficient),
         values_SL,
         mask_SL,
         torch.from_numpy(last_values_S),
@@ -119,33 +101,28 @@ def compute_advantages(
         algorithm.gamma,
         algorithm.gae_lambda,
     )
-    explained = explained_variance(values_SL, returns_SL, mask_SL).item()
-    trained_SL = whiten(advantages_SL, mask_SL) if algorithm.whiten_advantages else advantages_SL
-    lengths_S = mask_SL.sum(1)
-    log_ratio_SL = estimate_kl(log_probs_SL, ref_log_probs_SL, "k1").masked_fill(~mask_SL, 0.0)
+    trained_SL = ppo.whiten(advantages_SL, mask_SL) if algorithm.whiten_advantages else advantages_SL
+    log_ratio_SL = ppo.estimate_kl(log_probs_SL, ref_log_probs_SL, "k1").masked_fill(~mask_SL, 0.0)
     metrics = {
         "reward": raw_S.mean().item(),
         "reward_std": raw_S.std(correction=0).item(),
         "kl": log_ratio_SL.sum(1).mean().item(),
-        "kl_per_token": masked_mean(log_ratio_SL, mask_SL).item(),
-        "value": masked_mean(values_SL, mask_SL).item(),
-        "return": masked_mean(returns_SL, mask_SL).item(),
-        "response_tokens": lengths_S.float().mean().item(),
+        "kl_per_token": ppo.masked_mean(log_ratio_SL, mask_SL).item(),
+        "value": ppo.masked_mean(values_SL, mask_SL).item(),
+        "return": ppo.masked_mean(returns_SL, mask_SL).item(),
+        "response_tokens": mask_SL.sum(1).float().mean().item(),
         "truncated": truncated_S.float().mean().item(),
     }
+    explained = ppo.explained_variance(values_SL, returns_SL, mask_SL).item()
     if np.isfinite(explained):  # undefined if all returns are equal
         metrics["explained_variance"] = explained
-    return PPOTargets(unpad_rows(trained_SL, mask_SL), unpad_rows(returns_SL, mask_SL), old_values, metrics, moments)
+    return PPOTargets(
+        ppo.unpad_rows(trained_SL, mask_SL), ppo.unpad_rows(returns_SL, mask_SL), old_values, metrics, moments
+    )
 
 
 def minibatch_rows(prompts_S: Sequence[int], minibatches: int, seed: Sequence[int]) -> list[list[int]]:
-    """Splits the rollouts of an iteration into minibatches. Rollouts of one prompt stay together.
-
-    Args:
-        prompts_S: Prompt number of each rollout.
-        minibatches: Maximum number of minibatches. None is empty.
-        seed: Seed of the order of prompts.
-    """
+    """Splits rollouts into at most ``minibatches`` parts, none empty. Rollouts with one prompt number stay together."""
     rows_of_prompt: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts_S):
         rows_of_prompt.setdefault(prompt, []).append(row)

@@ -32,9 +32,6 @@ from torch import Tensor
 
 from rlhf_critic.errors import NonFiniteRewardError
 
-WHITENING_EPSILON = 1e-8
-MAX_ROLLOUTS_SHOWN = 16
-
 
 def action_values(
     values_S: Sequence[NDArray[np.float32]], prompt_lengths_S: Sequence[int]
@@ -54,7 +51,7 @@ def action_values(
         ValueError: A prompt is empty or longer than its sequence, or the two arguments differ in length.
     """
     _same_shape("values and prompt lengths", (len(values_S),), (len(prompt_lengths_S),))
-    values_of_actions_S, last_values_S = [], []
+    values_of_actions_S = []
     for rollout, (values, prompt_length) in enumerate(zip(values_S, prompt_lengths_S, strict=True)):
         if not 1 <= prompt_length <= len(values):
             raise ValueError(
@@ -62,8 +59,7 @@ def action_values(
                 "at least one token and no more than the sequence"
             )
         values_of_actions_S.append(np.asarray(values[prompt_length - 1 : -1], dtype=np.float32))
-        last_values_S.append(values[-1])
-    return values_of_actions_S, np.array(last_values_S, dtype=np.float32)
+    return values_of_actions_S, np.array([values[-1] for values in values_S], dtype=np.float32)
 
 
 def pad_rows(rows: Sequence[Sequence[float] | NDArray[np.floating] | Tensor]) -> tuple[Tensor, Tensor]:
@@ -274,7 +270,7 @@ def whiten(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
     """
     _same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
     mean, variance = _mean_and_variance(x_SL, mask_SL)
-    whitened_SL = (x_SL.float().double() - mean) * torch.rsqrt(variance + WHITENING_EPSILON)
+    whitened_SL = (x_SL.float().double() - mean) * torch.rsqrt(variance + 1e-8)
     return whitened_SL.float().masked_fill(~mask_SL, 0.0)
 
 
@@ -387,15 +383,9 @@ class RunningMoments:
     squares: float = 0.0
 
     def updated(self, rewards_S: Tensor) -> RunningMoments:
-        """Returns the moments after these rewards, in float64.
+        """Returns the moments after new rewards ``[S]`` (perhaps none), in float64.
 
         Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-
-        Args:
-            rewards_S: New rewards, ``[S]``; may be empty.
-
-        Returns:
-            New moments.
 
         Raises:
             NonFiniteRewardError: A reward is NaN or infinite, which would make all later moments so.
@@ -406,13 +396,9 @@ class RunningMoments:
             return self
         mean = rewards_S.sum().item() / added
         squares = (rewards_S - mean).square().sum().item()
-        count = self.count + added
-        distance = mean - self.mean
-        return RunningMoments(
-            count=count,
-            mean=self.mean + distance * added / count,
-            squares=self.squares + squares + distance**2 * self.count * added / count,
-        )
+        count, distance = self.count + added, mean - self.mean
+        squares = self.squares + squares + distance**2 * self.count * added / count
+        return RunningMoments(count, self.mean + distance * added / count, squares)
 
     @property
     def std(self) -> float:
@@ -438,11 +424,10 @@ def _finite_rewards(rewards_S: Tensor) -> Tensor:
     rewards_S = rewards_S.float()
     bad = (~torch.isfinite(rewards_S)).nonzero().flatten().tolist()
     if bad:
-        shown = ", ".join(map(str, bad[:MAX_ROLLOUTS_SHOWN]))
-        more = len(bad) - MAX_ROLLOUTS_SHOWN
+        more = f" and {len(bad) - 16} more" if len(bad) > 16 else ""
         raise NonFiniteRewardError(
-            f"{len(bad)} of {len(rewards_S)} rewards are NaN or infinite, in rollouts {shown}"
-            f"{f' and {more} more' if more > 0 else ''} (counted from 0)"
+            f"{len(bad)} of {len(rewards_S)} rewards are NaN or infinite, in rollouts "
+            f"{', '.join(map(str, bad[:16]))}{more} (counted from 0)"
         )
     return rewards_S
 

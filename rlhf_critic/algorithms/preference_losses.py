@@ -13,10 +13,7 @@ from torch import Tensor
 
 
 def bradley_terry_loss(
-    chosen_rewards_P: Tensor,
-    rejected_rewards_P: Tensor,
-    margins_P: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    chosen_rewards_P: Tensor, rejected_rewards_P: Tensor, margins_P: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
     """Computes the negative log-likelihood of each preference under the Bradley-Terry model.
 
@@ -78,10 +75,7 @@ def per_token_loss(
     columns_L = torch.arange(chosen_values_PL.shape[1], device=chosen_values_PL.device)
     held_2PL = [
         values_PL.float().gather(1, torch.minimum(columns_L, lengths_P[:, None] - 1))
-        for values_PL, lengths_P in (
-            (chosen_values_PL, chosen_lengths_P),
-            (rejected_values_PL, rejected_lengths_P),
-        )
+        for values_PL, lengths_P in ((chosen_values_PL, chosen_lengths_P), (rejected_values_PL, rejected_lengths_P))
     ]
     ends_P = torch.maximum(chosen_lengths_P, rejected_lengths_P)
     # If one sequence is a prefix of the other, they diverge after its last token, and its last value is repeated there.
@@ -112,8 +106,7 @@ def plackett_luce_loss(rewards_PK: Tensor, present_PK: Tensor) -> Tensor:
     _same_shape("rewards and presence", rewards_PK, present_PK)
     # The lowest finite number replaces minus infinity, whose gradient would be NaN.
     rewards_PK = rewards_PK.float().masked_fill(~present_PK, torch.finfo(torch.float32).min)
-    # log sum exp over this response and all worse ones
-    rest_PK = rewards_PK.flip(1).logcumsumexp(1).flip(1)
+    rest_PK = rewards_PK.flip(1).logcumsumexp(1).flip(1)  # over this response and all worse ones
     return (rest_PK - rewards_PK).masked_fill(~present_PK, 0.0).sum(1)
 
 
@@ -122,13 +115,7 @@ def ranking_loss(
 ) -> Tensor:
     """Computes `bradley_terry_loss` for preferences of two responses and `plackett_luce_loss` for longer rankings.
 
-    Margins and label smoothing apply to pairs only.
-
-    Args:
-        rewards_PK: See `plackett_luce_loss`.
-        present_PK: See `plackett_luce_loss`.
-        margins_P: See `bradley_terry_loss`.
-        label_smoothing: See `bradley_terry_loss`.
+    Margins and label smoothing apply to pairs only. For the arguments see there.
 
     Returns:
         Loss of each preference, ``[P]``, fp32.
@@ -143,9 +130,7 @@ def ranking_loss(
 
 
 def centering_penalty(rewards_PK: Tensor, present_PK: Tensor) -> Tensor:
-    """Computes the squared sum of the rewards of each preference.
-
-    A loss of differences leaves this sum free to drift.
+    """Computes the squared sum of the rewards of each preference, which a loss of differences leaves free to drift.
 
     ``(r_chosen + r_rejected)^2``, Eisenstein et al., "Helping or herding?" (2023), section 3; TRL's
     ``center_rewards_coefficient`` multiplies it. For a ranking of K responses it is the square of twice the mean.

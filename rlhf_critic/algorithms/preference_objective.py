@@ -76,13 +76,9 @@ def preference_loss(
     rewards_PK = torch.zeros(present_PK.shape, device=device).masked_scatter(present_PK, rewards_S)
     if needs_values(options):
         shared = [shared_length(np.asarray(best), np.asarray(worst)) for best, worst in preferences]
+        shared_P = torch.tensor(shared, device=device)
         loss_P = per_token_loss(
-            output[::2],
-            output[1::2],
-            torch.tensor(shared, device=device),
-            lengths_S[::2],
-            lengths_S[1::2],
-            options.label_smoothing,
+            output[::2], output[1::2], shared_P, lengths_S[::2], lengths_S[1::2], options.label_smoothing
         )
     else:
         scaled_P = torch.from_numpy(margins_P).to(device) * options.margin_scale if options.margin_scale else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_critic.batching.prefix_tree import TokenIds
 
@@ -34,12 +35,9 @@ class PaddedBatch:
         """
         if not sequences or not all(len(sequence) for sequence in sequences):
             raise ValueError("a batch needs at least one sequence and every sequence at least one token")
-        longest = max(len(sequence) for sequence in sequences)
-        input_ids_SL = torch.full((len(sequences), longest), pad_token_id, dtype=torch.int64)
-        attention_mask_SL = torch.zeros((len(sequences), longest), dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            input_ids_SL[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-            attention_mask_SL[row, : len(sequence)] = 1
+        rows = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
+        input_ids_SL = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        attention_mask_SL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return cls(input_ids_SL.to(device), attention_mask_SL.to(device))
 
     @property
@@ -55,12 +53,9 @@ class PaddedBatch:
     @property
     def leaves_S(self) -> Tensor:
         """Index of the last token of each sequence among all computed tokens, int64 ``[S]``."""
-        rows, columns = self.attention_mask_SL.shape
-        columns_L = torch.arange(1, columns + 1, device=self.attention_mask_SL.device)
-        starts_S = torch.arange(rows, device=self.attention_mask_SL.device) * columns
-        return starts_S + (self.attention_mask_SL * columns_L).argmax(dim=1)
+        return (self.attention_mask_SL * self.tokens_SL).amax(dim=1)
 
     @property
     def tokens_SL(self) -> Tensor:
         """Index of each token among all computed tokens, int64 ``[S, L]``."""
-        return torch.arange(self.input_ids_SL.numel(), device=self.input_ids_SL.device).view(self.input_ids_SL.shape)
+        return torch.arange(self.computed_tokens, device=self.input_ids_SL.device).view(self.input_ids_SL.shape)

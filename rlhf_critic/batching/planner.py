@@ -16,8 +16,7 @@ import numpy as np
 
 from rlhf_critic.batching.prefix_tree import PrefixTree, TokenIds, lexicographic_order, shared_lengths
 
-# Neighbours stay together if they share at least this part of the tokens of the next unit.
-KEPT_TOGETHER_FROM = 0.25
+KEPT_TOGETHER_FROM = 0.25  # neighbours stay together if they share at least this part of the next unit's tokens
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,12 @@ class MicroBatch:
 
 @dataclass
 class _Group:
-    """Units that stay together.
-
-    Attributes:
-        units: Positions of the units in the planned list.
-        tokens: Tokens computed for all units together.
-        shared: Tokens that the first unit shares with the last unit of the previous group.
-        least_shared: Minimum number of tokens that a unit of the group shares with the unit before it.
-    """
+    """Units that stay together, by their positions in the planned list."""
 
     units: list[int]
-    tokens: int
-    shared: int = 0
-    least_shared: int = 0
+    tokens: int  # computed for all units together
+    shared: int = 0  # tokens that the first unit shares with the last unit of the previous group
+    least_shared: int = 0  # minimum number of tokens that a unit of the group shares with the unit before it
 
 
 def plan_micro_batches(
@@ -113,8 +105,7 @@ def _groups_that_share(units: Sequence[Sequence[TokenIds]], world_size: int, tok
     limit = min(token_budget, -(-(sum(tokens) - sum(shared)) // world_size))
     groups: list[_Group] = []
     for unit, cost, common in zip(order, tokens, shared, strict=True):
-        fits = groups and groups[-1].tokens + cost - common <= limit
-        if fits and common >= KEPT_TOGETHER_FROM * cost:
+        if groups and groups[-1].tokens + cost - common <= limit and common >= KEPT_TOGETHER_FROM * cost:
             groups[-1].units.append(unit)
             groups[-1].tokens += cost - common
             groups[-1].least_shared = min(groups[-1].least_shared, common)

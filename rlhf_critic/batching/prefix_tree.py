@@ -5,7 +5,7 @@ tokens in depth-first order, each shared prefix once. In this order the *run* of
 those before it) is contiguous, and so is the subtree below a token. A token attends to its ancestors and itself, so it
 has the same position and context as in its sequence alone. Knows nothing about models.
 
-Shape legend: S sequences, T tokens of the packed row, R runs, G segments, L longest sequence.
+Shape legend: S sequences, T tokens of the packed row, R runs, L longest sequence.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ class PrefixTree:
         shared = shared_lengths([arrays[index] for index in order])
         leaves_S = np.empty(len(arrays), dtype=np.int64)
         ids, positions, starts, parents = [], [], [], []
-        # Runs of the sequence added last: start of each run in the sequence and in the row.
-        path: list[tuple[int, int]] = []
+        path: list[tuple[int, int]] = []  # start of each run of the sequence added last, in it and in the row
         size = 0
         for index, common in zip(order, shared, strict=True):
             array = arrays[index]
@@ -117,34 +116,13 @@ class PrefixTree:
     @cached_property
     def subtree_ends_T(self) -> IntArray:
         """End of the subtree below each token (exclusive): t attends to u if ``u <= t < subtree_ends_T[u]``."""
-        ends_T = self.run_ends_R[self.run_of_T]
         # Deeper branches come first in the row, so the last branch at or below a token ends the subtree of the token.
         below_T = np.zeros(len(self), dtype=np.int64)
         branches = np.flatnonzero(self.run_parents_R >= 0)
         np.maximum.at(below_T, self.run_parents_R[branches], self.subtree_ends_R[branches])
         for start, end in zip(self.run_starts_R.tolist(), self.run_ends_R.tolist(), strict=True):
             below_T[start:end] = np.maximum.accumulate(below_T[start:end][::-1])[::-1]
-        return np.maximum(ends_T, below_T)
-
-    @cached_property
-    def segments(self) -> Segments:
-        """Nodes of the tree: runs, divided at the tokens where other runs branch off."""
-        starts_here_T = np.zeros(len(self), dtype=bool)
-        starts_here_T[self.run_starts_R] = True
-        after_branch = self.run_parents_R[self.run_parents_R >= 0] + 1
-        starts_here_T[after_branch] = True
-        starts_G = np.flatnonzero(starts_here_T)
-        segment_of_T = np.cumsum(starts_here_T) - 1
-        parent_T = np.arange(len(self)) - 1
-        parent_T[self.run_starts_R] = self.run_parents_R
-        parents_G = np.where(parent_T[starts_G] >= 0, segment_of_T[parent_T[starts_G]], -1)
-        return Segments(
-            starts_G,
-            np.diff(np.append(starts_G, len(self))),
-            parents_G,
-            self.position_ids_T[starts_G],
-            segment_of_T[self.leaves_S],
-        )
+        return np.maximum(self.run_ends_R[self.run_of_T], below_T)
 
     def path_tokens(self, token: int) -> IntArray:
         """Returns the indices of a token's ancestors and of the token, in order from the root."""
@@ -154,33 +132,6 @@ class PrefixTree:
             pieces.append(np.arange(self.run_starts_R[run], token + 1))
             token = self.run_parents_R[run]
         return np.concatenate(pieces[::-1])
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """Nodes of a prefix tree, in the order of the packed row.
-
-    Attributes:
-        starts_G: Index of the first token of each segment.
-        lengths_G: Length of each segment in tokens.
-        parents_G: Segment that each segment continues; -1 for a root.
-        first_positions_G: Position of the first token of each segment in its sequences.
-        leaves_S: Segment in which each sequence ends.
-    """
-
-    starts_G: IntArray
-    lengths_G: IntArray
-    parents_G: IntArray
-    first_positions_G: IntArray
-    leaves_S: IntArray
-
-    def path(self, sequence: int) -> list[int]:
-        """Returns the segments of a sequence, in order from the root."""
-        path, segment = [], int(self.leaves_S[sequence])
-        while segment >= 0:
-            path.append(segment)
-            segment = int(self.parents_G[segment])
-        return path[::-1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +31,12 @@ from rlhf_critic.model.weights import WeightReader
 
 AUTO_FORMAT = "auto"
 NATIVE_FORMAT = "native"
-HEAD_BIAS_NAME = "score.bias"
 DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True)
 class Format:
-    """A system's names of weights.
-
-    Attributes:
-        backbones: Prefixes of the transformer's names; a file uses one of them.
-        head: Name of the scalar head.
-    """
+    """A system's names of weights: prefixes of the transformer (a file uses one), and the name of the scalar head."""
 
     backbones: tuple[str, ...]
     head: str
@@ -55,7 +50,7 @@ class Format:
         for prefix in self.backbones:
             if key.startswith(prefix):
                 return key.removeprefix(prefix)
-        return key.replace(f"{self.head}.", "score.", 1) if key.startswith(f"{self.head}.") else key
+        return re.sub(rf"^{self.head}\.", "score.", key)
 
     def __str__(self) -> str:
         backbones = " or ".join(f"{prefix}*" for prefix in self.backbones)
@@ -82,7 +77,7 @@ def convert_checkpoint(
     head_bias: Literal["refuse", "reward-mean"] = "refuse",
     auto_map: bool = False,
 ) -> CriticCard:
-    """Converts another system's checkpoint to a critic directory, atomically.
+    """Converts another system's checkpoint to a critic directory, atomically, and returns the critic's card.
 
     The critic keeps the dtype of the weights. If OpenRLHF wrote the scores' mean and standard deviation into
     ``config.json``, they become the card's ``reward_mean`` and ``reward_std``.
@@ -92,8 +87,7 @@ def convert_checkpoint(
         out: The new directory; it must not exist.
         source_format: A key of `FORMATS`, or ``auto`` to detect the format.
         base: The base model, a directory or hub id.
-        max_length: Maximum sequence length of the encoder in tokens. Default: 1024, or the number of learned positions
-            if that is smaller.
+        max_length: Maximum length of the encoder in tokens. Default: 1024, or the number of learned positions if less.
         chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: ``auto`` for native, ``plain`` for the
             other formats, because those systems concatenate texts.
         head_bias: Treatment of a head bias that is not 0, which a critic's head cannot have. ``refuse`` raises.
@@ -101,9 +95,6 @@ def convert_checkpoint(
             mean that the source measured (0 if none) minus the bias. The source's score is then
             ``reward + training["head_bias"]``, which is ``reward - reward_mean`` if no mean was measured.
         auto_map: Whether to add a modeling file.
-
-    Returns:
-        The card of the critic.
 
     Raises:
         CheckpointError: The weights are damaged, have no known format, do not match the config, or have a bias that is
@@ -119,16 +110,9 @@ def convert_checkpoint(
     if chat_template is None:
         chat_template = AUTO_TEMPLATE if source_format == NATIVE_FORMAT else PLAIN_TEMPLATE_NAME
     # DeepSpeed-Chat saves the vocabulary only. A tokenizer loads from that, but with another BOS, EOS and pad token.
-    tokenizer_path = _directory_with(source, "tokenizer_config.json", "tokenizer", base)
-    tokenizer = load_tokenizer(tokenizer_path, chat_template)
-    critic = create_critic_model(
-        _directory_with(source, "config.json", "config", base),
-        tokenizer,
-        None,
-        rlhf_training=True,
-        dtype=_dtype_of(reader),
-        weights=reader,
-    )
+    tokenizer = load_tokenizer(_directory_with(source, "tokenizer_config.json", "tokenizer", base), chat_template)
+    config = _directory_with(source, "config.json", "config", base)
+    critic = create_critic_model(config, tokenizer, None, rlhf_training=True, dtype=_dtype_of(reader), weights=reader)
     if max_length is None:
         max_length = min(DEFAULT_MAX_LENGTH, learned_positions(critic.model) or DEFAULT_MAX_LENGTH)
     validate_positions(critic.model, max_length)
@@ -179,9 +163,9 @@ def _pop_head_bias(reader: WeightReader, head_bias: Literal["refuse", "reward-me
             f"{reader.source}: the head's weight has shape {tuple(head_shape)}, with {head_shape[0]} outputs, expected "
             "1: convert a model that was trained with num_labels=1"
         )
-    if HEAD_BIAS_NAME not in reader.names:
+    if "score.bias" not in reader.names:
         return 0.0
-    bias_1 = reader.pop(HEAD_BIAS_NAME)
+    bias_1 = reader.pop("score.bias")
     if bias_1.numel() != 1 or not math.isfinite(bias := float(bias_1)):
         raise CheckpointError(f"{reader.source}: the head's bias is {bias_1.tolist()}, expected one finite number")
     if bias and head_bias == "refuse":

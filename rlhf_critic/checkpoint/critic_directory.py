@@ -77,11 +77,7 @@ class CriticCard(BaseModel):
         return (rewards_S - mean) / std
 
     def reward_scale(self) -> tuple[float, float]:
-        """Returns the mean and standard deviation that `normalize` needs.
-
-        Raises:
-            CheckpointError: They were not measured, or all rewards were the same.
-        """
+        """Returns the mean and standard deviation that `normalize` needs; see there for the errors."""
         if self.reward_mean is None or not self.reward_std:
             raise CheckpointError(
                 f"the critic {self.version} has no reward mean and standard deviation to normalise by: train it with "
@@ -159,9 +155,7 @@ def read_card(directory: str | Path) -> CriticCard:
 def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
     """Loads a critic directory in this process, in the dtype it was saved in and in evaluation mode.
 
-    Args:
-        directory: A critic directory.
-        verify: Whether to compare the files with their manifests. A caller that has done so passes False.
+    It compares the files with their manifests, unless the caller has done so and ``verify`` is False.
 
     Raises:
         CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was trained with.
@@ -186,8 +180,7 @@ def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
 def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
     """Checks a critic directory without loading its body, so that a machine too small for the model can do it.
 
-    Returns:
-        The card, and the hash of `weights_hash`.
+    It returns the card and the `weights_hash`.
 
     Raises:
         CheckpointError: A file is missing or damaged, the weights are not safetensors or do not match the config, the
@@ -209,11 +202,8 @@ def weights_hash(directory: str | Path, *, safetensors_only: bool = True) -> str
     """Verifies a model directory and returns a SHA-256 over its weights, its config and, for a critic, its card.
 
     The hash tells two critics of the same name apart. It is made from the manifest's checksums where they are SHA-256,
-    so that each file is read once. Otherwise it is made from the files themselves.
-
-    Args:
-        directory: A model directory.
-        safetensors_only: Whether pickled weights are rejected, as for a critic. A base model may have them.
+    so that each file is read once. Otherwise it is made from the files themselves. ``safetensors_only`` rejects pickled
+    weights, which a base model may have.
 
     Raises:
         CheckpointError: The directory has no weights, or a file is damaged or unreadable.
@@ -221,7 +211,7 @@ def weights_hash(directory: str | Path, *, safetensors_only: bool = True) -> str
     directory = Path(directory)
     records = verify_critic(directory)
     weights = WeightReader(str(directory), safetensors_only=safetensors_only).files
-    files = [*(path for name in (CARD_NAME, "config.json") if (path := directory / name).is_file()), *weights]
+    files = [*(path for path in (directory / CARD_NAME, directory / "config.json") if path.is_file()), *weights]
     found = [records.get(os.path.relpath(path, directory)) for path in files]
     checksums = [record.checksum for record in found if record and isinstance(record.checksum, str)]
     if len(checksums) == len(files):
@@ -257,10 +247,7 @@ def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
 
 
 def verify_critic(directory: str | Path) -> dict[str, FileRecord]:
-    """Compares the files that scoring reads with the manifests, if there are any. Skips the state for resuming.
-
-    Returns:
-        The records of these files.
+    """Compares the files that scoring reads with the manifests, if any, and returns their records.
 
     Raises:
         CheckpointError: A manifest is damaged, or a file is missing, truncated or changed.

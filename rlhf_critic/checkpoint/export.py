@@ -14,15 +14,9 @@ from rlhf_critic.model.weights import WeightReader
 
 
 def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> CriticCard:
-    """Copies a critic directory atomically, without the state that only resuming needs.
+    """Copies a critic directory or training checkpoint atomically, without what only resuming needs; returns its card.
 
-    Args:
-        source: A critic directory or training checkpoint.
-        out: The new directory; it must not exist.
-        auto_map: Whether to add a modeling file, with which ``trust_remote_code=True`` also gives values.
-
-    Returns:
-        The card of the exported critic.
+    With ``auto_map`` it adds a modeling file, with which ``trust_remote_code=True`` also gives values.
 
     Raises:
         CheckpointError: The source is not a critic or is damaged, ``out`` exists, or the family has no modeling file.
@@ -34,17 +28,15 @@ def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> Critic
     else:  # an export: without this, damage in the source would get a valid checksum in the copy
         verify_critic(source)
     with atomic_directory(out) as building:
-        shutil.copytree(source, building, dirs_exist_ok=True, ignore=_ignore_resume_state)
+        shutil.copytree(
+            source, building, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RESUME_FOLDER, "manifest-*")
+        )
         load_encoder(building, card)
         WeightReader(str(building))  # raises for a truncated file
         if auto_map:
             add_auto_map(building)
         write_manifest(building, 0, 1)
     return card
-
-
-def _ignore_resume_state(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if name == RESUME_FOLDER or name.startswith("manifest-")]
 
 
 def add_auto_map(directory: Path) -> None:

@@ -61,7 +61,8 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no fast (Rust) implementation, which is required")
     if tokenizer.eos_token is None:
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no EOS token; set eos_token and save it again")
-    if tokenizer.pad_token is None or tokenizer.pad_token_id in _tokens_that_end_or_begin(tokenizer):
+    begin_or_end = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id in begin_or_end:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
@@ -70,10 +71,6 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     tokenizer.chat_template = _resolve_template(tokenizer, chat_template, begins_with_bos)
     return tokenizer
-
-
-def _tokens_that_end_or_begin(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
-    return {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
 
 
 def _resolve_template(tokenizer: PreTrainedTokenizerBase, choice: str, begins_with_bos: bool) -> str:

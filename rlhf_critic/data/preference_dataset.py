@@ -14,7 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from rlhf_critic.errors import DataError
@@ -77,16 +76,6 @@ class EncodedPreference:
 
     responses: tuple[IdArray, ...]
 
-    @property
-    def chosen_ids(self) -> IdArray:
-        """Token ids of the best response."""
-        return self.responses[0]
-
-    @property
-    def rejected_ids(self) -> IdArray:
-        """Token ids of the worst response."""
-        return self.responses[-1]
-
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
@@ -147,7 +136,8 @@ class EncodedPreferences:
         self._lengths_R = lists.flatten().to_numpy()[np.repeat(shift_N, self.sizes_N) + np.arange(self.sizes_N.sum())]
         self.tokens_N = np.add.reduceat(self._lengths_R, self._ends_N - self.sizes_N, dtype=np.int64)
         self.prompt_keys_N = column("prompt")
-        self.prompts_N = _number(self.prompt_keys_N)
+        _, firsts, inverse_N = np.unique(self.prompt_keys_N, return_index=True, return_inverse=True)
+        self.prompts_N = firsts.argsort().argsort()[inverse_N].astype(np.int64)  # in the order of first appearance
         self.margins_N = column("margin")
         self.subsets_N = column("subset").astype(np.str_)
         self._lines_N = column("line")
@@ -166,7 +156,8 @@ class EncodedPreferences:
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> list[EncodedPreference]:
         """Returns the preferences of some rows, in the order of the rows."""
         rows = np.asarray(rows, dtype=np.int64)
-        sequences = _split(self._table[self._rows_N[rows]]["responses"].combine_chunks().flatten())
+        lists = self._table[self._rows_N[rows]]["responses"].combine_chunks().flatten()
+        sequences = np.split(lists.flatten().to_numpy(), np.asarray(lists.value_lengths()).cumsum()[:-1])
         sizes = self.sizes_N[rows]
         return [
             EncodedPreference(tuple(sequences[end - size : end]))
@@ -188,17 +179,14 @@ class EncodedPreferences:
 
     def comparisons(self) -> Comparisons:
         """Returns every ordered pair of responses, preference by preference."""
-        rows, better, worse = [], [], []
+        pairs = []
         for size in np.unique(self.sizes_N):
             of_size = np.flatnonzero(self.sizes_N == size)
             first, second = np.triu_indices(size, 1)
             starts = (self._ends_N[of_size] - size)[:, None]
-            rows.append(np.repeat(of_size, len(first)))
-            better.append((starts + first).ravel())
-            worse.append((starts + second).ravel())
-        rows_P = np.concatenate(rows)
-        order_P = rows_P.argsort(kind="stable")
-        rows_P, better_P, worse_P = rows_P[order_P], np.concatenate(better)[order_P], np.concatenate(worse)[order_P]
+            pairs.append([np.repeat(of_size, len(first)), (starts + first).ravel(), (starts + second).ravel()])
+        pairs_3P = np.concatenate(pairs, axis=1)
+        rows_P, better_P, worse_P = pairs_3P[:, pairs_3P[0].argsort(kind="stable")]
         lengths_P2 = np.stack([self._lengths_R[better_P], self._lengths_R[worse_P]], axis=1).astype(np.int64)
         return Comparisons(rows_P, better_P, worse_P, lengths_P2, self.subsets_N[rows_P])
 
@@ -272,14 +260,3 @@ def digest(*parts: str | bytes) -> str:
     for part in parts:
         hashed.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
     return hashed.hexdigest()[:32]
-
-
-def _number(keys_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers keys from 0, in the order of their first appearance."""
-    _, firsts, inverse_N = np.unique(keys_N, return_index=True, return_inverse=True)
-    return firsts.argsort().argsort()[inverse_N].astype(np.int64)
-
-
-def _split(lists: pa.ListArray) -> list[IdArray]:
-    ends = np.asarray(lists.value_lengths()).cumsum()
-    return np.split(lists.flatten().to_numpy(), ends[:-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictStr
@@ -18,12 +19,11 @@ from rlhf_critic.errors import DataError
 
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF_SPEAKER = {"Human": "user", "Assistant": "assistant"}
-
-
 Response: TypeAlias = NonEmptyText | Annotated[Turns, Field(min_length=1)]
 
 
-class Preference(BaseModel):
+@dataclass(frozen=True)
+class Preference:
     """A human preference: responses to a prompt from best to worst, with a margin if known.
 
     Attributes:
@@ -35,11 +35,10 @@ class Preference(BaseModel):
         fields: Field name of each response, for errors.
     """
 
-    model_config = ConfigDict(frozen=True)
-    prompt: StrictStr | Turns
-    responses: tuple[Response, ...] = Field(min_length=2)
-    margin: float | None = None
-    subset: str = ""
+    prompt: str | Turns
+    responses: tuple[str | Turns, ...]
+    margin: float | None
+    subset: str
     shape: str
     fields: tuple[str, ...]
 
@@ -47,12 +46,10 @@ class Preference(BaseModel):
         """Returns the preceding turns and the last text of each response, for `Encoder.encode_batch`."""
         return [self._conversation(response) for response in self.responses]
 
-    def _conversation(self, response: Response) -> tuple[Prompt, str]:
-        if isinstance(response, str) and isinstance(self.prompt, str):
-            return self.prompt, response
-        before = (Turn(role="user", content=self.prompt),) if isinstance(self.prompt, str) else self.prompt
+    def _conversation(self, response: str | Turns) -> tuple[Prompt, str]:
         if isinstance(response, str):
-            return to_prompt(before), response
+            return to_prompt(self.prompt), response
+        before = (Turn(role="user", content=self.prompt),) if isinstance(self.prompt, str) else self.prompt
         return to_prompt((*before, *response[:-1])), response[-1].content
 
 
@@ -108,13 +105,9 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
         margin = parsed.chosen_score - parsed.rejected_score
         if margin < 0:
             raise invalid("chosen_score", f"{parsed.chosen_score} is below rejected_score {parsed.rejected_score}")
-    return Preference.model_construct(
-        prompt=prompt,
-        responses=responses,
-        margin=margin,
-        subset=parsed.subset or "",
-        shape=shape if parsed.ranked is None else f"{shape}, ranked",
-        fields=tuple(fields.get(name, name) for name in names),
+    shape = shape if parsed.ranked is None else f"{shape}, ranked"
+    return Preference(
+        prompt, responses, margin, parsed.subset or "", shape, tuple(fields.get(name, name) for name in names)
     )
 
 
@@ -125,14 +118,7 @@ def _separate_prompt(
     texts = all(isinstance(response, str) for response in responses)
     if prompt is not None:
         opening = (Turn(role="user", content=prompt),) if isinstance(prompt, str) else prompt
-        if (
-            not texts
-            and opening
-            and all(
-                not isinstance(response, str) and len(response) > len(opening) and response[: len(opening)] == opening
-                for response in responses
-            )
-        ):
+        if all(len(response) > len(opening) and response[: len(opening)] == opening for response in responses):
             # Many data sets repeat the prompt in the turns of each response.
             responses = [response[len(opening) :] for response in responses]
         kind = "standard" if texts and isinstance(prompt, str) else "conversational"

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,6 @@ from rlhf_critic.files import atomic_directory
 
 CACHE_FORMAT = 4  # increase it when the cached columns change their meaning
 ENCODE_CHUNK = 512
-INT64_BYTES = 8
 
 Overlong = Literal["truncate", "skip"]
 
@@ -78,7 +76,7 @@ def _encode_source(
     source: str, contents: str, encoder: Encoder, fields: Mapping[str, str], overlong: Overlong, directory: Path
 ) -> None:
     parsed = [(line, parse_row(f"{source}:{line}", row, fields)) for line, row in read_rows(source)]
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(truncated=0, skipped_overlong=0, identical=0, duplicates=0, contradictions=0)
     records: list[dict[str, Any]] = []
     seen: Counter[tuple[bytes, ...]] = Counter()
     for start in tqdm(range(0, len(parsed), ENCODE_CHUNK), desc=f"encoding {source}", unit="chunk", disable=None):
@@ -117,16 +115,18 @@ def _encode_source(
     report = EncodingReport(
         rows=len(parsed),
         preferences=len(records),
-        **{
-            name: counts[name]
-            for name in ("truncated", "skipped_overlong", "identical", "duplicates", "contradictions")
-        },
+        **counts,
         tokens=sum(lengths),
         longest=max(lengths),
         shapes=dict(Counter(preference.shape for _, preference in parsed)),
     )
-    with _quiet_datasets():
+    showed_bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()  # which would be a second bar for the same work
+    try:
         datasets.Dataset.from_list(records, features=FEATURES).save_to_disk(str(directory))
+    finally:
+        if showed_bars:
+            datasets.enable_progress_bars()
     (directory / "report.json").write_text(json.dumps(asdict(report)))
 
 
@@ -152,16 +152,4 @@ def _prompt_key(preference: Preference, place: str) -> int:
     prompt = preference.prompt
     text = prompt if isinstance(prompt, str) else json.dumps([turn.model_dump() for turn in prompt])
     hashed = hashlib.sha256((text if prompt else f":{place}").encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(hashed[:INT64_BYTES], "little", signed=True)
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Hides the progress bar of datasets, which would be a second one for the same work."""
-    showed_bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if showed_bars:
-            datasets.enable_progress_bars()
+    return int.from_bytes(hashed[:8], "little", signed=True)

@@ -65,10 +65,7 @@ class Prompts:
     def select(self, rows: Sequence[int]) -> Prompts:
         """Returns the prompts of some rows."""
         return Prompts(
-            self.sources,
-            tuple(self.prompts[row] for row in rows),
-            tuple(self.ids[row] for row in rows),
-            self.truncated,
+            self.sources, tuple(self.prompts[row] for row in rows), tuple(self.ids[row] for row in rows), self.truncated
         )
 
 
@@ -98,11 +95,11 @@ def load_prompts(
                 opening = encoder.open(prompt)
                 opening.encode("utf-8")  # fails on half of a surrogate pair, which JSON may contain
             except (EncodingError, UnicodeEncodeError) as error:
-                raise DataError(f"{source}:{number}: field {name!r}: {error}") from error
+                raise DataError(f"{place}: field {name!r}: {error}") from error
             ids = encoder.tokenizer(opening, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
                 raise DataError(
-                    f"{source}:{number}: field {name!r}: has no token, but a policy must read one before it samples; "
+                    f"{place}: field {name!r}: has no token, but a policy must read one before it samples; "
                     "remove this row, or use a chat template that begins with a token"
                 )
             truncated += len(ids) > max_tokens

@@ -31,7 +31,6 @@ from rlhf_critic.errors import DataError
 
 Row: TypeAlias = dict[str, Any]
 
-DEFAULT_SPLIT = "train"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 READ_BYTES = 1 << 20
 # Missing or broken files; truncated or damaged archives; a protocol that is unknown or whose package is missing.
@@ -46,7 +45,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Row]]:
             line is not UTF-8, not JSON or not an object.
     """
     found = False
-    for number, row in _read_dataset(source) if _is_dataset(source) else _read_file(source):
+    for number, row in enumerate(_load_dataset(source), start=1) if _is_dataset(source) else _read_file(source):
         if not isinstance(row, dict):
             raise DataError(f"{source}:{number}: must be an object with named fields, not {type(row).__name__}")
         found = True
@@ -82,10 +81,9 @@ def fingerprint_of(source: str) -> str:
 def _read_file(source: str) -> Iterator[tuple[int, Row]]:
     read = _READERS.get(_suffix(source))
     if read is None:
-        known = ", ".join(_READERS)
         raise DataError(
-            f"{source}: unknown kind of source; give a file ({known}, each also .gz), a directory that datasets "
-            "saved, or a hub id like OWNER/NAME"
+            f"{source}: unknown kind of source; give a file ({', '.join(_READERS)}, each also .gz), a directory that "
+            "datasets saved, or a hub id like OWNER/NAME"
         )
     try:
         with fsspec.open(source, "rb", compression="infer") as file:
@@ -140,15 +138,11 @@ _READERS: dict[str, Callable[[str, BinaryIO], Iterator[tuple[int, Row]]]] = {
 }
 
 
-def _read_dataset(source: str) -> Iterator[tuple[int, Row]]:
-    yield from enumerate(_load_dataset(source), start=1)
-
-
 def _load_dataset(source: str) -> datasets.Dataset:
     name, split = _without_split(source)
     try:
         if not Path(name).is_dir():
-            return datasets.load_dataset(name, split=split or DEFAULT_SPLIT)
+            return datasets.load_dataset(name, split=split or "train")
         loaded = datasets.load_from_disk(name, keep_in_memory=False)  # else a setting of datasets could hide its files
     except (*UNREADABLE, RuntimeError, datasets.exceptions.DatasetsError) as error:
         advice = (
@@ -159,7 +153,7 @@ def _load_dataset(source: str) -> datasets.Dataset:
         )
         raise DataError(f"{source}: {advice} ({type(error).__name__}: {error})") from error
     if isinstance(loaded, datasets.DatasetDict):
-        wanted = split or DEFAULT_SPLIT
+        wanted = split or "train"
         if wanted not in loaded:
             raise DataError(f"{source}: has no split {wanted!r}; give one of {', '.join(loaded)} as {name}:SPLIT")
         return loaded[wanted]

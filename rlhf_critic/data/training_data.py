@@ -24,13 +24,7 @@ from rlhf_critic.errors import ConfigError
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Encoded data of a run.
-
-    Attributes:
-        encoder: Encoder of the texts.
-        train: Preferences to train on.
-        validation: Preferences to validate on, if any.
-    """
+    """Encoded data of a run: preferences to train on and, if any, to validate on, with their encoder."""
 
     encoder: Encoder
     train: EncodedPreferences
@@ -58,12 +52,11 @@ def load_data(config: TrainJobConfig) -> TrainingData:
     encoder = Encoder(tokenizer, config.encoding.max_length)
 
     def load(sources: Sequence[str]) -> EncodedPreferences:
-        return concatenate(
-            [
-                load_preferences(source, encoder, options.cache_dir, fields=options.fields, overlong=options.overlong)
-                for source in sources
-            ]
-        )
+        tables = [
+            load_preferences(source, encoder, options.cache_dir, fields=options.fields, overlong=options.overlong)
+            for source in sources
+        ]
+        return concatenate(tables)
 
     train, validation = load(options.train), load(options.validation) if options.validation else None
     if options.validation_fraction:

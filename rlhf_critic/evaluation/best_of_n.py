@@ -145,10 +145,6 @@ def is_best_of_n(row: Mapping[str, Any]) -> bool:
 def load_best_of_n(source: str, encoder: Encoder) -> list[BestOfN]:
     """Reads and encodes best-of-n rows.
 
-    Args:
-        source: Path, URI or hub id; see `rlhf_critic.data.sources`.
-        encoder: Encoder of the critic.
-
     Raises:
         DataError: See `rlhf_critic.data.sources.read_rows`. Or a row lacks a field or cannot be encoded.
     """
@@ -185,23 +181,12 @@ def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN
             encoded.append(encoder.encode(prompt, text))
         except EncodingError as error:
             raise DataError(f"{origin}: field {field!r}: {error}") from error
-    return BestOfN(
-        origin=origin,
-        sequences=tuple(tuple(one.ids) for one in encoded),
-        right=right,
-        truncated=any(one.truncated for one in encoded),
-        subset=row.subset or "",
-        id="" if row.id is None else str(row.id),
-    )
+    sequences, truncated = tuple(tuple(one.ids) for one in encoded), any(one.truncated for one in encoded)
+    return BestOfN(origin, sequences, right, truncated, row.subset or "", "" if row.id is None else str(row.id))
 
 
-def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray, seed: int = 0) -> BestOfNEvaluation:
-    """Compares rewards within each row.
-
-    Args:
-        rows: Rows; at least one.
-        rewards: Rewards of all sequences of all rows, in order.
-        seed: Seed of the bootstrap.
+def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray) -> BestOfNEvaluation:
+    """Compares the rewards of each row. ``rewards`` has those of all sequences of all rows (at least one), in order.
 
     Raises:
         NonFiniteRewardError: A reward is NaN or infinite.
@@ -216,13 +201,13 @@ def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray, seed: int =
     subsets_N = np.array([row.subset for row in rows])
     return BestOfNEvaluation(
         rows=len(rows),
-        accuracy=bootstrap_mean(credit_N, seed),
+        accuracy=bootstrap_mean(credit_N),
         chance=float(chance_N.mean()),
         responses=len(rewards) / len(rows),
-        all_right_above_wrong=bootstrap_mean(np.array(several), seed) if several else None,
-        ties=_ties_score(rows, by_row, seed),
+        all_right_above_wrong=bootstrap_mean(np.array(several)) if several else None,
+        ties=_ties_score(rows, by_row),
         subsets=tuple(
-            SubsetBestOfN(name, len(of_subset), bootstrap_mean(credit_N[of_subset], seed), chance_N[of_subset].mean())
+            SubsetBestOfN(name, len(of_subset), bootstrap_mean(credit_N[of_subset]), chance_N[of_subset].mean())
             for name, of_subset in rows_of_subsets(subsets_N)
         ),
         reward_mean=float(rewards.mean()),
@@ -245,9 +230,7 @@ def _credit(right: FloatArray, wrong: FloatArray) -> float:
     return right_at_top / (right_at_top + int((wrong == top).sum()))
 
 
-def _ties_score(
-    rows: Sequence[BestOfN], by_row: Sequence[tuple[FloatArray, FloatArray]], seed: int
-) -> TiesScore | None:
+def _ties_score(rows: Sequence[BestOfN], by_row: Sequence[tuple[FloatArray, FloatArray]]) -> TiesScore | None:
     gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads: dict[str, float] = {}
     for row, (right, wrong) in zip(rows, by_row, strict=True):
@@ -280,4 +263,4 @@ def _ties_score(
     def score(chosen: NDArray[np.int64]) -> float:
         return float(np.dot((0.3, 0.3, 0.2, 0.2, 0.01), parts(chosen)))
 
-    return TiesScore(len(pairs), bootstrap_statistic(score, len(prompts), seed), *parts(np.arange(len(prompts))))
+    return TiesScore(len(pairs), bootstrap_statistic(score, len(prompts)), *parts(np.arange(len(prompts))))

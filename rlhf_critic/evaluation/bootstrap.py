@@ -46,15 +46,9 @@ def bootstrap_mean(sample_P: FloatArray, seed: int = 0) -> BootstrapEstimate:
     return _with_interval(float(sample_P.mean()), means_B)
 
 
-def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int, seed: int = 0) -> BootstrapEstimate:
-    """Computes any statistic of a sample and its percentile-bootstrap interval.
-
-    Args:
-        statistic: Function of row indices; called once per resample.
-        size: Number of rows in the sample.
-        seed: Seed of the resampling.
-    """
-    rng = np.random.default_rng(seed)
+def bootstrap_statistic(statistic: Callable[[NDArray[np.int64]], float], size: int) -> BootstrapEstimate:
+    """Computes a statistic (a function of row indices) of ``size`` rows and its percentile-bootstrap interval."""
+    rng = np.random.default_rng(0)
     values_B = np.array([statistic(rng.integers(0, size, size)) for _ in range(BOOTSTRAP_RESAMPLES)])
     return _with_interval(statistic(np.arange(size)), values_B)
 

@@ -17,8 +17,6 @@ import numpy as np
 from rlhf_critic.evaluation.bootstrap import FloatArray, wins
 
 BINS = 10  # of equal width over confidences from 0.5 to 1
-CHANCE_SAMPLES = 1000
-BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -75,22 +73,14 @@ class Calibration:
     scaled: Reliability | None
 
 
-def calibrate(margin_P: FloatArray, seed: int = 0) -> Calibration:
-    """Measures calibration before and after temperature scaling.
-
-    Args:
-        margin_P: Chosen minus rejected rewards; at least one.
-        seed: Seed of the sampling behind ``error_by_chance``.
-    """
+def calibrate(margin_P: FloatArray) -> Calibration:
+    """Measures calibration before and after temperature scaling. Margins are chosen minus rejected rewards."""
     temperature = fit_temperature(margin_P)
-    return Calibration(
-        raw=reliability(margin_P, seed),
-        temperature=temperature,
-        scaled=None if temperature is None else reliability(margin_P / temperature, seed),
-    )
+    scaled = None if temperature is None else reliability(margin_P / temperature)
+    return Calibration(reliability(margin_P), temperature, scaled)
 
 
-def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
+def reliability(margin_P: FloatArray) -> Reliability:
     """Computes the expected calibration error of ``sigmoid(margin)`` and its bins."""
     confidence_P = 1.0 / (1.0 + np.exp(-np.abs(margin_P)))
     bin_P = np.minimum(((confidence_P - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
@@ -98,11 +88,11 @@ def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
     count_K = np.bincount(bin_P, minlength=BINS)
     confidence_K = np.bincount(bin_P, confidence_P, BINS)
     right_K = np.bincount(bin_P, right_P, BINS)
-    edges = np.linspace(0.5, 1.0, BINS + 1)
-    rng = np.random.default_rng(seed)
+    edges = np.linspace(0.5, 1.0, BINS + 1).tolist()
+    rng = np.random.default_rng(0)
     errors_by_chance = [
         np.abs(np.bincount(bin_P, rng.random(len(bin_P)) < confidence_P, BINS) - confidence_K).sum() / len(bin_P)
-        for _ in range(CHANCE_SAMPLES)
+        for _ in range(1000)
     ]
     return Reliability(
         error=float(np.abs(right_K - confidence_K).sum() / len(bin_P)),
@@ -110,8 +100,8 @@ def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
         log_loss=float(np.logaddexp(0.0, -margin_P).mean()),
         bins=tuple(
             ReliabilityBin(
-                low=float(edges[k]),
-                high=float(edges[k + 1]),
+                low=edges[k],
+                high=edges[k + 1],
                 preferences=int(count_K[k]),
                 confidence=float(confidence_K[k] / count_K[k]),
                 accuracy=float(right_K[k] / count_K[k]),
@@ -124,10 +114,8 @@ def reliability(margin_P: FloatArray, seed: int = 0) -> Reliability:
 def fit_temperature(margin_P: FloatArray) -> float | None:
     """Computes the maximum-likelihood temperature of the preferences under ``sigmoid(margin / temperature)``.
 
-    The log-loss is convex in the inverse temperature, so its slope has one root. Bisection finds it.
-
-    Returns:
-        The temperature, or None if no finite positive temperature is optimal.
+    The log-loss is convex in the inverse temperature, so its slope has one root. Bisection finds it. Returns None if no
+    finite positive temperature is optimal.
     """
     if margin_P.mean() <= 0 or margin_P.min() >= 0:
         return None
@@ -139,7 +127,7 @@ def fit_temperature(margin_P: FloatArray) -> float | None:
     low, high = 0.0, 1.0 / float(np.abs(margin_P).max())
     while slope(high) < 0:
         low, high = high, 2 * high
-    for _ in range(BISECTIONS):
+    for _ in range(60):  # more than the bits of a float64
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 2 / (low + high)

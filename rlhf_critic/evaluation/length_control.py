@@ -17,9 +17,7 @@ MIN_PREFERENCES = 30  # three coefficients are estimated; fewer preferences give
 ROUNDING = 1e-5
 
 
-def length_controlled_accuracy(
-    margin_P: FloatArray, lengths_P2: NDArray[np.int64], seed: int = 0
-) -> BootstrapEstimate | None:
+def length_controlled_accuracy(margin_P: FloatArray, lengths_P2: NDArray[np.int64]) -> BootstrapEstimate | None:
     """Computes accuracy after regressing the effect of length out of the margin.
 
     Dubois et al., "Length-Controlled AlpacaEval" (2024), regress a judge's verdict on the length difference
@@ -39,7 +37,6 @@ def length_controlled_accuracy(
     Args:
         margin_P: Chosen minus rejected rewards.
         lengths_P2: Tokens of the chosen and the rejected side; a shared prompt cancels.
-        seed: Seed of the bootstrap, which repeats the regression in every resample.
 
     Returns:
         The accuracy. None if there are fewer than `MIN_PREFERENCES` or all length differences are equal, because then
@@ -53,15 +50,10 @@ def length_controlled_accuracy(
     smallest = ROUNDING * float(np.abs(margin_P).max())
 
     def accuracy(rows: NDArray[np.int64]) -> float:
-        controlled = control(margin_P[rows], length_PF[rows])
+        centered_PF = length_PF[rows] - length_PF[rows].mean(axis=0)
+        # The slopes solve the normal equations. The pseudo-inverse also serves a resample with only one difference.
+        slopes_F = np.linalg.pinv(centered_PF.T @ centered_PF, hermitian=True) @ (centered_PF.T @ margin_P[rows])
+        controlled = margin_P[rows] - length_PF[rows] @ slopes_F
         return float(wins(np.where(np.abs(controlled) <= smallest, 0.0, controlled)).mean())
 
-    return bootstrap_statistic(accuracy, len(margin_P), seed)
-
-
-def control(margin_P: FloatArray, length_PF: FloatArray) -> FloatArray:
-    """Subtracts the effect of length from margins. Returns the least-squares residuals plus the intercept."""
-    centered_PF = length_PF - length_PF.mean(axis=0)
-    # The slopes solve the normal equations. The pseudo-inverse also serves a resample with only one length difference.
-    slopes_F = np.linalg.pinv(centered_PF.T @ centered_PF, hermitian=True) @ (centered_PF.T @ margin_P)
-    return margin_P - length_PF @ slopes_F
+    return bootstrap_statistic(accuracy, len(margin_P))

@@ -46,9 +46,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 10,
 }
-SIZE_INCHES = (5.6, 3.7)
 MAX_POINTS = 1500  # of a scatter plot; more points would hide each other and enlarge the page
-HISTOGRAM_BINS = 40
 TREND_BINS = 12  # ranges of length with equal numbers of responses
 
 
@@ -74,7 +72,7 @@ def reliability_svg(raw: Reliability, scaled: Reliability | None) -> str:
 def histogram_svg(values_P: FloatArray, label: str) -> str:
     """Draws a histogram of differences. Negative differences are errors of the critic."""
     figure, axes = _figure(label, "count")
-    width = max(np.ptp(np.append(values_P, 0.0)) / HISTOGRAM_BINS, np.finfo(np.float64).tiny)
+    width = max(np.ptp(np.append(values_P, 0.0)) / 40, np.finfo(np.float64).tiny)
     # Zero is an edge, so no bar mixes correct and wrong.
     first, last = np.floor(values_P.min() / width), np.floor(values_P.max() / width) + 1
     edges = (np.arange(first, last + 1) * width).tolist()
@@ -107,7 +105,7 @@ def length_svg(rewards_P2: FloatArray, lengths_P2: NDArray[np.int64]) -> str:
 
 
 def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
@@ -135,12 +133,7 @@ PRINTED = {INK: "#1b1b1f", MUTED: "#5c5c66", GRID: "#d9d9e0", FIRST: "#1f6fb2", 
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws reward, KL, value loss and explained variance of a PPO run by iteration, also on held-out prompts.
-
-    Args:
-        records: Records of the run's ``metrics.jsonl``.
-        path: PNG file to write.
-    """
+    """Draws the `CURVES` of a PPO run by iteration to a PNG file, from the records of its ``metrics.jsonl``."""
     style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
     with mpl.rc_context(style):
         figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor=PRINTED[PAPER])

@@ -19,14 +19,7 @@ from rlhf_critic.evaluation.length_control import length_controlled_accuracy
 
 @dataclass(frozen=True)
 class SubsetAccuracy:
-    """Agreement on the preferences of one subset.
-
-    Attributes:
-        name: Tag of the subset; empty for preferences without one.
-        preferences: Number of preferences.
-        accuracy: Accuracy as in `Evaluation`.
-        length_baseline: Length baseline as in `Evaluation`.
-    """
+    """Figures of one subset; see `Evaluation`. The name is empty for preferences without a tag."""
 
     name: str
     preferences: int
@@ -74,7 +67,6 @@ def evaluate_rewards(
     chosen_rewards: Sequence[float] | FloatArray,
     rejected_rewards: Sequence[float] | FloatArray,
     lengths_P2: NDArray[np.int64],
-    seed: int = 0,
     subsets_P: NDArray[np.str_] | None = None,
 ) -> Evaluation:
     """Compares the rewards of chosen and rejected sides.
@@ -83,7 +75,6 @@ def evaluate_rewards(
         chosen_rewards: Rewards of the chosen sides ``[P]``.
         rejected_rewards: Rewards of the rejected sides ``[P]``.
         lengths_P2: Tokens of the chosen and the rejected side.
-        seed: Seed of the bootstrap.
         subsets_P: Tag of each preference, or empty; None if no preference has a tag.
 
     Raises:
@@ -105,30 +96,23 @@ def evaluate_rewards(
     shorter_wins = longer_P < 0
     return Evaluation(
         preferences=len(margin_P),
-        accuracy=bootstrap_mean(right_P, seed),
-        margin=bootstrap_mean(margin_P, seed),
-        log_loss=bootstrap_mean(np.logaddexp(0.0, -margin_P), seed),
-        length_controlled_accuracy=length_controlled_accuracy(margin_P, lengths_P2, seed),
-        length_baseline=bootstrap_mean(wins(longer_P), seed),
-        accuracy_where_shorter_wins=bootstrap_mean(right_P[shorter_wins], seed) if shorter_wins.any() else None,
+        accuracy=bootstrap_mean(right_P),
+        margin=bootstrap_mean(margin_P),
+        log_loss=bootstrap_mean(np.logaddexp(0.0, -margin_P)),
+        length_controlled_accuracy=length_controlled_accuracy(margin_P, lengths_P2),
+        length_baseline=bootstrap_mean(wins(longer_P)),
+        accuracy_where_shorter_wins=bootstrap_mean(right_P[shorter_wins]) if shorter_wins.any() else None,
         reward_mean=float(rewards_P2.mean()),
         reward_std=float(rewards_P2.std()),
-        calibration=calibrate(margin_P, seed),
-        subsets=()
-        if subsets_P is None
-        else tuple(
-            SubsetAccuracy(
-                name, len(rows), bootstrap_mean(right_P[rows], seed), bootstrap_mean(wins(longer_P[rows]), seed)
-            )
-            for name, rows in rows_of_subsets(subsets_P)
+        calibration=calibrate(margin_P),
+        subsets=tuple(
+            SubsetAccuracy(name, len(rows), bootstrap_mean(right_P[rows]), bootstrap_mean(wins(longer_P[rows])))
+            for name, rows in ([] if subsets_P is None else rows_of_subsets(subsets_P))
         ),
     )
 
 
 def rows_of_subsets(subsets_P: NDArray[np.str_]) -> list[tuple[str, NDArray[np.int64]]]:
     """Returns the rows of each subset, the largest first, or an empty list if no row has a tag."""
-    names = np.unique(subsets_P)
-    if not any(names):
-        return []
-    rows = [(str(name), np.flatnonzero(subsets_P == name)) for name in names]
-    return sorted(rows, key=lambda one: -len(one[1]))
+    rows = [(str(name), np.flatnonzero(subsets_P == name)) for name in np.unique(subsets_P)]
+    return sorted(rows, key=lambda one: -len(one[1])) if any(name for name, _ in rows) else []

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,7 @@ MAX_CHARACTERS = 4000  # of one text
 
 @dataclass(frozen=True)
 class Figure:
-    """A number formatted for people, with its label.
-
-    Attributes:
-        name: Name of the measure.
-        value: Number with its interval, or the reason why there is none.
-        meaning: Definition, and a value to compare with.
-    """
+    """A number formatted for people, with its interval (or the reason why there is none), label and meaning."""
 
     name: str
     value: str
@@ -64,12 +59,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class HighlightedText:
-    """A text in pieces that distinguish special tokens from text that looks like them.
-
-    Attributes:
-        label: Heading of the text.
-        pieces: Pairs of a text and whether it is a special token.
-    """
+    """A text in pieces: pairs of a text and whether it is a special token, because text may look like one."""
 
     label: str
     pieces: tuple[tuple[str, bool], ...]
@@ -77,14 +67,7 @@ class HighlightedText:
 
 @dataclass(frozen=True)
 class WrongExample:
-    """A row that the critic scored wrongly.
-
-    Attributes:
-        origin: Location of the row, as ``file:line``.
-        note: Size of the error.
-        shared: Shared prefix of the texts.
-        texts: Rest of each text after the prefix.
-    """
+    """A row (``file:line``) that the critic scored wrongly: the error, the texts' shared prefix and their rests."""
 
     origin: str
     note: str
@@ -94,17 +77,7 @@ class WrongExample:
 
 @dataclass(frozen=True)
 class Page:
-    """Content of the page.
-
-    Attributes:
-        critic: Version of the evaluated critic.
-        source: Description of the data.
-        figures: Figures in order; the first three are shown large.
-        baseline_name: Name of the bars' baseline.
-        bars: Accuracy by subset; if empty, the section is omitted.
-        plots: Plots in order.
-        wrong: Wrong examples, the worst first.
-    """
+    """Content of the page. The first three figures are shown large; without bars, their section is omitted."""
 
     critic: str
     source: str
@@ -171,23 +144,17 @@ def best_of_n_figures(evaluation: BestOfNEvaluation) -> list[Figure]:
         Figure("chance", f"{evaluation.chance:.3f}", "accuracy of random rewards"),
     ]
     if evaluation.all_right_above_wrong is not None:
+        several = str(evaluation.all_right_above_wrong)
         figures.append(
-            Figure(
-                "all correct above all wrong",
-                str(evaluation.all_right_above_wrong),
-                "share of the rows with several correct responses",
-            )
+            Figure("all correct above all wrong", several, "share of the rows with several correct responses")
         )
     if evaluation.ties is not None:
         ties = evaluation.ties
-        figures.append(
-            Figure(
-                "RewardBench 2 ties score",
-                str(ties.score),
-                f"{ties.pairs} pairs; accuracy: tied {ties.tied_accuracy:.3f}, reference {ties.ref_accuracy:.3f}; gap "
-                f"above spread: tied {ties.preferred:.3f}, both {ties.preferred_hard:.3f}",
-            )
+        parts = (
+            f"{ties.pairs} pairs; accuracy: tied {ties.tied_accuracy:.3f}, reference {ties.ref_accuracy:.3f}; gap "
+            f"above spread: tied {ties.preferred:.3f}, both {ties.preferred_hard:.3f}"
         )
+        figures.append(Figure("RewardBench 2 ties score", str(ties.score), parts))
     return [
         *figures,
         Figure("rewards", f"{evaluation.reward_mean:.3f} ± {evaluation.reward_std:.3f}", "mean and standard deviation"),
@@ -196,27 +163,13 @@ def best_of_n_figures(evaluation: BestOfNEvaluation) -> list[Figure]:
 
 
 def wrong_example(origin: str, note: str, texts: Mapping[str, str], special_tokens: Sequence[str]) -> WrongExample:
-    """Splits decoded texts into their shared prefix and the rest of each.
-
-    Args:
-        origin: Location of the row, as ``file:line``.
-        note: Size of the error.
-        texts: Texts by heading, with special tokens.
-        special_tokens: Special tokens of the tokenizer.
-    """
-    length = next(
-        (n for n, characters in enumerate(zip(*texts.values(), strict=False)) if len(set(characters)) > 1),
-        min(map(len, texts.values())),
-    )
-    shared = next(iter(texts.values()))[:length]
+    """Splits decoded texts, by heading and with special tokens, into their shared prefix and the rest of each."""
+    same = takewhile(lambda characters: len(set(characters)) == 1, zip(*texts.values(), strict=False))
+    shared = "".join(characters[0] for characters in same)
     # Ends the prefix at white space, so no word is split.
     shared = shared[: max(shared.rfind(space) for space in " \n") + 1]
-    return WrongExample(
-        origin=origin,
-        note=note,
-        shared=_in_pieces("shared prefix", shared, special_tokens),
-        texts=tuple(_in_pieces(label, text[len(shared) :], special_tokens) for label, text in texts.items()),
-    )
+    rests = tuple(_in_pieces(label, text[len(shared) :], special_tokens) for label, text in texts.items())
+    return WrongExample(origin, note, _in_pieces("shared prefix", shared, special_tokens), rests)
 
 
 def _in_pieces(label: str, text: str, special_tokens: Sequence[str]) -> HighlightedText:

@@ -46,8 +46,7 @@ class CriticReward:
         """
         pairs = zip(prompts, completions, strict=True)
         items = [_conversation(index, prompt, completion) for index, (prompt, completion) in enumerate(pairs)]
-        rewards: list[float] = self._client.score_items(items).rewards_S.tolist()
-        return rewards
+        return self._client.score_items(items).rewards_S.tolist()
 
 
 def reward_function(client: ScorerClient, name: str = "critic") -> CriticReward:

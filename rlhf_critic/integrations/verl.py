@@ -53,8 +53,7 @@ def compute_scores(
 ) -> list[float]:
     """Returns the rewards of a batch by one call, in which rollouts of a prompt share its computation."""
     prompts = [_prompt_of(*row) for row in zip(data_sources, extra_infos, strict=True)]
-    rewards: list[float] = client_from_environment().score(prompts, list(solution_strs)).tolist()
-    return rewards
+    return client_from_environment().score(prompts, list(solution_strs)).tolist()
 
 
 def _prompt_of(data_source: str, extra_info: Mapping[str, Any] | None) -> Prompt:

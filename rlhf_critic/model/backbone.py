@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from rlhf_critic.model.fused_ops import fuse_norms_and_activations
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, AttentionPlan, enable_prefix_trees
 
 logger = logging.getLogger(__name__)
+Batch: TypeAlias = PrefixTreeBatch | PaddedBatch
 OutputT = TypeVar("OutputT")
 
-ROPE_OF_THE_BATCH = frozenset({"dynamic", "longrope"})
 # Families that the same tests check in padded batches, because their attention cannot follow a tree.
 PADDED_FAMILIES = frozenset({"bloom"})
 
@@ -36,20 +36,16 @@ class Backbone(nn.Module):
 
     Args:
         model: The model, with a head of any kind, which is not used here.
-        prefix_tree: Whether to compute shared prefixes once, if the family and its attention support it.
-
-    Attributes:
-        model: The model.
-        prefix_tree: Whether `batch_of` builds prefix trees.
+        prefix_tree: Whether to compute shared prefixes once, if the family and its attention support it. The attribute
+            of this name tells whether they do.
     """
 
     def __init__(self, model: PreTrainedModel, prefix_tree: bool) -> None:
         super().__init__()
         self.model = model
-        backbone_parameters = inspect.signature(getattr(model, model.base_model_prefix).forward).parameters
-        self._takes_position_ids = "position_ids" in backbone_parameters
+        self._takes_position_ids = "position_ids" in inspect.signature(model.base_model.forward).parameters
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-        if rope.get("rope_type") in ROPE_OF_THE_BATCH:
+        if rope.get("rope_type") in {"dynamic", "longrope"}:
             logger.warning(
                 "rope type %r: frequencies depend on the longest sequence of a batch, as in transformers. Beyond the "
                 "model's original length, scores depend on the other sequences of the batch.",
@@ -57,13 +53,14 @@ class Backbone(nn.Module):
             )
         fuse_norms_and_activations(model)
         self.prefix_tree = prefix_tree and enable_prefix_trees(model)
-        if model.config.model_type not in PREFIX_TREE_FAMILIES | PADDED_FAMILIES:
+        tested = PREFIX_TREE_FAMILIES | PADDED_FAMILIES
+        if model.config.model_type not in tested:
             logger.warning(
                 "untested model family %s (tested: %s): using padded batches. Equal scores of a text in any batch, "
                 "at any ZeRO stage and after saving are not tested. Compare some scores of a saved critic with plain "
                 "transformers before you rely on them.",
                 model.config.model_type,
-                ", ".join(sorted(PREFIX_TREE_FAMILIES | PADDED_FAMILIES)),
+                ", ".join(sorted(tested)),
             )
         elif prefix_tree and not self.prefix_tree:
             logger.warning(
@@ -78,9 +75,7 @@ class Backbone(nn.Module):
         """Token id that fills padded batches."""
         return int(self.model.config.pad_token_id)
 
-    def batch_of(
-        self, sequences: Sequence[TokenIds], device: torch.device | str = "cpu"
-    ) -> PrefixTreeBatch | PaddedBatch:
+    def batch_of(self, sequences: Sequence[TokenIds], device: torch.device | str = "cpu") -> Batch:
         """Builds the batch in which this model computes sequences of token ids.
 
         Raises:
@@ -90,12 +85,10 @@ class Backbone(nn.Module):
             return PrefixTreeBatch.from_sequences(sequences, device)
         return PaddedBatch.from_sequences(sequences, self.pad_token_id, device)
 
-    def hidden(self, batch: PrefixTreeBatch | PaddedBatch, leaves_only: bool = False) -> Tensor:
+    def hidden(self, batch: Batch, leaves_only: bool = False) -> Tensor:
         """Computes the last hidden states of all computed tokens, ``[T, D]``, which ``batch.tokens_SL`` indexes.
 
-        Args:
-            batch: A batch from `batch_of`.
-            leaves_only: Whether only the states at ``batch.leaves_S`` are read. If so, the others may be undefined.
+        With ``leaves_only``, states other than those at ``batch.leaves_S`` may be undefined.
         """
         if isinstance(batch, PaddedBatch):
             return self._run(batch.input_ids_SL, batch.attention_mask_SL, batch.position_ids_SL).flatten(0, 1)
@@ -114,9 +107,9 @@ class Backbone(nn.Module):
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **options: object) -> Tensor:
         positions = {"position_ids": position_ids} if self._takes_position_ids else {}
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        outputs = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions, **options)
-        return outputs.last_hidden_state
+        return self.model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions, **options
+        ).last_hidden_state
 
 
 @torch.no_grad()
@@ -124,18 +117,13 @@ def forward_micro_batches(
     backbone: Backbone,
     sequences: Sequence[TokenIds],
     micro_batches: Sequence[MicroBatch],
-    run: Callable[[PrefixTreeBatch | PaddedBatch, Sequence[int]], OutputT],
+    run: Callable[[Batch, Sequence[int]], OutputT],
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[tuple[int, ...], OutputT, int]]:
-    """Runs planned micro-batches without gradients. All scoring uses it, in training and elsewhere.
+    """Runs planned micro-batches, whose units index ``sequences``, without gradients. All scoring uses it.
 
-    Args:
-        backbone: The model, which determines the kind of batch.
-        sequences: Token ids of the sequences.
-        micro_batches: Micro-batches whose units index ``sequences``. Those of weight zero are computed, because ZeRO
-            needs equal numbers on all ranks, but not yielded.
-        run: Computes a batch and its units, on the model or the DeepSpeed engine around it.
-        device: Device of the batches.
+    ``run`` computes a batch and its units, on the model or the DeepSpeed engine around it. Micro-batches of weight zero
+    are computed, because ZeRO needs equal numbers on all ranks, but not yielded.
 
     Yields:
         The units of a micro-batch, the output of ``run``, and the number of computed tokens.

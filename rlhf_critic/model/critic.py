@@ -1,32 +1,26 @@
 """Critic: a transformer with a scalar head. Its output at a token is a value; at the last real token, the reward.
 
 `Critic` wraps the family's own ``*ForSequenceClassification`` model, so its weights keep the names that plain
-transformers reads. Its input is a `PrefixTreeBatch`, in which every shared prefix is computed once, or a `PaddedBatch`
-for families without prefix trees. The results are the same. The end of a sequence is known from its length, never from
-a token id. Knows nothing about DeepSpeed, files, text or losses.
+transformers reads. Its results are the same for prefix trees and padded batches. Knows nothing about DeepSpeed, files,
+text or losses.
 
 Shape legend: S sequences, L longest sequence, T tokens that are computed, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_critic.batching.padded import PaddedBatch
-from rlhf_critic.batching.prefix_tree import PrefixTreeBatch
-from rlhf_critic.model.backbone import Backbone
+from rlhf_critic.model.backbone import Backbone, Batch
 from rlhf_critic.model.deepspeed_chat import Rows, preference_scores
 
 
 class ScalarHead(nn.Module):
     """The ``score`` head, computed in fp32 for any dtype of the body.
 
-    It uses the weight of the family's own head, so that the name in a checkpoint and the partitioning by ZeRO do not
-    change.
+    It uses the weight of the family's own head, so its name in a checkpoint and its partitioning by ZeRO do not change.
     """
 
     def __init__(self, weight_1D: nn.Parameter) -> None:
@@ -45,10 +39,7 @@ class Critic(Backbone):
         model: The family's ``*ForSequenceClassification`` model with ``num_labels=1`` and a head without bias.
         num_padding_at_beginning: Number of tokens that a tokenizer puts before every text (OPT: 1), as in
             DeepSpeed-Chat. Kept for code that reads it. It has no effect, because ends are found from lengths.
-        prefix_tree: Whether to compute shared prefixes once, if the family and its attention support it.
-
-    Attributes:
-        prefix_tree: Whether `batch_of` builds prefix trees.
+        prefix_tree: See `Backbone`.
 
     Raises:
         ValueError: The model has no single-output ``score`` head.
@@ -62,23 +53,11 @@ class Critic(Backbone):
         if not isinstance(head, ScalarHead):
             model.score = ScalarHead(head.weight)
         self.num_padding_at_beginning = num_padding_at_beginning
-
-    @property
-    def config(self) -> object:
-        """Hugging Face config of the model."""
-        return self.model.config
-
-    @overload
-    def forward(self, input_ids: PrefixTreeBatch | PaddedBatch, *, rewards_only: bool = False) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, *, use_cache: bool = False
-    ) -> dict[str, Tensor]: ...
+        self.config = model.config  # for code that saves DeepSpeed-Chat's models
 
     def forward(
         self,
-        input_ids: PrefixTreeBatch | PaddedBatch | Tensor,
+        input_ids: Batch | Tensor,
         attention_mask: Tensor | None = None,
         *,
         rewards_only: bool = False,
@@ -91,11 +70,11 @@ class Critic(Backbone):
         Args:
             input_ids: A batch; or token ids, int64 ``[2P, L]``: the chosen rows, then the rejected rows.
             attention_mask: Mask of token ids: 1 at the tokens of each row's sequence, 0 at padding, ``[2P, L]``.
-            rewards_only: Whether to compute rewards instead of values, for a batch.
+            rewards_only: Whether to compute `rewards` instead of `values`, for a batch.
             use_cache: Ignored; DeepSpeed-Chat's callers pass it, and nothing is cached.
 
         Returns:
-            See `values` and `rewards`; for token ids `rlhf_critic.model.deepspeed_chat.preference_scores`.
+            Values or rewards; for token ids see `rlhf_critic.model.deepspeed_chat.preference_scores`.
 
         Raises:
             ValueError: The mask is missing or has another shape, the number of rows is odd, or a row has no token.
@@ -117,16 +96,12 @@ class Critic(Backbone):
     ) -> Tensor | dict[str, Tensor]:
         """Computes values and rewards of padded rows, with the interface of DeepSpeed-Chat's PPO.
 
-        Args:
-            input_ids: Token ids, int64 ``[B, L]``.
-            attention_mask: 1 at the tokens of each row's sequence, 0 at padding, ``[B, L]``.
-            return_value_only: Whether to return the values without the rewards.
-            prompt_length: Ignored; the end of a response is read from the mask.
-            num_padding_at_beginning: Ignored, for the same reason.
-            use_cache: Ignored; nothing is cached.
+        Token ids are int64 ``[B, L]``; the mask, ``[B, L]``, is 1 at the tokens of each row's sequence, else 0.
+        The last three arguments are ignored: ends are read from the mask, and nothing is cached.
 
         Returns:
-            The values, fp32 ``[B, L]``, 0 at padding; or ``values`` and ``chosen_end_scores``, the rewards, ``[B]``.
+            ``values``, fp32 ``[B, L]``, 0 at padding, and ``chosen_end_scores``, the rewards, ``[B]``; or, with
+            ``return_value_only``, the values alone.
 
         Raises:
             ValueError: The mask has another shape, or a row has no token.
@@ -138,19 +113,19 @@ class Critic(Backbone):
             return values_BL
         return {"values": values_BL, "chosen_end_scores": rows.at_ends(values_BS)}
 
-    def _forward_batch(self, batch: PrefixTreeBatch | PaddedBatch, rewards_only: bool) -> Tensor:
+    def _forward_batch(self, batch: Batch, rewards_only: bool) -> Tensor:
         hidden_TD = self.hidden(batch, leaves_only=rewards_only)
         if rewards_only:
             return self.model.score(hidden_TD[batch.leaves_S]).squeeze(-1)
         return self.model.score(hidden_TD).squeeze(-1)[batch.tokens_SL]
 
-    def values(self, batch: PrefixTreeBatch | PaddedBatch) -> Tensor:
+    def values(self, batch: Batch) -> Tensor:
         """Computes the value at every token of every sequence, fp32 ``[S, L]``; undefined at padding.
 
         Rows of a prefix tree start with the first token of their sequence. Rows of a padded batch are padded like it.
         """
         return self(batch)
 
-    def rewards(self, batch: PrefixTreeBatch | PaddedBatch) -> Tensor:
+    def rewards(self, batch: Batch) -> Tensor:
         """Computes the reward of every sequence, its value at the last real token, fp32 ``[S]``."""
         return self(batch, rewards_only=True)

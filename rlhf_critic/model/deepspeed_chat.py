@@ -56,11 +56,7 @@ class Rows:
 
     @classmethod
     def from_padded(cls, input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> Rows:
-        """Extracts the sequences of padded rows.
-
-        Args:
-            input_ids_BL: Token ids, int64 ``[B, L]``; arbitrary at mask 0.
-            attention_mask_BL: Mask of any dtype, not 0 at the tokens of the sequence, ``[B, L]``.
+        """Extracts the sequences of padded rows: the token ids, int64, at which the mask, of any dtype, is not 0.
 
         Raises:
             ValueError: There is no mask, or it has another shape.
@@ -99,14 +95,11 @@ class Rows:
 def preference_scores(rows: Rows, values_BS: Tensor) -> dict[str, Tensor]:
     """Computes the output of DeepSpeed-Chat's reward model for chosen rows followed by their rejected rows.
 
-    Args:
-        rows: The chosen rows, then the rejected rows in the same order.
-        values_BS: Values of their sequences, starting at column 0; arbitrary past their end.
+    ``values_BS`` are the values of their sequences, starting at column 0; arbitrary past their end.
 
     Returns:
         ``loss``, the mean of `rlhf_critic.algorithms.preference_losses.per_token_loss` over preferences, and
-        ``chosen_mean_scores`` and ``rejected_mean_scores``, ``[P]`` each. These are rewards, despite the names. All
-        fp32.
+        ``chosen_mean_scores`` and ``rejected_mean_scores``, ``[P]``, which are rewards despite the names. All fp32.
 
     Raises:
         ValueError: The number of rows is odd.
@@ -120,9 +113,5 @@ def preference_scores(rows: Rows, values_BS: Tensor) -> dict[str, Tensor]:
     same_PL = (chosen_ids_PL == rejected_ids_PL) & both_present_PL
     divergences_P = same_PL.long().cumprod(dim=1).sum(dim=1)
     loss_P = per_token_loss(chosen_values_PS, rejected_values_PS, divergences_P, chosen_lengths_P, rejected_lengths_P)
-    chosen_rewards_P, rejected_rewards_P = rows.at_ends(values_BS).chunk(2)
-    return {
-        "loss": loss_P.mean(),
-        "chosen_mean_scores": chosen_rewards_P,
-        "rejected_mean_scores": rejected_rewards_P,
-    }
+    chosen_P, rejected_P = rows.at_ends(values_BS).chunk(2)
+    return {"loss": loss_P.mean(), "chosen_mean_scores": chosen_P, "rejected_mean_scores": rejected_P}

@@ -9,18 +9,11 @@ Knows nothing about data, training or critic directories.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -28,14 +21,7 @@ from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.hf_config import (
-    keep_layers,
-    load_config,
-    padded,
-    padded_vocabulary_size,
-    silence_dropout,
-    validate_tokenizer,
-)
+from rlhf_critic.model.hf_config import keep_layers, load_config, padded, silence_dropout, validate_tokenizer
 from rlhf_critic.model.lora import add_adapters
 from rlhf_critic.model.weights import WeightReader, full_shape, gathered, is_writer, load_weights, match_weights
 
@@ -89,18 +75,13 @@ def create_hf_model(
     ds_config = ds_config or {}
     # Sampled now, because construction advances the global generator by an amount that depends on the ZeRO stage.
     head_seed = int(torch.randint(2**62, ()))
+    dtype = dtype or _dtype_of(ds_config)
     model = _construct(
-        model_class,
-        model_name_or_path,
-        tokenizer,
-        ds_config,
-        disable_dropout=disable_dropout,
-        num_layers=num_layers,
-        dtype=dtype or _dtype_of(ds_config),
-        attn_implementation=attn_implementation,
+        model_class, model_name_or_path, tokenizer, ds_config, disable_dropout, num_layers, dtype, attn_implementation
     )
     reader = weights or WeightReader(model_name_or_path)
-    _rename_output_layer(model, reader)
+    if hasattr(model, "lm_head"):  # GPT-NeoX's files have the name that the output layer had before transformers 5
+        reader.rename(lambda key: re.sub(r"^embed_out\.", "lm_head.", key))
     missing = load_weights(model, reader, **_tolerances(model, rlhf_training, num_layers))
     if HEAD_NAME in missing:
         init_head(model.score.weight, head_init, head_seed)
@@ -120,14 +101,7 @@ def check_critic_model(
     """
     with torch.device("meta"):
         model = _construct(
-            AutoModelForSequenceClassification,
-            model_name_or_path,
-            tokenizer,
-            {},
-            disable_dropout=True,
-            num_layers=num_layers,
-            dtype=torch.float32,
-            attn_implementation=None,
+            AutoModelForSequenceClassification, model_name_or_path, tokenizer, {}, True, num_layers, torch.float32, None
         )
     match_weights(model, WeightReader(model_name_or_path), **_tolerances(model, False, num_layers))
     return model
@@ -156,9 +130,7 @@ def critic_without_weights(config: PreTrainedConfig, options: ModelConfig) -> Cr
     attention = None if options.attn_implementation == "auto" else options.attn_implementation
     with torch.device("meta"):
         name = getattr(config, "name_or_path", "") or config.model_type
-        model = _build(
-            AutoModelForSequenceClassification, name, config, {}, dtype=DTYPE_OF[options.dtype], attention=attention
-        )
+        model = _build(AutoModelForSequenceClassification, name, config, {}, DTYPE_OF[options.dtype], attention)
         critic = Critic(model, prefix_tree=options.prefix_tree)
         limit_training(critic, options, seed=0)
     return critic.to(DTYPE_OF[options.dtype])  # peft leaves adapters in fp32 on the meta device
@@ -169,7 +141,6 @@ def _construct(
     model_name_or_path: str,
     tokenizer: PreTrainedTokenizerBase,
     ds_config: dict[str, Any],
-    *,
     disable_dropout: bool,
     num_layers: int | None,
     dtype: torch.dtype,
@@ -184,26 +155,23 @@ def _construct(
         silence_dropout(config)
     text_config = config.get_text_config()
     validate_tokenizer(model_name_or_path, tokenizer, text_config.vocab_size)
-    text_config.vocab_size = padded_vocabulary_size(tokenizer, config)
+    text_config.vocab_size = padded(max(len(tokenizer), text_config.vocab_size))  # rows are never removed
     config.pad_token_id = text_config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = text_config.eos_token_id = tokenizer.eos_token_id
-    return _build(model_class, model_name_or_path, config, ds_config, dtype=dtype, attention=attn_implementation)
+    return _build(model_class, model_name_or_path, config, ds_config, dtype, attn_implementation)
 
 
 def _build(
-    model_class: Any,
-    name: str,
-    config: PreTrainedConfig,
-    ds_config: dict[str, Any],
-    *,
-    dtype: torch.dtype,
-    attention: str | None,
+    model_class: Any, name: str, config: PreTrainedConfig, ds_config: Any, dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
     """Builds the model of a config without its weights; ``name`` is for errors."""
     construct = getattr(model_class, "from_config", None) or model_class._from_config
     options = {} if attention is None else {"attn_implementation": attention}
+    # As long as this object lives, transformers partitions what it constructs. It keeps only a weak reference to it.
+    at_stage_3 = ds_config.get("zero_optimization", {}).get("stage") == 3
+    partitioning = HfDeepSpeedConfig(ds_config) if at_stage_3 else None
     try:
-        with _zero3_construction(ds_config), no_init_weights():
+        with no_init_weights():
             model = construct(config, dtype=dtype, **options)
     except ValueError as error:  # its further lines list every class of transformers
         raise CheckpointError(
@@ -211,28 +179,24 @@ def _build(
             f"{config.model_type!r} with these options: {str(error).splitlines()[0]} Choose a model of a family that "
             "has this class, or another --model.attn-implementation."
         ) from error
+    del partitioning
     model.tie_weights()  # the block above skips it
     return model
 
 
-def _rename_output_layer(model: PreTrainedModel, reader: WeightReader) -> None:
-    """Renames the output layer in GPT-NeoX's files to its name in transformers 5."""
-    if hasattr(model, "lm_head"):
-        reader.rename(lambda key: re.sub(r"^embed_out\.", "lm_head.", key))
-
-
 def _tolerances(model: PreTrainedModel, rlhf_training: bool, num_layers: int | None) -> dict[str, Any]:
-    """Returns the accepted differences between file and model; see `rlhf_critic.model.weights.match_weights`."""
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+    """Returns the accepted differences between file and model, for `match_weights`."""
+    ignored = [OLD_BUFFERS, *map(re.compile, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
+
+    def may_be_unexpected(key: str) -> bool:
+        number = re.search(r"(?:^|\.)(\d+)\.", key)  # of the layer: the first integer in the name
+        is_cut_off = num_layers is not None and number is not None and int(number[1]) >= num_layers
+        return key.startswith(OUTPUT_LAYERS) or is_cut_off or any(pattern.search(key) for pattern in ignored)
+
     return {
         "prefix": f"{model.base_model_prefix}.",
         "may_be_missing": lambda name: name == HEAD_NAME and not rlhf_training,
-        "may_be_unexpected": lambda key: (
-            key.startswith(OUTPUT_LAYERS)
-            or OLD_BUFFERS.search(key) is not None
-            or (num_layers is not None and _layer_number(key) >= num_layers)
-            or any(pattern.search(key) for pattern in ignored)
-        ),
+        "may_be_unexpected": may_be_unexpected,
         "may_have_fewer_rows": _vocabulary_names(model).__contains__,
     }
 
@@ -252,21 +216,9 @@ def create_critic_model(
     prefix_tree: bool = True,
     weights: WeightReader | None = None,
 ) -> Critic:
-    """Builds a `Critic` around the family's sequence-classification model. See `create_hf_model` for the arguments.
+    """Builds a `Critic` around the family's sequence-classification model.
 
-    Args:
-        model_name_or_path: A base model (gets a new head) or, with ``rlhf_training``, a trained critic.
-        tokenizer: See `create_hf_model`.
-        ds_config: See `create_hf_model`.
-        num_padding_at_beginning: See `Critic`.
-        rlhf_training: See `create_hf_model`.
-        disable_dropout: See `create_hf_model`.
-        num_layers: See `create_hf_model`.
-        head_init: See `create_hf_model`.
-        dtype: See `create_hf_model`.
-        attn_implementation: See `create_hf_model`.
-        prefix_tree: See `Critic`.
-        weights: See `create_hf_model`.
+    See `create_hf_model` for the arguments, and `Critic` for ``num_padding_at_beginning`` and ``prefix_tree``.
 
     Raises:
         CheckpointError: See `create_hf_model`.
@@ -327,7 +279,7 @@ def freeze_first_layers(backbone: Backbone, number: int) -> None:
     Raises:
         CheckpointError: The body has fewer layers.
     """
-    body = getattr(backbone.model, backbone.model.base_model_prefix)
+    body = backbone.model.base_model
     available = backbone.model.config.get_text_config().num_hidden_layers
     stacks = [module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == available]
     if number > available or not stacks:
@@ -344,30 +296,19 @@ def init_head(weight_1D: nn.Parameter, how: HeadInit, seed: int) -> None:
     ``zero`` gives every text the initial reward 0.
     """
     with torch.no_grad(), gathered(weight_1D, modify=True):
-        if not is_writer(weight_1D):
-            return
-        if how == "zero":
-            weight_1D.zero_()
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            normal_1D = torch.randn(weight_1D.shape, generator=generator)
-            weight_1D.copy_(normal_1D * (weight_1D.shape[-1] + 1) ** -0.5)
-
-
-def _layer_number(key: str) -> int:
-    """Returns the number of a weight's layer, the first integer in its name; -1 if it has none."""
-    numbers = re.findall(r"(?:^|\.)(\d+)\.", key)
-    return int(numbers[0]) if numbers else -1
+        if is_writer(weight_1D):
+            normal_1D = torch.randn(weight_1D.shape, generator=torch.Generator().manual_seed(seed))
+            deviation = (weight_1D.shape[-1] + 1) ** -0.5
+            weight_1D.copy_(normal_1D * deviation) if how == "normal" else weight_1D.zero_()
 
 
 def _vocabulary_names(model: PreTrainedModel) -> set[str]:
     """Returns the names of the tensors that have a row for each token id."""
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    rows_per_token = {id(module) for module in (embedding, output) if module is not None}
     return {
         f"{name}.{parameter}"
         for name, module in model.named_modules()
-        if id(module) in rows_per_token
+        if module in (embedding, output)
         for parameter, tensor in module.named_parameters(recurse=False)
         if full_shape(tensor)[0] == model.config.get_text_config().vocab_size
     }
@@ -379,16 +320,3 @@ def _dtype_of(ds_config: dict[str, Any]) -> torch.dtype:
     if ds_config.get("fp16", {}).get("enabled"):
         return torch.float16
     return torch.float32
-
-
-@contextmanager
-def _zero3_construction(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Makes transformers partition what it constructs within the block, if ``ds_config`` has ZeRO stage 3."""
-    if ds_config.get("zero_optimization", {}).get("stage") != 3:
-        yield
-        return
-    # transformers keeps only a weak reference to this object. Without this variable it would be freed at once, and
-    # every rank would build the full model.
-    keep_alive = HfDeepSpeedConfig(ds_config)
-    yield
-    del keep_alive

@@ -11,18 +11,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.model import BodyConfig
@@ -47,23 +42,9 @@ class Response:
     truncated: bool
 
 
-class Generator(Protocol):
-    """Interface of samplers of responses."""
-
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Loads new weights of the policy, by their names in its state dict."""
-
-    def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """Samples a response to each prompt.
-
-        Raises:
-            DivergedError: The policy's output is NaN or infinite.
-        """
-
-
 def create_generator(
     model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float, use_gpu: bool
-) -> Generator:
+) -> TransformersGenerator | VllmGenerator:
     """Creates a vLLM generator if vLLM is installed and a GPU is used, otherwise one of transformers."""
     if use_gpu and importlib.util.find_spec("vllm") is not None:
         return VllmGenerator(model, tokenizer, temperature)
@@ -82,14 +63,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class TransformersGenerator:
-    """Generator that uses transformers' ``generate``.
-
-    Args:
-        model: Options of the policy.
-        tokenizer: Tokenizer of the policy.
-        temperature: Sampling temperature.
-        device: Device of the policy.
-    """
+    """Generator that uses transformers' ``generate``."""
 
     def __init__(
         self, model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float, device: torch.device
@@ -105,7 +79,7 @@ class TransformersGenerator:
         )
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Loads new weights; see `Generator.load`. All must be present, shared ones under one or both names.
+        """Loads new weights, by their names in the policy's state dict. All must be present, shared ones at least once.
 
         Raises:
             CheckpointError: Weights are missing or unknown; names them.
@@ -120,7 +94,11 @@ class TransformersGenerator:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """Samples a response to each prompt; see `Generator.generate`."""
+        """Samples a response to each prompt.
+
+        Raises:
+            DivergedError: The policy's output is NaN or infinite.
+        """
         longest = max(len(ids) for ids in prompts)
         input_ids = torch.full((len(prompts), longest), self._pad, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
@@ -146,15 +124,12 @@ class TransformersGenerator:
 
 
 class _SamplingRecorder(LogitsProcessor):
-    """Logits processor that sets the sampling distribution and records the log-probability of each sampled token.
-
-    It keeps the distribution of one step instead of those of all steps.
-    """
+    """Logits processor that sets the sampling distribution and records the log-probability of each sampled token."""
 
     def __init__(self, temperature: float, suppressed: list[int]) -> None:
         self._temperature = temperature
         self._suppressed = suppressed
-        self._last: Tensor | None = None
+        self._last: Tensor | None = None  # the distribution of the last step
         self._log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -179,13 +154,7 @@ class _SamplingRecorder(LogitsProcessor):
 
 
 class VllmGenerator:
-    """Generator that uses vLLM, which computes each prompt once for all responses to it. Needs a GPU.
-
-    Args:
-        model: Options of the policy.
-        tokenizer: Tokenizer of the policy.
-        temperature: Sampling temperature.
-    """
+    """Generator that uses vLLM, which computes each prompt once for all responses to it. Needs a GPU."""
 
     def __init__(self, model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
         from vllm import LLM
@@ -195,21 +164,17 @@ class VllmGenerator:
         self._suppressed = {int(tokenizer.pad_token_id): SUPPRESSED_LOGIT}
         overrides = {} if model.num_layers is None else {"hf_overrides": {"num_hidden_layers": model.num_layers}}
         self._llm = LLM(
-            model.path,
-            dtype=model.dtype,
-            logprobs_mode="processed_logprobs",
-            enable_prefix_caching=True,
-            **overrides,
+            model.path, dtype=model.dtype, logprobs_mode="processed_logprobs", enable_prefix_caching=True, **overrides
         )
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Loads new weights; see `Generator.load`. vLLM's models accept the names of Hugging Face checkpoints."""
+        """Loads new weights. vLLM's models accept the names of Hugging Face checkpoints."""
         tensors = dict(weights)
         self._llm.reset_prefix_cache()
         self._llm.apply_model(lambda model: model.load_weights(tensors.items()))
 
     def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """Samples a response to each prompt; see `Generator.generate`."""
+        """Samples a response to each prompt."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -225,15 +190,11 @@ class VllmGenerator:
             for row in range(len(prompts))
         ]
         inputs = [TokensPrompt(prompt_token_ids=[int(token) for token in ids]) for ids in prompts]
-        outputs: list[Any] = [output.outputs[0] for output in self._llm.generate(inputs, settings, use_tqdm=False)]
-        return [
-            Response(
-                np.array(output.token_ids, dtype=np.int64),
-                np.array(
-                    [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)],
-                    dtype=np.float32,
-                ),
-                truncated=output.finish_reason == "length",
-            )
-            for output in outputs
-        ]
+        outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+        return [self._response(output.outputs[0]) for output in outputs]
+
+    @staticmethod
+    def _response(output: Any) -> Response:
+        log_probs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+        ids = np.array(output.token_ids, dtype=np.int64)
+        return Response(ids, np.array(log_probs, dtype=np.float32), truncated=output.finish_reason == "length")

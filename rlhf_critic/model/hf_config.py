@@ -1,7 +1,4 @@
-"""Hugging Face configs: loads them and changes vocabulary, layers and dropout.
-
-Knows nothing about weights or DeepSpeed.
-"""
+"""Hugging Face configs: loads them and changes vocabulary, layers and dropout. Knows nothing about weights."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_critic.errors import CheckpointError
 
-VOCABULARY_MULTIPLE = 8
 # Every spelling of dropout in the configs of transformers' decoder families, e.g. attn_pdrop, attention_dropout,
 # hidden_dropout, hidden_dropout_prob, classifier_dropout, dropout, layerdrop.
 DROPOUT_FIELD = re.compile(r"(^|_)(p?drop|dropout)(_prob|_rate|_p)?$|^layerdrop$")
@@ -33,14 +29,9 @@ def load_config(model_name_or_path: str) -> PreTrainedConfig:
     return config
 
 
-def padded_vocabulary_size(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """Returns the smallest multiple of 8 that holds the tokenizer's ids and the model's rows; it never removes rows."""
-    return padded(max(len(tokenizer), config.get_text_config().vocab_size))
-
-
 def padded(rows: int) -> int:
     """Rounds a number of vocabulary rows up to a multiple of 8."""
-    return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return -(-rows // 8) * 8
 
 
 def keep_layers(config: PreTrainedConfig, num_layers: int) -> None:

@@ -7,7 +7,7 @@ training.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,11 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-ALL_LINEAR = "all-linear"
-
-
 def add_adapters(model: PreTrainedModel, options: ModelConfig, seed: int) -> None:
     """Adds adapters to a model in place and freezes everything but them and the head.
 
     Call it before DeepSpeed initialises the model, because its optimizer holds the trainable parameters. Under ZeRO-3
     the adapters are created unpartitioned and identical on all ranks. DeepSpeed partitions them with the rest.
-
-    Args:
-        model: A model with a ``score`` head, at any ZeRO stage.
-        options: Options of the model; ``lora_rank`` is above 0.
-        seed: Random seed of the adapters.
 
     Raises:
         ConfigError: peft is missing, or a target names no module.
@@ -41,12 +33,11 @@ def add_adapters(model: PreTrainedModel, options: ModelConfig, seed: int) -> Non
         raise ConfigError("model.lora_rank needs the package peft: pip install 'rlhf-critic[lora]', or set it to 0")
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets: Any = list(options.lora_target_modules) or ALL_LINEAR
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets,
+        target_modules=list(options.lora_target_modules) or "all-linear",
         task_type="SEQ_CLS",  # makes peft exclude the head from "all-linear"
     )
     # The state of the generator depends on the ZeRO stage; the adapters must not.
@@ -79,11 +70,6 @@ def adapter_parameters(layer: LoraLayer) -> list[Tensor]:
 
 
 def merged(weight: Tensor, layer: LoraLayer) -> Tensor:
-    """Returns a weight with its adapters merged, in the weight's dtype. All must be gathered.
-
-    ``W + (alpha / r) B A``, summed in fp32.
-    """
-    total = weight.detach().float()
-    for adapter in layer.active_adapters:
-        total = total + layer.get_delta_weight(adapter).detach().float()
-    return total.to(weight.dtype)
+    """Returns ``W + (alpha / r) B A``, summed in fp32, in the dtype of ``W``, the weight. All must be gathered."""
+    deltas = (layer.get_delta_weight(adapter).detach().float() for adapter in layer.active_adapters)
+    return sum(deltas, weight.detach().float()).to(weight.dtype)

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_critic.batching.padded import PaddedBatch
-from rlhf_critic.batching.prefix_tree import PrefixTreeBatch
 from rlhf_critic.config.model import BodyConfig
-from rlhf_critic.model.backbone import Backbone
+from rlhf_critic.model.backbone import Backbone, Batch
 from rlhf_critic.model.factory import DTYPE_OF, create_hf_model, freeze_first_layers
 
 # Logit of suppressed ids. It is finite, so that probability 0 times the logit is 0 in the entropy.
@@ -26,25 +24,14 @@ SUPPRESSED_LOGIT = -1e9
 
 
 class SampledTokenStats(NamedTuple):
-    """Log-probabilities of sampled tokens and entropies of their distributions.
-
-    Attributes:
-        log_probs_A: Log-probability of each token, fp32, in nats.
-        entropies_A: Entropy of the distribution of each token, fp32, in nats.
-    """
+    """Log-probabilities of sampled tokens and entropies of their distributions, fp32 ``[A]``, in nats."""
 
     log_probs_A: Tensor
     entropies_A: Tensor
 
 
 class Policy(Backbone):
-    """A causal language model with its sampling distribution.
-
-    Args:
-        model: The family's ``*ForCausalLM`` model.
-        suppressed: Token ids that are never sampled; see `suppressed_ids`.
-        prefix_tree: Whether to compute shared prefixes once, if the family and its attention support it.
-    """
+    """A family's ``*ForCausalLM`` model with its sampling distribution, which excludes the ``suppressed`` ids."""
 
     def __init__(self, model: PreTrainedModel, suppressed: list[int], *, prefix_tree: bool = True) -> None:
         super().__init__(model, prefix_tree)
@@ -52,7 +39,7 @@ class Policy(Backbone):
 
     def forward(
         self,
-        batch: PrefixTreeBatch | PaddedBatch,
+        batch: Batch,
         rows_A: Tensor,
         columns_A: Tensor,
         sampled_A: Tensor,
@@ -92,10 +79,8 @@ def sampling_logits(logits_AV: Tensor, temperature: float, suppressed: list[int]
     It applies the temperature and suppresses ids, nothing else. A truncated distribution (top-k, top-p) would give
     sampled tokens other probabilities than the policy in training.
     """
-    logits_AV = logits_AV.float() / temperature
-    return logits_AV.index_fill(
-        1, torch.tensor(suppressed, device=logits_AV.device, dtype=torch.int64), SUPPRESSED_LOGIT
-    )
+    ids = torch.tensor(suppressed, device=logits_AV.device, dtype=torch.int64)
+    return (logits_AV.float() / temperature).index_fill(1, ids, SUPPRESSED_LOGIT)
 
 
 def suppressed_ids(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
@@ -122,9 +107,8 @@ def create_policy(
         dtype=DTYPE_OF[options.dtype],
         attn_implementation=None if options.attn_implementation == "auto" else options.attn_implementation,
     )
-    policy = Policy(
-        model, suppressed_ids(tokenizer, model.config.get_text_config().vocab_size), prefix_tree=options.prefix_tree
-    )
+    suppressed = suppressed_ids(tokenizer, model.config.get_text_config().vocab_size)
+    policy = Policy(model, suppressed, prefix_tree=options.prefix_tree)
     if options.freeze_layers:
         freeze_first_layers(policy, options.freeze_layers)
     return policy

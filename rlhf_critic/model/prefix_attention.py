@@ -34,7 +34,6 @@ from rlhf_critic.batching.prefix_tree import PrefixTree
 # Families, by config.model_type, for which tests check that values equal those of each sequence alone.
 PREFIX_TREE_FAMILIES = frozenset({"gemma2", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"})
 IMPLEMENTATIONS = {"sdpa": "prefix_tree_sdpa", "eager": "prefix_tree_eager"}
-ATTENTION_NAMES = ("self_attn", "attn", "attention")
 # Modules of a decoder layer that process each token separately and whose output only that token uses.
 TOKENWISE_MODULES = (
     "self_attn.q_proj",
@@ -48,10 +47,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class Block:
-    """Queries and the keys they attend to, as index ranges.
-
-    Key ranges index the packed row, query ranges the computed queries.
-    """
+    """Range of computed queries, and the range of tokens of the packed row that are their keys."""
 
     query_start: int
     query_end: int
@@ -63,10 +59,7 @@ class Block:
 class AttentionPlan:
     """Attention pattern of a prefix tree, shared by all layers of a forward pass.
 
-    Attributes:
-        tree: The packed tree.
-        leaves_only: Whether the last layer computes only the last token of every run and leaves the rest undefined.
-        device: Device of the queries.
+    With ``leaves_only``, the last layer computes only the last token of every run and leaves the rest undefined.
     """
 
     tree: PrefixTree
@@ -90,10 +83,8 @@ class AttentionPlan:
         tree = self.tree
         branches: dict[int, tuple[int, int]] = {}
         # Runs that branch off at the same token, and their descendants, are adjacent in the row.
-        columns = zip(
-            tree.run_parents_R.tolist(), tree.run_starts_R.tolist(), tree.subtree_ends_R.tolist(), strict=True
-        )
-        for parent, start, end in columns:
+        columns = (tree.run_parents_R.tolist(), tree.run_starts_R.tolist(), tree.subtree_ends_R.tolist())
+        for parent, start, end in zip(*columns, strict=True):
             if parent >= 0:
                 branches[parent] = (branches.get(parent, (start, end))[0], end)
         run_starts = tree.run_starts_R[tree.run_of_T[list(branches)]].tolist()
@@ -128,14 +119,10 @@ class AttentionPlan:
                     visible &= position_ids_T[token] - position_ids_T[key] < sliding_window
                 return visible
 
+            sizes = (len(token_of_query), len(self.tree))
+            compiled = self.device.type == "cuda"  # otherwise the full mask is materialised temporarily
             masks[for_leaves, sliding_window] = create_block_mask(
-                attends,
-                None,
-                None,
-                len(token_of_query),
-                len(self.tree),
-                device=str(self.device),
-                _compile=self.device.type == "cuda",  # otherwise the full mask is materialised temporarily
+                attends, None, None, *sizes, device=str(self.device), _compile=compiled
             )
         return masks[for_leaves, sliding_window]
 
@@ -174,11 +161,7 @@ class _LeavesOnly:
 
 
 def enable_prefix_trees(model: PreTrainedModel) -> bool:
-    """Switches a model's attention to the implementations below, if its family and its kernel are tested.
-
-    Returns:
-        Whether it did. If not, the model is unchanged and needs padded batches.
-    """
+    """Switches a model's attention to `prefix_tree_forward`, if its family and kernel are tested; returns whether."""
     if model.config._attn_implementation in IMPLEMENTATIONS.values():
         return True  # already enabled by an earlier critic of this model
     implementation = IMPLEMENTATIONS.get(model.config._attn_implementation)
@@ -189,16 +172,17 @@ def enable_prefix_trees(model: PreTrainedModel) -> bool:
         return False  # transformers only warns about classes it cannot switch
     layers = next(
         module
-        for module in getattr(model, model.base_model_prefix).modules()
+        for module in model.base_model.modules()
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
     )
-    attention = next(getattr(layers[-1], name) for name in ATTENTION_NAMES if hasattr(layers[-1], name))
+    names = ("self_attn", "attn", "attention")
+    attention = next(getattr(layers[-1], name) for name in names if hasattr(layers[-1], name))
     attention.leaves_only = _LeavesOnly(layers[-1], attention)
     return True
 
 
-def sdpa_prefix_tree_forward(
-    module: nn.Module,
+def prefix_tree_forward(
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -206,7 +190,9 @@ def sdpa_prefix_tree_forward(
     prefix_tree: AttentionPlan | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes attention for models: transformers' ``sdpa``, or its equivalent over a prefix tree.
+    """Computes attention for models: transformers' ``sdpa`` or ``eager``, or its equivalent over a prefix tree.
+
+    In the last layer it computes leaves only, if the plan is ``leaves_only``.
 
     Args:
         module: The layer's attention module.
@@ -220,49 +206,31 @@ def sdpa_prefix_tree_forward(
     Returns:
         The output ``[1, T, H, E]`` and None for the attention weights.
     """
+    is_sdpa = module.config._attn_implementation == IMPLEMENTATIONS["sdpa"]
     if prefix_tree is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        # A family's eager attention, for example with soft caps, is in the module that defines its attention class.
+        plain = sdpa_attention_forward if is_sdpa else sys.modules[type(module).__module__].eager_attention_forward
+        return plain(module, query, key, value, attention_mask, **options)
     window = options.get("sliding_window")
     exceeds_window = window is not None and int(prefix_tree.tree.lengths_S.max()) > window
-    on_cpu = _eager if options.get("dropout") or exceeds_window else _fused
-    return _forward(module, query, key, value, prefix_tree, options, on_cpu)
+    if options.get("dropout"):  # flex attention has none
+        attend = _eager
+    elif query.is_cuda:
+        attend = _flex
+    else:
+        attend = _fused if is_sdpa and not exceeds_window else _eager
+    if not (prefix_tree.leaves_only and hasattr(module, "leaves_only")):
+        return attend(module, query, key, value, prefix_tree, False, options), None
+    leaves_R = prefix_tree.leaf_tokens_R
+    output_1RHE = attend(module, query.index_select(2, leaves_R), key, value, prefix_tree, True, options)
+    output = output_1RHE.new_zeros(1, query.shape[2], *output_1RHE.shape[2:])
+    return output.index_copy(1, leaves_R, output_1RHE), None
 
 
-def eager_prefix_tree_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    prefix_tree: AttentionPlan | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Computes `sdpa_prefix_tree_forward` for models that use transformers' ``eager``, such as those with soft caps."""
-    if prefix_tree is None:
-        # A family's eager attention is in the module that defines its attention class.
-        plain = sys.modules[type(module).__module__].eager_attention_forward
-        return plain(module, query, key, value, attention_mask, **options)
-    return _forward(module, query, key, value, prefix_tree, options, _eager)
-
-
-AttentionInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_prefix_tree_forward)
-AttentionInterface.register(IMPLEMENTATIONS["eager"], eager_prefix_tree_forward)
+AttentionInterface.register(IMPLEMENTATIONS["sdpa"], prefix_tree_forward)
+AttentionInterface.register(IMPLEMENTATIONS["eager"], prefix_tree_forward)
 AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_mask)
 AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
-
-
-def _forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, options: Any, on_cpu: Any
-) -> tuple[Tensor, None]:
-    """Runs the kernel of the device; in the last layer, for leaves only if the plan is ``leaves_only``."""
-    attend = on_cpu
-    if query.is_cuda:
-        attend = _eager if options.get("dropout") else _flex  # flex attention has no dropout
-    if not (plan.leaves_only and hasattr(module, "leaves_only")):
-        return attend(module, query, key, value, plan, False, options), None
-    output_1RHE = attend(module, query.index_select(2, plan.leaf_tokens_R), key, value, plan, True, options)
-    output = output_1RHE.new_zeros(1, query.shape[2], *output_1RHE.shape[2:])
-    return output.index_copy(1, plan.leaf_tokens_R, output_1RHE), None
 
 
 def _flex(
@@ -270,10 +238,9 @@ def _flex(
 ) -> Tensor:
     """Computes flex attention with the tree as block mask."""
     mask = plan.block_mask(for_leaves, options.get("sliding_window"))
-    output, _ = flex_attention_forward(
+    return flex_attention_forward(
         module, query, key, value, mask, scaling=options.get("scaling"), softcap=options.get("softcap")
-    )
-    return output
+    )[0]
 
 
 def _eager(
@@ -314,13 +281,7 @@ class _FusedBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        plan: AttentionPlan,
-        for_leaves: bool,
-        scaling: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, for_leaves: bool, scaling: Any
     ) -> Tensor:
         own, branches = plan.leaf_blocks if for_leaves else (plan.own_blocks, plan.branch_blocks)
         outputs, lses = [], []

@@ -21,19 +21,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.lora import adapter_parameters, adapters_of, merged
-
-SAFETENSORS_PATTERN = "model{suffix}.safetensors"
-MAX_FILE_BYTES = 5 * 10**9
 
 
 class WeightReader:
@@ -54,22 +45,15 @@ class WeightReader:
         self.source = name_or_path
         self._safetensors_only = safetensors_only
         self._place_of: dict[str, tuple[Path, str]] = {}  # file and key of each tensor
-        self._open_files: dict[Path, Any] = {}
-        for name, is_index in (
-            (SAFE_WEIGHTS_INDEX_NAME, True),
-            (SAFE_WEIGHTS_NAME, False),
-            (WEIGHTS_INDEX_NAME, True),
-            (WEIGHTS_NAME, False),
-        ):
-            path = self._resolve(name)
-            if path is None:
-                continue
-            self._index(path) if is_index else self._add_file(path)
-            return
-        raise CheckpointError(
-            f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME} was found, single or split. "
-            "Use a directory that save_pretrained wrote, or a hub id that can be reached."
-        )
+        self._open_files: dict[Path, Any] = {}  # an open safetensors file, or a dict of tensors
+        names = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
+        first = next(filter(None, map(self._resolve, names)), None)
+        if first is None:
+            raise CheckpointError(
+                f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME} was found, single or "
+                "split. Use a directory that save_pretrained wrote, or a hub id that can be reached."
+            )
+        self._add_listed_files(first) if first.suffix == ".json" else self._add_file(first)
 
     def _resolve(self, name: str) -> Path | None:
         found = cached_file(
@@ -81,7 +65,7 @@ class WeightReader:
         )
         return None if found is None else Path(found)
 
-    def _index(self, index: Path) -> None:
+    def _add_listed_files(self, index: Path) -> None:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError) as error:
@@ -99,19 +83,13 @@ class WeightReader:
                 "or convert it with jobs.export"
             )
         try:
-            opened: Any
-            if path.suffix == ".safetensors":
-                opened = safe_open(str(path), framework="pt")
-            else:
-                # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
-                mapped = zipfile.is_zipfile(path)
-                opened = _Unpickled(path, torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+            opened = safe_open(str(path), framework="pt") if path.suffix == ".safetensors" else _unpickled(path)
         except UnpicklingError as error:
             raise CheckpointError(f"{path}: rejected, because it holds more than weights: {error}") from error
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
             raise CheckpointError(f"{path}: damaged, or not a weights file: {error}") from error
         self._open_files[path] = opened
-        keys: list[str] = opened.keys()
+        keys = opened.keys()
         self._place_of.update({key: (path, key) for key in keys})
 
     @property
@@ -127,12 +105,14 @@ class WeightReader:
     def shape(self, name: str) -> torch.Size:
         """Returns the shape of a tensor without reading it."""
         path, key = self._place_of[name]
-        return torch.Size(self._open_files[path].get_slice(key).get_shape())
+        opened = self._open_files[path]
+        return opened[key].shape if isinstance(opened, dict) else torch.Size(opened.get_slice(key).get_shape())
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor to the CPU."""
         path, key = self._place_of[name]
-        return self._open_files[path].get_tensor(key)
+        opened = self._open_files[path]
+        return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
 
     def pop(self, name: str) -> Tensor:
         """Reads one tensor to the CPU and removes it from `names`."""
@@ -155,37 +135,17 @@ class WeightReader:
         self._place_of = renamed
 
 
-class _Unpickled:
-    """Dictionary of tensors with the three methods of an open safetensors file that `WeightReader` calls."""
-
-    def __init__(self, path: Path, tensors: Any) -> None:
-        others = [
-            f"{key}: {type(value).__name__}"
-            for key, value in (tensors.items() if isinstance(tensors, dict) else [("the file", tensors)])
-            if not isinstance(value, Tensor)
-        ]
-        if others:
-            raise CheckpointError(
-                f"{path}: rejected, because it holds more than named weights ({', '.join(others[:5])}); save only the "
-                "model's state_dict()"
-            )
-        self._tensors: dict[str, Tensor] = tensors
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def get_slice(self, key: str) -> _Unpickled._Shape:
-        return self._Shape(self._tensors[key].shape)
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self._tensors[key]
-
-    class _Shape:
-        def __init__(self, shape: torch.Size) -> None:
-            self._shape = shape
-
-        def get_shape(self) -> list[int]:
-            return list(self._shape)
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    # Files from before torch 1.6 are not zip archives and cannot be memory-mapped.
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    entries = tensors.items() if isinstance(tensors, dict) else [("the file", tensors)]
+    others = [f"{key}: {type(value).__name__}" for key, value in entries if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{path}: rejected, because it holds more than named weights ({', '.join(others[:5])}); save only the "
+            "model's state_dict()"
+        )
+    return tensors
 
 
 def gathered(parameter: Tensor, modify: bool = False) -> AbstractContextManager[Any]:
@@ -273,12 +233,7 @@ def match_weights(
 
 
 def load_weights(module: nn.Module, reader: WeightReader, **tolerances: Any) -> set[str]:
-    """Copies a file's tensors into a module of any ZeRO stage.
-
-    Args:
-        module: The module to load. Under ZeRO-3 all ranks must call.
-        reader: The reader of the file.
-        **tolerances: See `match_weights`.
+    """Copies a file's tensors into a module of any ZeRO stage. Under ZeRO-3 all ranks must call.
 
     Returns:
         The names in the module that the file did not have.
@@ -300,15 +255,11 @@ def load_weights(module: nn.Module, reader: WeightReader, **tolerances: Any) -> 
     return targets.keys() - key_of.keys()
 
 
-def save_weights(module: nn.Module, directory: Path, is_main: bool) -> list[str]:
+def save_weights(module: nn.Module, directory: Path, is_main: bool) -> None:
     """Writes a module's weights as safetensors, file by file, split as on the Hugging Face hub.
 
     Adapters are merged into their weights, one weight at a time, so the file is that of a model without adapters.
-
     Under ZeRO-3 all ranks must call. Ranks that are not ``is_main`` take part in gathering and keep nothing.
-
-    Returns:
-        The names of the files, including the index if there is one.
     """
     layers = adapters_of(module)
     adapting = {id(parameter) for layer in layers.values() for parameter in adapter_parameters(layer)}
@@ -321,8 +272,8 @@ def save_weights(module: nn.Module, directory: Path, is_main: bool) -> list[str]
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: full_shape(tensor).numel() * tensor.element_size(),
-        filename_pattern=SAFETENSORS_PATTERN,
-        max_shard_size=MAX_FILE_BYTES,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size="5GB",
     )
     for filename, names in split.filename_to_tensors.items():
         in_file: dict[str, Tensor] = {}
@@ -339,4 +290,3 @@ def save_weights(module: nn.Module, directory: Path, is_main: bool) -> list[str]
     if is_main and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True))
-    return [*split.filename_to_tensors, *([SAFE_WEIGHTS_INDEX_NAME] if split.is_sharded else [])]

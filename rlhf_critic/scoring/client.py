@@ -1,8 +1,7 @@
 """Client of scorers: splits large calls, retries calls that may be retried and never substitutes a default reward.
 
 `ScorerClient` works over a `Transport`: a Ray Serve handle (`actors.serving.handle.connect`) or HTTP
-(`rlhf_critic.scoring.http_client.connect_http`). Scoring is pure, so a lost call is made again. Its caller receives
-one answer. Knows nothing about how a transport reaches the scorers.
+(`rlhf_critic.scoring.http_client.connect_http`). Scoring is pure, so a lost call is made again.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -62,11 +62,6 @@ class ScorerClient:
     ) -> None:
         if min(max_items_per_call, max_in_flight) < 1 or deadline_s <= 0:
             raise ValueError("max_items_per_call and max_in_flight must be at least 1, deadline_s positive")
-        self._options = {
-            "max_items_per_call": max_items_per_call,
-            "max_in_flight": max_in_flight,
-            "deadline_s": deadline_s,
-        }
         self._transport = transport
         self._max_items = max_items_per_call
         self._max_in_flight = max_in_flight
@@ -76,7 +71,13 @@ class ScorerClient:
         self._thread = threading.current_thread()  # replaced when the client starts its own thread
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._transport, self._options)
+        rebuild = partial(
+            ScorerClient,
+            max_items_per_call=self._max_items,
+            max_in_flight=self._max_in_flight,
+            deadline_s=self._deadline_s,
+        )
+        return rebuild, (self._transport,)
 
     def score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, deadline_s: float | None = None
@@ -284,7 +285,3 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
     finally:
         loop.close()
-
-
-def _rebuild(transport: Transport, options: dict[str, Any]) -> ScorerClient:
-    return ScorerClient(transport, **options)

@@ -9,10 +9,9 @@ from pydantic import ValidationError
 
 from rlhf_critic.errors import ConfigError, ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scoring.client import ScorerClient
-from rlhf_critic.scoring.http_schema import ErrorResponse, ScoreRequest, ScoreResponse
+from rlhf_critic.scoring.http_schema import ErrorDetail, ErrorResponse, ScoreRequest, ScoreResponse
 from rlhf_critic.scoring.items import Item, Scores
 
-VERSION_MISMATCH = 409
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})  # Serve's proxy answers 500 if a replica dies during a request
 # Text of a 404 from Serve's proxy. A restarted proxy answers so until it knows the routes of the pools.
 NO_ROUTE_YET = "/-/routes for available routes"
@@ -30,7 +29,12 @@ class HttpTransport:
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
-        _check_url(url)
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{url!r} is not a URL ({error}): write http://HOST:PORT") from error
+        if parsed.scheme not in {"http", "https"} or not parsed.host:
+            raise ConfigError(f"{url!r} is not the URL of a pool: write http://HOST:PORT")
         self._url, self._token = url.rstrip("/"), token and token.strip()
         if self._token and not (self._token.isascii() and self._token.isprintable()):  # httpx's error would show it
             raise ConfigError("the bearer token has characters that an HTTP header cannot hold: give one line of ASCII")
@@ -56,8 +60,7 @@ class HttpTransport:
                 return ScoreResponse.model_validate_json(response.content).to_scores()
             except ValidationError as error:
                 raise ScorerFailed(f"{self._url}: the answer holds no scores: {response.text[:200]!r}") from error
-        _raise(self._url, response)
-        raise AssertionError("unreachable")
+        raise _error_of(self._url, response)
 
     async def close(self) -> None:
         """Closes connections."""
@@ -71,27 +74,17 @@ def connect_http(url: str, token: str | None = None, **options: Any) -> ScorerCl
     return ScorerClient(HttpTransport(url, token), **options)
 
 
-def _check_url(url: str) -> None:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"{url!r} is not a URL ({error}): write http://HOST:PORT") from error
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise ConfigError(f"{url!r} is not the URL of a pool: write http://HOST:PORT")
-
-
-def _raise(url: str, response: httpx.Response) -> None:
-    item = None
+def _error_of(url: str, response: httpx.Response) -> Exception:
+    status = response.status_code
     try:
         detail = ErrorResponse.model_validate_json(response.content).error
-        kind, message, item = detail.kind, detail.message, detail.item
     except ValidationError:
-        kind, message = "", f"{url}: HTTP {response.status_code}: {response.text[:200]}"
-    if response.status_code == VERSION_MISMATCH:
-        raise VersionMismatch(message)
-    knows_no_route = response.status_code == httpx.codes.NOT_FOUND and NO_ROUTE_YET in response.text
-    if (response.status_code in RETRYABLE and kind != "failed") or knows_no_route:
-        raise ScorerUnavailable(message)
-    if kind == "failed":
-        raise ScorerFailed(message)
-    raise ScorerRejected(kind or f"http_{response.status_code}", message, item)
+        detail = ErrorDetail(kind="", message=f"{url}: HTTP {status}: {response.text[:200]}")
+    if status == httpx.codes.CONFLICT:
+        return VersionMismatch(detail.message)
+    knows_no_route = status == httpx.codes.NOT_FOUND and NO_ROUTE_YET in response.text
+    if (status in RETRYABLE and detail.kind != "failed") or knows_no_route:
+        return ScorerUnavailable(detail.message)
+    if detail.kind == "failed":
+        return ScorerFailed(detail.message)
+    return ScorerRejected(detail.kind or f"http_{status}", detail.message, detail.item)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class ScorerInfo:
         checkpoint: Path or URI of that critic.
         fingerprint: Fingerprint of its encoding.
         max_length: Maximum tokens of a sequence that the critic reads.
-        limits: CallLimits of one call.
+        limits: Limits of one call.
         normalized: Whether rewards are normalised to the scale of the critic's reference responses.
         components: Weights of the reward's components, by name.
     """
@@ -121,19 +121,16 @@ def finish_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) ->
     Other items stay unchanged. So do texts beyond the size limit, which `encode_items` rejects.
     """
 
-    def is_to_finish(item: Item) -> TypeGuard[Text]:
+    def finish(item: Item) -> Item:
         if not (isinstance(item, Text) and item.finish and isinstance(item.text, str)):
-            return False
-        longest = max(len(item.text), len(item.response) if isinstance(item.response, str) else 0)
-        return longest <= limits.max_text_bytes
+            return item
+        if max(len(part) for part in (item.text, item.response) if isinstance(part, str)) > limits.max_text_bytes:
+            return item
+        text = encoder.without_ending(item.text)
+        response = encoder.without_ending(item.response) if isinstance(item.response, str) else item.response
+        return Text(text + encoder.ending if text else "", response)
 
-    return [_finish(item, encoder) if is_to_finish(item) else item for item in items]
-
-
-def _finish(item: Text, encoder: Encoder) -> Text:
-    text = encoder.without_ending(item.text)
-    response = encoder.without_ending(item.response) if isinstance(item.response, str) else item.response
-    return Text(text + encoder.ending if text else "", response)
+    return [finish(item) for item in items]
 
 
 def encode_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) -> list[Encoded]:
@@ -220,8 +217,7 @@ def _check_text(index: int, text: Any, limits: CallLimits) -> None:
 
 def _check_ids(index: int, item: Any, encoder: Encoder) -> list[int]:
     try:
-        # Bytes would be read as ids.
-        ids = np.asarray(None if isinstance(item, NOT_LISTS) else item)
+        ids = np.asarray(None if isinstance(item, NOT_LISTS) else item)  # bytes would be read as ids
     except Exception as error:  # an item's own conversion may raise anything; a tensor with a gradient does
         raise _rejected("not_text", index, f": {_kind(item)} cannot be scored; give a text or token ids") from error
     if ids.size == 0 and ids.ndim == 1:

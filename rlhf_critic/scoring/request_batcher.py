@@ -40,8 +40,7 @@ class Computed(NamedTuple):
 
 Forward: TypeAlias = Callable[[Sequence[TokenIds], bool], Computed]
 
-# Number of micro-batches that are planned together. Most of them are full then, and planning stays much faster than
-# computing.
+# Micro-batches that are planned together: most are full then, and planning stays much faster than computing.
 PLANNED_AHEAD = 4
 
 
@@ -142,13 +141,13 @@ class RequestBatcher:
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout_s)
-        done = not self._thread.is_alive()
-        if not done:
-            with self._changed:
-                left, self._queue = list(self._queue), deque()
-            for request in left:
-                _fail(request, ScorerUnavailable(f"this scorer shut down with unfinished calls after {timeout_s:g} s"))
-        return done
+        if not self._thread.is_alive():
+            return True
+        with self._changed:
+            left, self._queue = self._queue, deque()
+        for request in left:
+            _fail(request, ScorerUnavailable(f"this scorer shut down with unfinished calls after {timeout_s:g} s"))
+        return False
 
     def _tokens_of(self, sequences: Sequence[TokenIds]) -> int:
         tokens = sum(len(sequence) for sequence in sequences)
@@ -162,12 +161,11 @@ class RequestBatcher:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 self._drop_finished()
-                if not self._queue:
-                    if self._closed:
-                        return
-                    continue
+                if self._closed and not self._queue:
+                    return
                 window = self._oldest()
-            self._compute(window)
+            if window:  # not every request was cancelled
+                self._compute(window)
 
     def _drop_finished(self) -> None:
         self._queue = deque(request for request in self._queue if not request.future.done())

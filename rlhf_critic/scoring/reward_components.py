@@ -108,20 +108,13 @@ def _prompt_of(index: int, text: str, response: str, ending: str) -> str:
 
 def _rule(component: Component, count_tokens: CountTokens) -> Rule:
     if isinstance(component, LengthPenalty):
-        return _length_penalty(component, count_tokens)
+        free = component.free_tokens
+        return lambda _, responses: -np.maximum([count_tokens(text) - free for text in responses], 0).astype(np.float32)
     if isinstance(component, RegexComponent):
         pattern = re.compile(component.pattern)
         return lambda _, responses: np.array([float(bool(pattern.search(text))) for text in responses], np.float32)
     assert isinstance(component, PythonComponent)
     return _python_function(component)
-
-
-def _length_penalty(component: LengthPenalty, count_tokens: CountTokens) -> Rule:
-    def penalty(_: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
-        lengths_S = np.array([count_tokens(text) for text in responses])
-        return -np.maximum(lengths_S - component.free_tokens, 0).astype(np.float32)
-
-    return penalty
 
 
 def _python_function(component: PythonComponent) -> Rule:

@@ -25,7 +25,6 @@ class ScorableRow(BaseModel):
     token_ids: Annotated[tuple[StrictInt, ...], Field(min_length=1)] | None = None
 
 
-FIELDS = tuple(ScorableRow.model_fields)
 FORMATS = (("prompt", "response"), ("prompt", "responses"), ("messages",), ("text",), ("token_ids",))
 
 
@@ -41,7 +40,7 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
         DataError: A field is missing, invalid or redundant. The message names the place and the field.
     """
     parsed = validate_row(ScorableRow, row, place, fields)
-    given = tuple(name for name in FIELDS if getattr(parsed, name) is not None)
+    given = tuple(name for name in ScorableRow.model_fields if getattr(parsed, name) is not None)
     if given not in FORMATS:
         ways = ", or ".join(" and ".join(way) for way in FORMATS)
         theirs = " and ".join(fields.get(name, name) for name in given) or "none of them"

@@ -46,27 +46,6 @@ def test_subtrees_are_contiguous(sequences):
     np.testing.assert_array_equal(tree.subtree_ends_R, tree.subtree_ends_T[tree.run_starts_R])
 
 
-@given(SEQUENCES)
-@example(UNRELATED)
-@example(CONTAINED)
-@example(TWICE)
-def test_segments_are_the_nodes_of_the_radix_tree(sequences):
-    tree = PrefixTree.build(sequences)
-    segments = tree.segments
-    np.testing.assert_array_equal(np.cumsum(segments.lengths_G), np.append(segments.starts_G[1:], len(tree)))
-    for number, sequence in enumerate(sequences):
-        spelled = []
-        for parent, segment in zip([-1, *segments.path(number)], segments.path(number), strict=False):
-            assert segments.parents_G[segment] == parent
-            assert segments.first_positions_G[segment] == len(spelled)
-            start = segments.starts_G[segment]
-            spelled += tree.input_ids_T[start : start + segments.lengths_G[segment]].tolist()
-        assert spelled == sequence
-    # Radix property: a segment ends only at the end of a sequence or at two or more branches.
-    children = np.bincount(segments.parents_G[segments.parents_G >= 0], minlength=len(segments.starts_G))
-    assert all(children[segment] != 1 or segment in segments.leaves_S for segment in range(len(children)))
-
-
 @given(SEQUENCES, st.randoms(use_true_random=False))
 def test_the_order_of_sequences_only_orders_the_answers(sequences, random):
     shuffled = random.sample(range(len(sequences)), len(sequences))

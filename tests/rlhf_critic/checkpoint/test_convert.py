@@ -246,9 +246,9 @@ OWN_ENCODINGS = {
 
 
 @pytest.mark.parametrize("name", OWN_ENCODINGS)
-def test_readme_gives_the_systems_own_encoding(name, tmp_path):
+def test_the_guide_gives_the_systems_own_encoding(name, tmp_path):
     template, text_of = OWN_ENCODINGS[name]
-    assert template in Path("README.md").read_text(encoding="utf-8")
+    assert template in Path("docs/converting.md").read_text(encoding="utf-8")
     body, head = random_reward_model("gpt2")
     backbone = FORMATS[name].backbones[0]
     source = save_foreign(tmp_path / "source", body, backbone, {HEAD: head.weight.data})

@@ -38,10 +38,10 @@ def test_rows_keep_their_order_ids_and_lines(encoder, tmp_path):
     pairs = preferences.comparisons()
     for row, preference in enumerate(rows):
         encoded = preferences[row]
-        assert encoded.chosen_ids.tolist() == encoder.encode(preference["prompt"], preference["chosen"]).ids
-        assert encoded.rejected_ids.tolist() == encoder.encode(preference["prompt"], preference["rejected"]).ids
+        assert encoded.responses[0].tolist() == encoder.encode(preference["prompt"], preference["chosen"]).ids
+        assert encoded.responses[-1].tolist() == encoder.encode(preference["prompt"], preference["rejected"]).ids
         assert preferences.origin(row) == f"{path}:{2 * row + 1}"
-        lengths = [len(encoded.chosen_ids), len(encoded.rejected_ids)]
+        lengths = [len(encoded.responses[0]), len(encoded.responses[-1])]
         assert pairs.lengths_P2[row].tolist() == lengths
         assert preferences.tokens_N[row] == sum(lengths)
     assert preferences.subsets_N.tolist() == ["a", "", ""]
@@ -104,7 +104,7 @@ def test_sources_are_weighed_and_keep_their_lines(encoder, tmp_path):
     for row, origin in enumerate(origins):
         source, _, line = origin.rpartition(":")
         expected = tables[sources.index(source)][int(line) - 1]
-        assert weighed[row].chosen_ids.tolist() == expected.chosen_ids.tolist()
+        assert weighed[row].responses[0].tolist() == expected.responses[0].tolist()
         assert weighed.tokens_N[row] == sum(len(ids) for ids in expected.responses)
     again, other = weigh_sources(both, [2.0, 0.5], seed=3), weigh_sources(both, [2.0, 0.5], seed=4)
     assert weighed.fingerprint == again.fingerprint != other.fingerprint
@@ -131,7 +131,7 @@ def test_a_split_shares_no_prompt(encoder, tmp_path):
 def test_other_field_names_are_told(encoder, tmp_path):
     source = write(tmp_path / "named.jsonl", [{"question": "please", "chosen": "glad", "rejected": "no"}])
     preferences = load_preferences(source, encoder, str(tmp_path / "cache"), fields={"prompt": "question"})
-    assert preferences[0].chosen_ids.tolist() == encoder.encode("please", "glad").ids
+    assert preferences[0].responses[0].tolist() == encoder.encode("please", "glad").ids
     with pytest.raises(ConfigError, match=r"data\.fields: unknown field question; preferences have prompt, chosen"):
         load_preferences(source, encoder, str(tmp_path / "cache"), fields={"question": "prompt"})
 
@@ -147,8 +147,8 @@ def test_gzip_reads_like_plain(encoder, tmp_path):
     assert len(plain) == len(packed) == 700
     rows = list(range(699, -1, -1))
     for one, other, row in zip(plain.take(rows), packed.take(rows), rows, strict=True):
-        assert one.chosen_ids.tolist() == other.chosen_ids.tolist() == plain[row].chosen_ids.tolist()
-        assert one.rejected_ids.tolist() == other.rejected_ids.tolist() == plain[row].rejected_ids.tolist()
+        assert one.responses[0].tolist() == other.responses[0].tolist() == plain[row].responses[0].tolist()
+        assert one.responses[-1].tolist() == other.responses[-1].tolist() == plain[row].responses[-1].tolist()
     np.testing.assert_array_equal(plain.tokens_N, packed.tokens_N)
 
 
@@ -163,10 +163,10 @@ def test_a_file_is_encoded_once_per_content_and_encoder(tokenizer_dir, tmp_path,
     first = load_preferences(str(path), encoder, cache)
     again = load_preferences(str(path), encoder, cache)
     assert len(calls) == 1
-    assert again[0].chosen_ids.tolist() == first[0].chosen_ids.tolist()
+    assert again[0].responses[0].tolist() == first[0].responses[0].tolist()
     load_preferences(str(path), Encoder(tokenizer, 3), cache)
     path.write_text(json.dumps({**GOOD, "chosen": "glad"}))
-    assert load_preferences(str(path), encoder, cache)[0].chosen_ids.tolist() == encoder.encode("please", "glad").ids
+    assert load_preferences(str(path), encoder, cache)[0].responses[0].tolist() == encoder.encode("please", "glad").ids
     assert len(calls) == 4  # three encodings, and the one just above
     assert not list(Path(cache).glob("preferences/.*"))
 

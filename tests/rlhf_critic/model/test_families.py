@@ -56,14 +56,14 @@ def rows_of(step: int) -> np.ndarray:
 
 def probes_of(preferences: EncodedPreferences) -> list[list[int]]:
     """Returns sequences to score, of many lengths; some share their prompt, some share nothing."""
-    return [ids.tolist() for pair in preferences.take(range(4)) for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return [ids.tolist() for pair in preferences.take(range(4)) for ids in (pair.responses[0], pair.responses[-1])]
 
 
 def padded_pairs(preferences: EncodedPreferences, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns two preferences in DeepSpeed-Chat's format: chosen rows, then rejected rows, and their mask."""
     pairs = preferences.take(range(2))
     padded = PaddedBatch.from_sequences(
-        [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs], pad_token_id
+        [pair.responses[0] for pair in pairs] + [pair.responses[-1] for pair in pairs], pad_token_id
     )
     return padded.input_ids_SL, padded.attention_mask_SL
 
@@ -166,7 +166,7 @@ def test_losses_are_those_of_a_plain_loop(trained, sources, data, workspace, nam
         optimizer.zero_grad()
         total = 0.0
         for pair in preferences.take(rows_of(step)):
-            loss = bradley_terry_loss(reward_of(model, pair.chosen_ids), reward_of(model, pair.rejected_ids)).sum()
+            loss = bradley_terry_loss(reward_of(model, pair.responses[0]), reward_of(model, pair.responses[-1])).sum()
             (loss / ROWS).backward()
             total += loss.item() / ROWS
         losses.append(total)

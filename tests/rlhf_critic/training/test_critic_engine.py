@@ -33,7 +33,7 @@ def train_and_score(
 ) -> tuple[list[dict], np.ndarray, list]:
     engine, preferences, _ = make(source, data, cache, stage, dtype, **(changes or {}))
     metrics = train(engine, preferences, STEPS)
-    sequences = [preferences[row].chosen_ids for row in range(7)]
+    sequences = [preferences[row].responses[0] for row in range(7)]
     return metrics, engine.rewards(sequences), engine.values(sequences)
 
 
@@ -59,7 +59,7 @@ def reference(tiny_model, preference_file, cache) -> tuple[list[float], list[flo
         for row in rows:
             ends = [
                 critic.model(input_ids=torch.tensor(ids.tolist())[None]).logits[0]
-                for ids in (preferences[row].chosen_ids, preferences[row].rejected_ids)
+                for ids in (preferences[row].responses[0], preferences[row].responses[-1])
             ]
             loss = bradley_terry_loss(*ends).sum() / len(rows)
             loss.backward()
@@ -194,7 +194,7 @@ def save_and_score(source: str, data: str, cache: str, stage: int, directory: st
     engine, preferences, encoder = make(source, data, cache, stage)
     train(engine, preferences, 2)
     engine.save(directory, encoder, card_of(encoder))
-    return engine.rewards([preferences[row].chosen_ids for row in range(9)])
+    return engine.rewards([preferences[row].responses[0] for row in range(9)])
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -204,7 +204,7 @@ def test_a_saved_critic_scores_what_the_engine_scored(ranks, request, preference
     scored = ranks(2).run(save_and_score, source, preference_file, cache, stage, str(tmp_path / "saved"))[0]
     loaded = load_critic(tmp_path / "saved")
     preferences = load_preferences(preference_file, loaded.encoder, cache)
-    rewards = score_sequences(loaded.critic, [preferences[row].chosen_ids for row in range(9)], 100)
+    rewards = score_sequences(loaded.critic, [preferences[row].responses[0] for row in range(9)], 100)
     np.testing.assert_allclose(rewards, scored, rtol=0, atol=1e-5)
     assert (tmp_path / "saved" / RESUME_FOLDER).is_dir()
 
@@ -215,7 +215,7 @@ def poison_and_step(source: str, data: str, cache: str, stage: int) -> tuple[int
     before = whole_weights(engine)
     rows = rows_of(preferences, 1)
     # The embedding of a token that only one preference of the batch holds becomes NaN.
-    ids = [{*preferences[row].chosen_ids, *preferences[row].rejected_ids} for row in rows]
+    ids = [{*preferences[row].responses[0], *preferences[row].responses[-1]} for row in rows]
     own = [
         (row, mine - set().union(*(other for other in ids if other is not mine)))
         for row, mine in zip(rows, ids, strict=True)
