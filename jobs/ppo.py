@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,10 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
     quarantine_damaged_checkpoints(directory)
     if not config.run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    validate_before_start(config, prompts)
+    # Actors would report these errors only after their start.
+    critic_options(config)
+    if checkpoint := latest_checkpoint(directory):
+        read_state(checkpoint, config, prompts)
     started_ray = join_ray(may_start=True)
     try:
         if started_ray:
@@ -84,33 +87,19 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
             while True:
                 try:
                     with PPOTrainer(config, prompts, held_out, client) as attempt:
-                        return finish(attempt.run())
+                        outcome = attempt.run()
+                    save_curves(read_metrics(directory / HISTORY_FOLDER), directory / PLOT_NAME)
+                    return outcome
                 except RankLost as error:
                     failures += 1
                     if failures > config.run.max_failures:
                         raise
-                    logger.warning(
-                        "rank lost, resuming from the last checkpoint failures=%d/%d error=%s",
-                        failures,
-                        config.run.max_failures,
-                        error,
-                    )
+                    message = "rank lost, resuming from the last checkpoint failures=%d/%d error=%s"
+                    logger.warning(message, failures, config.run.max_failures, error)
     finally:
         if started_ray:
             serve.shutdown()
             ray.shutdown()
-
-
-def validate_before_start(config: PPOJobConfig, prompts: Prompts) -> None:
-    """Finds errors that actors would otherwise report only after their start.
-
-    Raises:
-        CriticError: The critic cannot read the policy's tokens, or the run cannot resume with these options.
-    """
-    critic_options(config)
-    checkpoint = latest_checkpoint(Path(config.run.storage_path) / config.run.name)
-    if checkpoint is not None:
-        read_state(checkpoint, config, prompts)
 
 
 def validate_room(config: PPOJobConfig) -> None:
@@ -138,16 +127,15 @@ def read_prompts(config: PPOJobConfig) -> tuple[Prompts, Prompts | None]:
     tokenizer = load_tokenizer(config.policy.model.path, config.policy.chat_template)
     encoder = Encoder(tokenizer, options.max_tokens + config.rollout.max_new_tokens)
     train = load_prompts(options.train, encoder, options.max_tokens, options.fields)
+    held_out = None
     logger.info("prompts %s", train)
     if options.validation:
         held_out = load_prompts(options.validation, encoder, options.max_tokens, options.fields)
         logger.info("held-out prompts %s", held_out)
-        return train, held_out
-    if options.validation_fraction:
+    elif options.validation_fraction:
         train, held_out = split_prompts(train, options.validation_fraction, config.ppo.seed)
         logger.info("split prompts train=%d held_out=%d", len(train), len(held_out))
-        return train, held_out
-    return train, None
+    return train, held_out
 
 
 @contextmanager
@@ -170,6 +158,9 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         raise ConfigError(
             f"a pool {reward.app!r} runs already: leave out reward.checkpoint to use it, or choose another --reward.app"
         )
+    with socket.socket() as probe:  # finds a port: another Serve may have the default one
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     options = ServeJobConfig(
         checkpoint=reward.checkpoint,
         app=reward.app,
@@ -179,7 +170,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         max_replicas=reward.max_replicas,
         cpus_per_shard=reward.cpus_per_replica,
         use_gpu=config.run.use_gpu,
-        port=_free_port(),
+        port=port,
         start_timeout_s=config.run.start_timeout_s,
     )
     with ends_with_this_job(reward.app):
@@ -190,12 +181,6 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         finally:
             if control.is_running(reward.app):
                 control.stop(reward.app)
-
-
-def finish(outcome: PPOOutcome) -> PPOOutcome:
-    """Plots the curves of a finished run."""
-    save_curves(read_metrics(outcome.directory / HISTORY_FOLDER), outcome.directory / PLOT_NAME)
-    return outcome
 
 
 def show(console: Console, outcome: PPOOutcome) -> None:
@@ -228,13 +213,6 @@ def show(console: Console, outcome: PPOOutcome) -> None:
     paths = {"curves": outcome.directory / PLOT_NAME, **{n: outcome.checkpoint / n for n in ("policy", "critic")}}
     for name, path in paths.items():
         console.print(f"{name}: {shown_path(str(path))}", highlight=False, soft_wrap=True)
-
-
-def _free_port() -> int:
-    """Returns a free port for HTTP, which this job does not use; another Serve may have the default port."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

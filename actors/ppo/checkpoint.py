@@ -7,7 +7,6 @@ appears atomically.
 from __future__ import annotations
 
 import logging
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,16 +64,9 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob(CHECKPOINT_PATTERN.format(0)[:-6] + "[0-9]*"))
 
 
-def remove_old_checkpoints(directory: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest ``keep``."""
-    for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
-
-
 def latest_checkpoint(directory: Path) -> Path | None:
     """Returns the checkpoint that a run resumes from, if there is one."""
-    found = checkpoints(directory)
-    return found[-1] if found else None
+    return next(reversed(checkpoints(directory)), None)
 
 
 def quarantine_damaged_checkpoints(directory: Path) -> None:
@@ -116,28 +108,24 @@ def read_state(checkpoint: Path, config: PPOJobConfig, prompts: Prompts) -> RunS
         before = PPOJobConfig.model_validate(state.options)
     except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise CheckpointError(f"{checkpoint / PPO_STATE_NAME}: cannot be read: {error}") from error
-    run = config.run.name
+    run, base_model = config.run.name, config.policy.model.path
     validate_same_options(run, before, config, free_options(before, config))
     if state.prompts != prompts.fingerprint:
         raise ConfigError(
             f"the run {run!r} cannot continue: its prompts, their template or length limit are not those it began "
             "with. Restore them, or start a run with another --run.name"
         )
-    if state.reference not in {None, reference_digest(config)}:
+    if state.reference not in {None, reference_digest(base_model)}:
         raise ConfigError(
-            f"the run {run!r} cannot continue: the base model {config.policy.model.path}, from which the policy's "
+            f"the run {run!r} cannot continue: the base model {base_model}, from which the policy's "
             "reference is built, is not the one it began with. Restore it, or start a run with another --run.name"
         )
     return state
 
 
-def reference_digest(config: PPOJobConfig) -> str:
-    """Returns the SHA-256 of the weights that the policy's reference is built from; for a hub's model, its name."""
-    return _digest_of_model(config.policy.model.path)
-
-
 @cache
-def _digest_of_model(name_or_path: str) -> str:
+def reference_digest(name_or_path: str) -> str:
+    """Returns the SHA-256 of the weights that the policy's reference is built from; for a hub's model, its name."""
     return weights_hash(name_or_path, safetensors_only=False) if Path(name_or_path).is_dir() else name_or_path
 
 

@@ -1,8 +1,7 @@
 """The online critic of PPO: ranks of a `CriticEngine` in Ray actors, and the handle of all ranks.
 
 A group starts from a trained critic, or from a base model (such as the policy's) with a head of zeros, so that every
-value is 0 at first. A PPO loop calls `CriticGroup` for values, updates, checkpoints, and to free the devices between
-phases. Knows nothing about policies, rewards or how rollouts are made.
+value is 0 at first. Knows nothing about policies, rewards or how rollouts are made.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from actors.ppo.engine_group import EngineGroup, EngineRank, put_rollouts, put_sequences, validate_token_ids
+from actors.ppo.engine_group import EngineGroup, put_rollouts, put_sequences, validate_token_ids
+from actors.runtime.rank_group import Rank
 from rlhf_critic.algorithms.response_tokens import validate_rollouts
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, load_encoder, read_card
@@ -63,13 +64,6 @@ class CriticOptions:
             return load_encoder(self.model.path, read_card(self.model.path))
         return Encoder(load_tokenizer(self.model.path, self.encoding.chat_template), self.encoding.max_length)
 
-    def build(self) -> CriticEngine:
-        """Builds the engine of one rank. Collective."""
-        model = self.model if self.is_trained else self.model.model_copy(update={"head_init": "zero"})
-        return CriticEngine.from_pretrained(
-            self.encoder(), model, self.train, self.total_steps, rlhf_training=self.is_trained
-        )
-
 
 @dataclass(frozen=True)
 class CriticState:
@@ -88,23 +82,29 @@ class CriticState:
     offloaded_bytes: int
 
 
-class CriticRank(EngineRank):
-    """One rank of a critic in training."""
+OPTIONS_FORMAT = TypeAdapter(CriticOptions)
+
+
+class CriticRank(Rank):
+    """One rank of a critic in training. Every method is called on all ranks at once; the first rank answers."""
 
     _offloaded: Offloaded | None = None
 
     def build(self, options: CriticOptions) -> None:
         """Builds this rank's shard."""
-        self._encoder = options.encoder()
-        super().build(options)
+        self._options, self._encoder = options, options.encoder()
+        model = options.model if options.is_trained else options.model.model_copy(update={"head_init": "zero"})
+        self._engine = CriticEngine.from_pretrained(
+            self._encoder, model, options.train, options.total_steps, rlhf_training=options.is_trained
+        )
 
-    def values(self, sequences: Sequence[TokenIds]) -> tuple[list[NDArray[np.float32]], int] | None:
+    def values(self, sequences: Sequence[TokenIds]) -> tuple[list[NDArray[np.float32]], int]:
         """Computes the values at every token; returns them and the number of tokens that were computed."""
         engine = self._engine_on_device()
         validate_token_ids(sequences, engine.critic.model)
         with torch.no_grad():
             values = engine.values(sequences)
-        return (values, engine.computed_tokens) if self.rank == 0 else None
+        return values if self.rank == 0 else [], engine.computed_tokens
 
     def update(self, rollouts: dict[str, Any], clip: float | None) -> ValueMetrics:
         """Takes one optimizer step; see `rlhf_critic.training.critic_engine.CriticEngine.update`."""
@@ -114,20 +114,12 @@ class CriticRank(EngineRank):
 
     def save(self, directory: str, name: str) -> None:
         """Saves the critic; see `rlhf_critic.training.critic_engine.CriticEngine.save`."""
-        engine, options, encoder = self._engine_on_device(), self._options, self._encoder
+        engine, encoder = self._engine_on_device(), self._encoder
         card = CriticCard(
             # The step is read here, because another thread may take one between two calls of the group.
             version=f"{name}@{engine.step}",
             encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length),
-            training={
-                "step": engine.step,
-                OPTIONS: {
-                    "model": options.model.model_dump(mode="json"),
-                    "train": options.train.model_dump(mode="json"),
-                    "encoding": options.encoding.model_dump(mode="json"),
-                    "total_steps": options.total_steps,
-                },
-            },
+            training={"step": engine.step, OPTIONS: OPTIONS_FORMAT.dump_python(self._options, mode="json")},
         )
         engine.save(directory, encoder, card)
 
@@ -148,37 +140,22 @@ class CriticRank(EngineRank):
 
     def step(self) -> int:
         """Returns the number of updates done."""
-        step: int = self._engine.step
-        return step
+        return self._engine.step
 
     def _engine_on_device(self) -> CriticEngine:
-        """Returns the engine, with its state on the device.
-
-        Raises:
-            ValueError: The state is offloaded. This is checked here, where calls are sequential, because the state may
-                change between a check by a caller's thread and its call.
-        """
+        # Checked here, where calls are sequential: the state may change between a caller's check and its call.
         if self._offloaded is not None:
             raise ValueError("the critic's state is offloaded: call onload() first")
-        engine: CriticEngine = self._engine
-        return engine
+        return self._engine
 
 
 class CriticGroup(EngineGroup):
     """Handle of a critic in training; see `EngineGroup`. `restore` brings a lost group back from a checkpoint.
 
-    Args:
-        options: Options of the critic.
-        shards: Number of actors that it is sharded over.
-        **placement: Keyword arguments of `EngineGroup`.
-
     Attributes:
         options: Options of the critic.
         encoder: Encoder of the critic.
         computed_tokens: Tokens that all shards together computed for the last `values`.
-
-    Raises:
-        CriticError: The critic cannot be built, or the cluster has no room for it; nothing is left running.
     """
 
     what = "critic"
@@ -208,14 +185,9 @@ class CriticGroup(EngineGroup):
         recorded = read_card(checkpoint).training.get(OPTIONS)
         if recorded is None:
             raise CheckpointError(f"{checkpoint}: not a checkpoint of a critic group; start one from it instead")
-        options = CriticOptions(
-            # Not the path it once started from: the weights are here.
-            ModelConfig(**{**recorded["model"], "path": str(Path(checkpoint).resolve()), "num_layers": None}),
-            TrainConfig(**recorded["train"]),
-            EncodingConfig(**recorded["encoding"]),
-            recorded["total_steps"],
-        )
-        group = cls(options, shards, **placement)
+        # Not the path it once started from: the weights are here.
+        model = {**recorded["model"], "path": str(Path(checkpoint).resolve()), "num_layers": None}
+        group = cls(OPTIONS_FORMAT.validate_python({**recorded, "model": model}), shards, **placement)
         try:
             group.load(checkpoint)
         except BaseException:
@@ -233,10 +205,8 @@ class CriticGroup(EngineGroup):
             ValueError: There is no sequence, a sequence is empty or has a token id that the critic does not have, or
                 the state is offloaded.
         """
-        answer = self._call("compute values", CriticRank.values, put_sequences(sequences))[0]
-        assert answer is not None, "the first rank answers"
-        values, self.computed_tokens = answer
-        return list(values)
+        values, self.computed_tokens = self._call("compute values", CriticRank.values, put_sequences(sequences))[0]
+        return values
 
     def update(
         self,
@@ -260,12 +230,9 @@ class CriticGroup(EngineGroup):
         return self._call("update the critic", CriticRank.update, rollouts, clip)[0]
 
     def offload(self) -> int:
-        """Offloads parameters, gradients and optimizer state from the devices until `onload`.
+        """Offloads parameters, gradients and optimizer state from the devices until `onload`; returns their bytes.
 
         From GPUs they go to the memory of the CPUs, from CPUs to files.
-
-        Returns:
-            Bytes that were offloaded, over all shards.
 
         Raises:
             RankLost: A rank was lost.

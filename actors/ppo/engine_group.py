@@ -4,43 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from actors.runtime.rank_group import START_TIMEOUT_S, Rank, RankGroup, raise_write_errors
+from actors.runtime.rank_group import START_TIMEOUT_S, RankGroup, raise_write_errors
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest
 
 T = TypeVar("T")
 GroupT = TypeVar("GroupT", bound="EngineGroup")
-
-
-class EngineOptions(Protocol):
-    """Options from which each rank builds its engine."""
-
-    def build(self) -> Any:
-        """Builds the engine of one rank. Collective."""
-
-
-class EngineRank(Rank):
-    """One rank of an engine. Every method is called on all ranks at once; the first rank answers."""
-
-    def build(self, options: Any) -> None:
-        """Builds this rank's shard."""
-        self._options = options
-        self._engine = options.build()
-
-    def save(self, directory: str, name: str) -> None:
-        """Saves the engine; see its ``save``."""
-        self._engine.save(directory)
-
-    def load(self, directory: str) -> None:
-        """Loads what ``save`` wrote; see the engine's ``load``."""
-        self._engine.load(directory)
 
 
 class EngineGroup:
@@ -62,11 +38,11 @@ class EngineGroup:
     """
 
     what: ClassVar[str]
-    rank_class: ClassVar[type[EngineRank]]
+    rank_class: ClassVar[Any]  # a `Rank` with the methods build, save and load
 
     def __init__(
         self,
-        options: EngineOptions,
+        options: Any,
         shards: int = 1,
         *,
         cpus_per_shard: float = 1.0,
@@ -90,7 +66,6 @@ class EngineGroup:
             raise
 
     def _call(self, doing: str, method: Callable[..., T], *arguments: Any, timeout_s: float | None = None) -> list[T]:
-        """Calls a method of the rank class on all ranks; see `RankGroup.call_all`."""
         return self._ranks.call_all(doing, method.__name__, *arguments, timeout_s=timeout_s)
 
     def save(self, directory: str | Path, name: str = "") -> None:
@@ -141,13 +116,9 @@ def put_rollouts(
     sequences: Sequence[TokenIds], prompt_lengths: Sequence[int], **numbers: Sequence[NDArray[np.floating]]
 ) -> ray.ObjectRef:
     """Puts rollouts into the object store, with numbers for each token of their responses."""
-    return ray.put(
-        {
-            "sequences": [np.asarray(ids, dtype=np.int64) for ids in sequences],
-            "prompt_lengths": [int(length) for length in prompt_lengths],
-            **{name: [np.asarray(one, dtype=np.float32) for one in column] for name, column in numbers.items()},
-        }
-    )
+    ids = [np.asarray(one, dtype=np.int64) for one in sequences]
+    arrays = {name: [np.asarray(one, dtype=np.float32) for one in column] for name, column in numbers.items()}
+    return ray.put({"sequences": ids, "prompt_lengths": [int(length) for length in prompt_lengths], **arrays})
 
 
 def validate_token_ids(sequences: Sequence[TokenIds], model: PreTrainedModel) -> None:

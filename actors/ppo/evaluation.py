@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,6 @@ from actors.ppo.rollout_workers import Rollout
 from actors.runtime.storage import HISTORY_FOLDER
 from rlhf_critic.errors import DivergedError, NonFiniteLossError
 from rlhf_critic.files import write_text_atomically
-
-SAMPLES_FOLDER = "samples"
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,10 @@ def component_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 def write_samples(directory: Path, iteration: int, rollouts: Sequence[Rollout]) -> None:
     """Writes the rollouts of an evaluation into the history of a run."""
-    samples = [
-        Sample(rollout.prompt, rollout.response, rollout.reward, rollout.model_version, rollout.policy_version)
-        for rollout in rollouts
-    ]
+    rows = [{one.name: getattr(rollout, one.name) for one in fields(Sample)} for rollout in rollouts]
     path = _samples_path(directory, iteration)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+    write_text_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_samples(directory: Path, iteration: int) -> list[Sample]:
@@ -69,7 +64,7 @@ def read_samples(directory: Path, iteration: int) -> list[Sample]:
 
 
 def _samples_path(directory: Path, iteration: int) -> Path:
-    return directory / HISTORY_FOLDER / SAMPLES_FOLDER / f"{CHECKPOINT_PATTERN.format(iteration)}.jsonl"
+    return directory / HISTORY_FOLDER / "samples" / f"{CHECKPOINT_PATTERN.format(iteration)}.jsonl"
 
 
 def stop_if_diverged(metrics: Mapping[str, float], iteration: int, max_kl: float) -> None:

@@ -14,7 +14,8 @@ import ray
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from actors.ppo.engine_group import EngineGroup, EngineRank, put_rollouts, put_sequences, validate_token_ids
+from actors.ppo.engine_group import EngineGroup, put_rollouts, put_sequences, validate_token_ids
+from actors.runtime.rank_group import Rank
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.data.encoding import load_tokenizer
@@ -49,10 +50,6 @@ class PolicyOptions:
         """
         return load_tokenizer(self.model.path, self.chat_template)
 
-    def build(self) -> PolicyEngine:
-        """Builds the engine of one rank. Collective."""
-        return PolicyEngine(self.tokenizer(), self.model, self.optimizer, self.total_steps, self.seed, self.temperature)
-
 
 @dataclass(frozen=True)
 class PolicyWeights:
@@ -68,22 +65,36 @@ class PolicyWeights:
     tensors: tuple[ray.ObjectRef]
 
 
-class PolicyRank(EngineRank):
-    """One rank of a policy in training."""
+class PolicyRank(Rank):
+    """One rank of a policy in training. Every method is called on all ranks at once; the first rank answers."""
+
+    def build(self, options: PolicyOptions) -> None:
+        """Builds this rank's shard."""
+        tokenizer, steps = options.tokenizer(), options.total_steps
+        self._engine = PolicyEngine(
+            tokenizer, options.model, options.optimizer, steps, options.seed, options.temperature
+        )
+
+    def save(self, directory: str, _name: str) -> None:
+        """Saves the policy; see `rlhf_critic.training.policy_engine.PolicyEngine.save`."""
+        self._engine.save(directory)
+
+    def load(self, directory: str) -> None:
+        """Loads a checkpoint; see `rlhf_critic.training.policy_engine.PolicyEngine.load`."""
+        self._engine.load(directory)
 
     def reference_log_probs(
         self, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]
     ) -> list[NDArray[np.float32]]:
         """Computes log-probabilities; see `rlhf_critic.training.policy_engine.PolicyEngine.reference_log_probs`."""
         validate_token_ids(sequences, self._engine.policy.model)
-        log_probs: list[NDArray[np.float32]] = self._engine.reference_log_probs(sequences, prompt_lengths)
+        log_probs = self._engine.reference_log_probs(sequences, prompt_lengths)
         return log_probs if self.rank == 0 else []
 
     def update(self, rollouts: dict[str, Any], clip: float, entropy_coefficient: float) -> PolicyMetrics:
         """Takes one optimizer step; see `rlhf_critic.training.policy_engine.PolicyEngine.update`."""
         validate_token_ids(rollouts["sequences"], self._engine.policy.model)
-        metrics: PolicyMetrics = self._engine.update(**rollouts, clip=clip, entropy_coefficient=entropy_coefficient)
-        return metrics
+        return self._engine.update(**rollouts, clip=clip, entropy_coefficient=entropy_coefficient)
 
     def weights(self) -> PolicyWeights | None:
         """Puts the weights into the object store."""
@@ -100,17 +111,14 @@ class PolicyGroup(EngineGroup):
     def reference_log_probs(
         self, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        """Computes the log-probability of every response token under the frozen reference.
-
-        Returns:
-            ``S`` arrays, fp32 ``[R]``, in nats.
+        """Computes the frozen reference's log-probabilities of response tokens, in nats: ``S`` arrays, fp32 ``[R]``.
 
         Raises:
             RankLost: A rank was lost.
             ValueError: A prompt is empty or longer than its sequence, or the policy does not have a token id.
         """
         doing, lengths = "compute reference log-probabilities", list(prompt_lengths)
-        return list(self._call(doing, PolicyRank.reference_log_probs, put_sequences(sequences), lengths)[0])
+        return self._call(doing, PolicyRank.reference_log_probs, put_sequences(sequences), lengths)[0]
 
     def update(
         self,

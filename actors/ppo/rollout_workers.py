@@ -26,7 +26,7 @@ from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import CriticError, RankLost, RolloutsUnavailable
 from rlhf_critic.logs import configure_logging
 from rlhf_critic.scoring.client import ScorerClient
-from rlhf_critic.scoring.items import Conversation
+from rlhf_critic.scoring.items import conversations
 
 TASKS_PER_WORKER = 2  # one is sampled while one is scored
 MAX_LOSSES = 5  # per worker on average and call; more are no accident
@@ -97,25 +97,14 @@ class Timings:
 
 
 class RolloutWorker:
-    """Samples responses and requests their rewards from scorers; runs in an actor with two threads.
-
-    Args:
-        options: Options of the policy.
-        client: Client of the scorers.
-        max_new_tokens: Maximum tokens of a response.
-        threads: Number of torch threads if there is no GPU.
-        use_gpu: Whether the worker has a GPU.
-    """
+    """Samples responses and requests their rewards from scorers; runs in an actor with two threads."""
 
     def __init__(
         self, options: PolicyOptions, client: ScorerClient, max_new_tokens: int, threads: int, use_gpu: bool
     ) -> None:
         configure_logging()
-        self._options = options
-        self._client = client
-        self._max_new_tokens = max_new_tokens
-        self._threads = threads
-        self._use_gpu = use_gpu
+        self._options, self._client, self._max_new_tokens = options, client, max_new_tokens
+        self._threads, self._use_gpu = threads, use_gpu
         self._sampling = threading.Lock()
         self._version: int | None = None
 
@@ -127,9 +116,8 @@ class RolloutWorker:
         """
         from rlhf_critic.model.generation import create_generator
 
-        options = self._options
-        self._tokenizer = options.tokenizer()
-        self._generator = create_generator(options.model, self._tokenizer, options.temperature, self._use_gpu)
+        model, temperature, self._tokenizer = self._options.model, self._options.temperature, self._options.tokenizer()
+        self._generator = create_generator(model, self._tokenizer, temperature, self._use_gpu)
 
     def run(self, task: RolloutTask, weights: PolicyWeights) -> tuple[list[Rollout], Timings]:
         """Samples a response to each prompt and waits for the rewards; meanwhile another thread may sample.
@@ -146,9 +134,7 @@ class RolloutWorker:
             sampled = self._generator.generate(task.prompt_ids, self._max_new_tokens, task.seed)
             texts = [self._text(response.ids, response.truncated) for response in sampled]
             generated = time.perf_counter()
-        scores = self._client.score_items(
-            [Conversation(prompt, text) for prompt, text in zip(task.prompts, texts, strict=True)]
-        )
+        scores = self._client.score_items(conversations(task.prompts, texts))
         timings = Timings(generated - started, time.perf_counter() - generated)
         rollouts = [
             Rollout(
@@ -177,8 +163,6 @@ class RolloutWorker:
 
 @dataclass(eq=False)
 class _Worker:
-    """State of a worker."""
-
     actor: Any
     is_ready: bool = False
     tasks: dict[Any, int] = field(default_factory=dict)  # from pending calls to the numbers of their tasks
@@ -206,13 +190,12 @@ class RolloutWorkers:
         cpus_per_worker: float = 1.0,
         use_gpu: bool = False,
     ) -> None:
-        environment = {} if use_gpu else {"DS_ACCELERATOR": "cpu"}
         self._worker_class = ray.remote(
             num_cpus=cpus_per_worker,
             num_gpus=int(use_gpu),
             max_restarts=0,
             max_concurrency=TASKS_PER_WORKER,
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": {} if use_gpu else {"DS_ACCELERATOR": "cpu"}},
         )(RolloutWorker)
         self._arguments = (options, client, max_new_tokens, max(1, int(cpus_per_worker)), use_gpu)
         self._calls: dict[Any, _Worker] = {}
@@ -227,16 +210,13 @@ class RolloutWorkers:
         timeout_s: float,
         progress: Callable[[int], None] = lambda _: None,
     ) -> tuple[list[Rollout], Timings]:
-        """Makes the rollouts of all tasks, each once, even if workers are lost.
+        """Makes the rollouts of all tasks, each once and in their order, even if workers are lost.
 
         Args:
             tasks: Tasks, which are given to free workers.
             weights: Weights of the policy.
             timeout_s: Maximum seconds for all tasks.
             progress: Called with the number of rollouts of each finished task.
-
-        Returns:
-            The rollouts in the order of tasks, and the seconds that workers spent.
 
         Raises:
             RolloutsUnavailable: Rollouts did not come in time, or workers were lost too often.
@@ -288,8 +268,11 @@ class RolloutWorkers:
                 finished[number], timings = answer
                 spent = Timings(spent.generating + timings.generating, spent.waiting + timings.waiting)
                 progress(len(finished[number]))
-        except BaseException:
-            self._abandon()
+        except BaseException:  # the next `run` starts with no pending tasks
+            for worker in self._workers:
+                for call in worker.tasks:
+                    self._calls.pop(call, None)
+                worker.tasks.clear()
             raise
         return [rollout for number in range(len(tasks)) for rollout in finished[number]], spent
 
@@ -317,20 +300,12 @@ class RolloutWorkers:
 
     def _replace(self, lost: _Worker) -> list[int]:
         """Replaces a lost worker; returns the numbers of its tasks."""
-        numbers = [*lost.tasks.values()]
         for other in lost.tasks:
             self._calls.pop(other, None)
         self._workers.remove(lost)
         ray.kill(lost.actor)  # if only an object was lost, the worker still holds resources that its successor needs
         self._start_worker()
-        return numbers
-
-    def _abandon(self) -> None:
-        """Drops all pending tasks, so that the next `run` starts with none."""
-        for worker in self._workers:
-            for call in worker.tasks:
-                self._calls.pop(call, None)
-            worker.tasks.clear()
+        return list(lost.tasks.values())
 
 
 def score_again(rollouts: Sequence[Rollout], client: ScorerClient) -> list[Rollout]:
@@ -339,7 +314,7 @@ def score_again(rollouts: Sequence[Rollout], client: ScorerClient) -> list[Rollo
     Raises:
         CriticError: See `rlhf_critic.scoring.client.ScorerClient.score_items`.
     """
-    scores = client.score_items([Conversation(rollout.prompt, rollout.response) for rollout in rollouts])
+    scores = client.score_items(conversations([one.prompt for one in rollouts], [one.response for one in rollouts]))
     return [
         replace(
             rollout,

@@ -8,12 +8,15 @@ resumed run gives the results of an undisturbed one. Knows nothing about command
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -24,13 +27,12 @@ from actors.ppo.checkpoint import (
     POLICY_FOLDER,
     PPO_STATE_NAME,
     RunState,
+    checkpoints,
     latest_checkpoint,
     read_state,
     reference_digest,
-    remove_old_checkpoints,
 )
 from actors.ppo.critic_group import CriticGroup, CriticOptions
-from actors.ppo.engine_group import EngineGroup
 from actors.ppo.evaluation import (
     Sample,
     component_means,
@@ -44,9 +46,8 @@ from actors.ppo.policy_group import PolicyGroup, PolicyOptions, PolicyWeights
 from actors.ppo.rollout_workers import Rollout, RolloutTask, RolloutWorkers, Timings, score_again
 from actors.runtime.run_logger import RunLogger
 from actors.runtime.storage import HISTORY_FOLDER, HistoryDirectory, resolve_run
-from rlhf_critic.algorithms.advantages import PPOTargets, RolloutBatch, compute_advantages, minibatch_rows
+from rlhf_critic.algorithms.advantages import RolloutBatch, compute_advantages, minibatch_rows
 from rlhf_critic.algorithms.ppo import RunningMoments
-from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.batching.sampler import is_due, rows_of_step
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.ppo import CriticConfig, PolicyConfig, PPOJobConfig
@@ -56,13 +57,10 @@ from rlhf_critic.data.prompts import Prompts
 from rlhf_critic.errors import ConfigError
 from rlhf_critic.files import atomic_directory, write_manifest
 from rlhf_critic.scoring.client import ScorerClient
-from rlhf_critic.training.critic_engine import ValueMetrics
-from rlhf_critic.training.policy_engine import PolicyMetrics
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-GroupT = TypeVar("GroupT", bound=EngineGroup)
 
 # The first number of each seed: what the random numbers are for.
 TRAINING_DRAWS, EVALUATION_DRAWS, MINIBATCHES = 1, 2, 3
@@ -110,35 +108,36 @@ class PPOTrainer:
         self._moments = RunningMoments()
         self._weights: PolicyWeights | None = None
         self._model_versions: set[str] = set()
-        self._groups: list[Any] = []
         checkpoint = latest_checkpoint(self.directory)
         state = None if checkpoint is None else read_state(checkpoint, config, prompts)
-        self._reference = reference_digest(config) if state is None else state.reference
-        try:
+        self._reference = reference_digest(config.policy.model.path) if state is None else state.reference
+        run, rollout, policy = config.run, config.rollout, policy_options(config)
+
+        def placement(part: PolicyConfig | CriticConfig) -> dict[str, Any]:
+            common = {"use_gpu": run.use_gpu, "start_timeout_s": run.start_timeout_s}
+            return {"shards": part.shards, "cpus_per_shard": part.cpus_per_shard, **common}
+
+        workers = (rollout.workers, policy, client, rollout.max_new_tokens)
+        with ExitStack() as actors:  # if one cannot be started, the others end
             self._policy, self._critic, self._workers = run_concurrently(
-                lambda: self._make_group(PolicyGroup, policy_options(config), config.policy),
-                lambda: self._make_group(CriticGroup, critic_options(config), config.critic),
-                self._make_workers,
+                lambda: actors.enter_context(PolicyGroup(policy, **placement(config.policy))),
+                lambda: actors.enter_context(CriticGroup(critic_options(config), **placement(config.critic))),
+                lambda: actors.enter_context(
+                    RolloutWorkers(*workers, cpus_per_worker=rollout.cpus_per_worker, use_gpu=run.use_gpu)
+                ),
             )
             if checkpoint is not None and state is not None:
                 self._iteration, self._moments = state.iteration, state.moments
                 self._policy.load(checkpoint / POLICY_FOLDER)
                 self._critic.load(checkpoint / CRITIC_FOLDER)
                 logger.info("resumed iteration=%d checkpoint=%s", self._iteration, checkpoint.name)
-        except BaseException:
-            self.close()
-            raise
+            self._actors = actors.pop_all()
 
     def __enter__(self) -> PPOTrainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends all actors; may be called again."""
-        for group in self._groups:
-            group.shutdown()
+        self._actors.close()
 
     def run(self) -> PPOOutcome:
         """Runs the remaining iterations.
@@ -168,10 +167,8 @@ class PPOTrainer:
                 if is_last or is_due(self._iteration, options.run.checkpoint_every):
                     history.save()
                     self._checkpoint()
-        checkpoint = latest_checkpoint(self.directory)
-        assert checkpoint is not None, "the last iteration makes one"
         first, last = (read_samples(self.directory, one) if self._held_out else [] for one in (0, total))
-        return PPOOutcome(self.directory, checkpoint, first, last)
+        return PPOOutcome(self.directory, checkpoints(self.directory)[-1], first, last)
 
     def _run_logger(self) -> RunLogger:
         run = self.config.run
@@ -183,46 +180,20 @@ class PPOTrainer:
         step = self._iteration or -1
         return RunLogger(directory, step, run.name, run.wandb_project, self.config.model_dump(mode="json"))
 
-    def _make_group(
-        self, group_class: type[GroupT], options: PolicyOptions | CriticOptions, part: PolicyConfig | CriticConfig
-    ) -> GroupT:
-        run = self.config.run
-        group = group_class(
-            options,
-            part.shards,
-            cpus_per_shard=part.cpus_per_shard,
-            use_gpu=run.use_gpu,
-            start_timeout_s=run.start_timeout_s,
-        )
-        self._groups.append(group)
-        return group
-
-    def _make_workers(self) -> RolloutWorkers:
-        rollout = self.config.rollout
-        workers = RolloutWorkers(
-            rollout.workers,
-            policy_options(self.config),
-            self._client,
-            rollout.max_new_tokens,
-            cpus_per_worker=rollout.cpus_per_worker,
-            use_gpu=self.config.run.use_gpu,
-        )
-        self._groups.append(workers)
-        return workers
-
     def _iterate(self) -> dict[str, float]:
         """Runs one iteration: rollouts, values, updates. Returns its metrics."""
-        options = self.config
+        ppo, size = self.config.ppo, self.config.rollout.prompts_per_iteration
         started = time.perf_counter()
-        rollouts, timings = self._roll_out(self._prompts, self._rows_of_iteration(), (TRAINING_DRAWS, self._iteration))
+        prompt_rows = rows_of_step(np.arange(len(self._prompts)), size, ppo.seed, self._iteration)
+        rows = [int(row) for row in prompt_rows for _ in range(self.config.rollout.samples_per_prompt)]
+        rollouts, timings = self._roll_out(self._prompts, rows, (TRAINING_DRAWS, self._iteration))
         seconds_rollouts = time.perf_counter() - started
         sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
         prompt_lengths = [len(rollout.prompt_ids) for rollout in rollouts]
         (values, seconds_values), (ref_log_probs, seconds_reference) = run_concurrently(
-            lambda: timed(lambda: self._critic.values(sequences)),
-            lambda: timed(lambda: self._policy.reference_log_probs(sequences, prompt_lengths)),
+            lambda: timed(self._critic.values, sequences),
+            lambda: timed(self._policy.reference_log_probs, sequences, prompt_lengths),
         )
-        computed_tokens = self._critic.computed_tokens
         batch = RolloutBatch(
             sequences,
             prompt_lengths,
@@ -232,20 +203,17 @@ class PPOTrainer:
             ref_log_probs,
             values,
         )
-        targets = compute_advantages(batch, options.ppo, options.reward, self._moments)
-        minibatches = [
-            rows
-            for epoch in range(options.ppo.epochs)
-            for rows in minibatch_rows(
-                [rollout.row for rollout in rollouts],
-                options.ppo.minibatches,
-                [options.ppo.seed, MINIBATCHES, self._iteration, epoch],
-            )
-        ]
-        policy_learns = self._iteration >= options.ppo.value_warmup_iterations
+        targets = compute_advantages(batch, ppo, self.config.reward, self._moments)
+        seeds = [[ppo.seed, MINIBATCHES, self._iteration, epoch] for epoch in range(ppo.epochs)]
+        minibatches = [part for seed in seeds for part in minibatch_rows(rows, ppo.minibatches, seed)]
+        of_policy = minibatches if self._iteration >= ppo.value_warmup_iterations else []
+        update_critic = partial(self._critic.update, clip=ppo.value_clip)
+        update_policy = partial(self._policy.update, clip=ppo.clip, entropy_coefficient=ppo.entropy_coefficient)
+        critic_columns = (sequences, prompt_lengths, targets.returns, targets.old_values)
+        policy_columns = (sequences, prompt_lengths, batch.log_probs, targets.advantages)
         (critic_updates, seconds_critic), (policy_updates, seconds_policy) = run_concurrently(
-            lambda: timed(lambda: self._update_critic(batch, targets, minibatches)),
-            lambda: timed(lambda: self._update_policy(batch, targets, minibatches) if policy_learns else []),
+            lambda: timed(self._update, "critic", update_critic, minibatches, *critic_columns),
+            lambda: timed(self._update, "policy", update_policy, of_policy, *policy_columns),
         )
         if policy_updates:
             self._weights = None
@@ -259,12 +227,10 @@ class PPOTrainer:
             **_means("value", critic_updates, CRITIC_METRICS),
             **_means("policy", policy_updates, POLICY_METRICS),
             "rollouts": len(rollouts),
-            "prompt_truncated_for_reward": float(
-                np.mean([rollout.prompt_truncated_for_reward for rollout in rollouts])
-            ),
+            "prompt_truncated_for_reward": float(np.mean([one.prompt_truncated_for_reward for one in rollouts])),
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
-            "value_tokens_computed": computed_tokens,
+            "value_tokens_computed": self._critic.computed_tokens,
             "seconds": seconds,
             "seconds_rollouts": seconds_rollouts,
             "seconds_generating": timings.generating,
@@ -275,38 +241,12 @@ class PPOTrainer:
             "seconds_update_policy": seconds_policy,
         }
 
-    def _rows_of_iteration(self) -> list[int]:
-        """Returns the prompt of each rollout of the next iteration, as its row in the data."""
-        options = self.config
-        rows = rows_of_step(
-            np.arange(len(self._prompts)), options.rollout.prompts_per_iteration, options.ppo.seed, self._iteration
-        )
-        return [int(row) for row in rows for _ in range(options.rollout.samples_per_prompt)]
-
-    def _update_critic(
-        self, batch: RolloutBatch, targets: PPOTargets, minibatches: Sequence[Sequence[int]]
-    ) -> list[ValueMetrics]:
-        with non_finite_loss_as_divergence("critic", self._iteration + 1):
-            return [
-                self._critic.update(
-                    *_of_rows(rows, batch.sequences, batch.prompt_lengths, targets.returns, targets.old_values),
-                    clip=self.config.ppo.value_clip,
-                )
-                for rows in minibatches
-            ]
-
-    def _update_policy(
-        self, batch: RolloutBatch, targets: PPOTargets, minibatches: Sequence[Sequence[int]]
-    ) -> list[PolicyMetrics]:
-        with non_finite_loss_as_divergence("policy", self._iteration + 1):
-            return [
-                self._policy.update(
-                    *_of_rows(rows, batch.sequences, batch.prompt_lengths, batch.log_probs, targets.advantages),
-                    clip=self.config.ppo.clip,
-                    entropy_coefficient=self.config.ppo.entropy_coefficient,
-                )
-                for rows in minibatches
-            ]
+    def _update(
+        self, who: Literal["critic", "policy"], update: Callable[..., T], minibatches: list[list[int]], *columns: Any
+    ) -> list[T]:
+        """Takes one optimizer step on each minibatch, which is rows of the columns."""
+        with non_finite_loss_as_divergence(who, self._iteration + 1):
+            return [update(*([column[row] for row in rows] for column in columns)) for rows in minibatches]
 
     def _roll_out(self, prompts: Prompts, rows: Sequence[int], seeds: tuple[int, ...]) -> tuple[list[Rollout], Timings]:
         """Makes a rollout for each of these rows of prompts, scored by one version unless versions may be mixed.
@@ -363,7 +303,8 @@ class PPOTrainer:
             )
             (building / PPO_STATE_NAME).write_text(state.model_dump_json(indent=2), encoding="utf-8")
             write_manifest(building, 0, 1, PPO_STATE_NAME)
-        remove_old_checkpoints(self.directory, self.config.run.keep_checkpoints)
+        for old in checkpoints(self.directory)[: -self.config.run.keep_checkpoints]:
+            shutil.rmtree(old)
 
 
 def policy_options(config: PPOJobConfig) -> PolicyOptions:
@@ -413,15 +354,11 @@ def run_concurrently(*actions: Callable[[], Any]) -> tuple[Any, ...]:
     return tuple(future.result() for future in futures)
 
 
-def timed(action: Callable[[], T]) -> tuple[T, float]:
+def timed(action: Callable[..., T], *arguments: Any) -> tuple[T, float]:
     """Returns the result of an action, and its seconds."""
     started = time.perf_counter()
-    result = action()
+    result = action(*arguments)
     return result, time.perf_counter() - started
-
-
-def _of_rows(rows: Sequence[int], sequences: Sequence[TokenIds], *columns: Sequence[Any]) -> tuple[list[Any], ...]:
-    return tuple([column[row] for row in rows] for column in (sequences, *columns))
 
 
 def _means(prefix: str, metrics: Sequence[Any], names: Sequence[str]) -> dict[str, float]:

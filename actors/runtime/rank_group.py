@@ -26,21 +26,18 @@ from torch.distributed import TCPStore
 
 from rlhf_critic.errors import CriticError, NonFiniteLossError, PlacementError, RankLost
 from rlhf_critic.logs import configure_logging
+from rlhf_critic.training.process_group import init_distributed, init_process_group, open_store
 
 START_TIMEOUT_S = 600.0
 # All ranks reject a bad call at once. A rank that has not answered after this time made other calls than the rest.
 AGREEMENT_TIMEOUT_S = 20.0
+_stores: list[TCPStore] = []  # in the first rank's process, which must hold the store for as long as there are ranks
 
 
 class Rank:
     """One rank, in an actor. Subclasses add methods.
 
-    Args:
-        rank: Number of the rank.
-        world_size: Number of all ranks.
-        local_world_size: Number of ranks on this rank's node.
-        use_gpu: Whether the rank has a GPU.
-        collective_timeout_s: Seconds after which a collective that a peer does not join fails.
+    A collective that a peer does not join fails after ``collective_timeout_s`` seconds.
     """
 
     def __init__(
@@ -53,25 +50,17 @@ class Rank:
         # Ray shows an actor its own devices only, so the local device is always the first.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
         os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
-        self._on_one_node = local_world_size == world_size
         if use_gpu:
             torch.cuda.set_device(0)
 
     def open_store(self) -> tuple[str, int]:
-        """Opens the store in which ranks find each other; returns its address and port."""
-        from rlhf_critic.training.process_group import open_store
-
-        self._store, address = open_store(ray.util.get_node_ip_address(), self._on_one_node)
-        return address, self._store.port
+        """Opens the store in which ranks find each other; see `open_store_of_ranks`."""
+        return open_store_of_ranks()
 
     def join(self, address: str, port: int) -> None:
         """Joins the process group of all ranks."""
-        from rlhf_critic.training.process_group import init_distributed, init_process_group
-
-        timeout = timedelta(seconds=max(1.0, self._collective_timeout_s))
-        store = self._store if self.rank == 0 else TCPStore(address, port, timeout=timeout)
         backend = "nccl" if self._use_gpu else "gloo"
-        init_process_group(backend, store, self.rank, int(os.environ["WORLD_SIZE"]), timeout, self._on_one_node)
+        join_ranks(address, port, backend, max(1.0, self._collective_timeout_s))
         init_distributed(backend)
 
 
@@ -86,7 +75,6 @@ class RankGroup:
         use_gpu: Whether each rank has a GPU and ranks use NCCL.
         start_timeout_s: Seconds to wait for room, for the ranks to start and for them to join.
         call_timeout_s: Maximum seconds of a call, unless the call has its own.
-        environment: Environment variables of the ranks.
         in_own_bundles: Whether the placement group of the calling actor has bundles for the ranks after its own bundle.
             Each has room for a rank of this group and one of its successor.
 
@@ -105,7 +93,6 @@ class RankGroup:
         use_gpu: bool = False,
         start_timeout_s: float = START_TIMEOUT_S,
         call_timeout_s: float = START_TIMEOUT_S,
-        environment: dict[str, str] | None = None,
         in_own_bundles: bool = False,
     ) -> None:
         self.what = what
@@ -123,19 +110,20 @@ class RankGroup:
             neighbours = [nodes[bundle] for bundle in bundles]
             # Half of a bundle that is not the group's own, because its successor starts beside it on the same device.
             share = 1.0 if group is self._own_group else 0.5
-            remote_class = ray.remote(num_cpus=share * cpus_per_rank, num_gpus=share if use_gpu else 0, max_restarts=0)(
-                actor_class
-            )
-            # Without this, Ray derives the number of threads from the reserved CPUs.
-            variables = {"OMP_NUM_THREADS": str(max(1, int(cpus_per_rank))), **(environment or {})}
+            # Without OMP_NUM_THREADS, Ray derives the number of threads from the reserved CPUs.
+            variables = {"OMP_NUM_THREADS": str(max(1, int(cpus_per_rank)))}
+            variables |= {} if use_gpu else {"DS_ACCELERATOR": "cpu"}
+            reserved = {"num_cpus": share * cpus_per_rank, "num_gpus": share if use_gpu else 0}
+            remote_class = ray.remote(**reserved, max_restarts=0, runtime_env={"env_vars": variables})(actor_class)
             self._ranks = [
-                remote_class.options(
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
-                    runtime_env={"env_vars": {**({} if use_gpu else {"DS_ACCELERATOR": "cpu"}), **variables}},
-                ).remote(rank, ranks, neighbours.count(nodes[bundle]), use_gpu, call_timeout_s)
+                remote_class.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle)).remote(
+                    rank, ranks, neighbours.count(nodes[bundle]), use_gpu, call_timeout_s
+                )
                 for rank, bundle in enumerate(bundles)
             ]
-            self._join(deadline)
+            # At a port that the first rank holds, because a free port may be taken meanwhile.
+            address, port = self._answers("start", [self._ranks[0].open_store.remote()], _seconds_to(deadline))[0]
+            self._answers("join", [rank.join.remote(address, port) for rank in self._ranks], _seconds_to(deadline))
         except BaseException:
             self.close()
             raise
@@ -236,14 +224,27 @@ class RankGroup:
             )
         return self._own_group, list(range(ranks))
 
-    def _join(self, deadline: float) -> None:
-        """Joins the ranks at a port that the first rank holds, because a free port may be taken meanwhile."""
-        address, port = self._answers("start", [self._ranks[0].open_store.remote()], _seconds_to(deadline))[0]
-        self._answers("join", [rank.join.remote(address, port) for rank in self._ranks], _seconds_to(deadline))
-
 
 def _seconds_to(deadline: float) -> float:
     return max(1.0, deadline - time.monotonic())
+
+
+def _on_one_node() -> bool:
+    return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
+def open_store_of_ranks() -> tuple[str, int]:
+    """Opens the store in which the ranks find each other, in the first one's process; returns its address and port."""
+    store, address = open_store(ray.util.get_node_ip_address(), _on_one_node())
+    _stores[:] = [store]
+    return address, store.port
+
+
+def join_ranks(address: str, port: int, backend: str, timeout_s: float) -> None:
+    """Joins this process, whose rank is in the environment, to the process group of the ranks that share a store."""
+    rank, world_size, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
+    store = _stores[0] if rank == 0 else TCPStore(address, port, timeout=timeout)
+    init_process_group(backend, store, rank, world_size, timeout, _on_one_node())
 
 
 @contextmanager

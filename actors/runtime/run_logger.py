@@ -33,7 +33,11 @@ class RunLogger:
         wandb_project: str | None,
         options: dict[str, Any],
     ) -> None:
-        self._wandb = _start_wandb(wandb_project, name, options) if wandb_project else None
+        self._wandb: Any = None
+        if wandb_project:
+            import wandb  # which reads its key from the environment
+
+            self._wandb = wandb.init(project=wandb_project, name=name, id=name, resume="allow", config=options)
         self._directory = directory
         self._log = MetricsLog(directory.local, resume_step)
         self._failure: OSError | None = None
@@ -84,10 +88,3 @@ class RunLogger:
                 f"the history of the run could not be written: {self._failure}; earlier checkpoints are complete. "
                 "Free some space, then continue with --resume"
             ) from self._failure
-
-
-def _start_wandb(project: str, name: str, options: dict[str, Any]) -> Any:
-    """Starts a W&B run, or continues the one of this name. W&B reads its key from the environment."""
-    import wandb
-
-    return wandb.init(project=project, name=name, id=name, resume="allow", config=options)

@@ -11,8 +11,6 @@ import ray
 from actors.runtime.ray_internals import add_port_to_grpc_server, build_address, find_bootstrap_address, ray_constants
 from rlhf_critic.logs import level_of_libraries
 
-ANSWER_TIMEOUT_S = 5.0
-
 
 def address_to_join() -> str | None:
     """Returns the address of the Ray to join: ``RAY_ADDRESS``, or the one that ``ray start`` began here, if it answers.
@@ -27,7 +25,7 @@ def address_to_join() -> str | None:
         return None
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
     except OSError:
         return None
     return address
@@ -67,7 +65,6 @@ def listen_at_node_address() -> None:
 
     def at_node_address(server: Any, address: str) -> int:
         here = build_address(ray.util.get_node_ip_address(), address.rpartition(":")[2])
-        port: int = add_port_to_grpc_server(server, here)
-        return port
+        return int(add_port_to_grpc_server(server, here))
 
     serve_replica.add_port_to_grpc_server = at_node_address

@@ -123,15 +123,15 @@ class HistoryDirectory:
     def __init__(self, filesystem: pafs.FileSystem, run_path: str, local: Path | None = None) -> None:
         self._filesystem = filesystem
         self._stored = f"{run_path}/{HISTORY_FOLDER}"
-        is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
+        is_local = isinstance(filesystem, pafs.LocalFileSystem)
         self._is_copied = local is not None or not is_local
         self._is_spool = local is None and not is_local
         self._copied_at = time.monotonic()
         self.local = local or Path(self._stored)
         if self._is_spool:
             self.local = Path(tempfile.mkdtemp(prefix="rlhf-critic-history-"))
-            if self._filesystem.get_file_info(self._stored).type == pafs.FileType.Directory:
-                pafs.copy_files(self._stored, str(self.local), self._filesystem, pafs.LocalFileSystem())
+            if filesystem.get_file_info(self._stored).type == pafs.FileType.Directory:
+                pafs.copy_files(self._stored, str(self.local), filesystem, pafs.LocalFileSystem())
 
     def copy_up(self, now: bool = False) -> None:
         """Copies the directory to storage, at most every `COPY_EVERY_S` seconds unless ``now``."""

@@ -11,9 +11,10 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -48,7 +49,7 @@ from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
 from rlhf_critic.logs import configure_logging
 from rlhf_critic.model.weights import WeightReader
-from rlhf_critic.training.critic_engine import CriticEngine, StepMetrics
+from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.process_group import init_distributed, raise_on_all_ranks
 
 T = TypeVar("T")
@@ -63,15 +64,6 @@ FREE_OPTIONS = (
     *("train.token_budget", "train.gradient_checkpointing", "train.offload_optimizer", "train.offload_parameters"),
     *("train.validate_every", "train.checkpoint_every", "train.early_stopping_patience", "train.reference"),
 )
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Mean and standard deviation of rewards, with a description of the texts."""
-
-    mean: float
-    std: float
-    what: str
 
 
 def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
@@ -103,7 +95,7 @@ class _TrainingRun:
         self.is_main = self.context.get_world_rank() == 0
         self.is_first_of_node = self.context.get_local_rank() == 0
         # One rank of a node encodes what is not cached yet; then all map its files.
-        raise_on_all_ranks(lambda: load_data(config) if self.is_first_of_node else None)
+        self._on_each_node(lambda: load_data(config))
         self.data = raise_on_all_ranks(lambda: load_data(config))
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
@@ -128,13 +120,13 @@ class _TrainingRun:
         for name, checkpoint in stored_checkpoints(*resolve_run(self.config.run.storage_path, self.config.run.name)):
             with checkpoint.as_directory() as directory:
                 try:
-                    self._check_on_each_node(verify_manifest, directory)
+                    self._on_each_node(partial(verify_manifest, directory))
                 except CheckpointError as error:
                     # One that is not listed belongs to an attempt that was lost while it saved.
                     damage = damage or (error if name in self.listed else None)
                     self._log("damaged checkpoint=%s, trying an earlier one: %s", name, error, level=logging.WARNING)
                     continue
-                self._check_on_each_node(self._validate_same_run, directory)
+                self._on_each_node(partial(self._validate_same_run, directory))
                 self.engine.load(directory)
                 self.newest = name
                 self.progress = ValidationProgress(**read_card(directory).training.get("progress", {}))
@@ -147,8 +139,8 @@ class _TrainingRun:
         if self.is_main:
             logger.log(level, message, *values)
 
-    def _check_on_each_node(self, check: Callable[[str], None], directory: str) -> None:
-        raise_on_all_ranks(lambda: check(directory) if self.is_first_of_node else None)
+    def _on_each_node(self, action: Callable[[], object]) -> None:
+        raise_on_all_ranks(lambda: action() if self.is_first_of_node else None)
 
     def _validate_same_run(self, directory: str) -> None:
         trained, run = read_card(directory).training, self.config.run.name
@@ -165,7 +157,10 @@ class _TrainingRun:
         evaluation = None
         with ExitStack() as stack:
             history = stack.enter_context(self._run_logger()) if self.is_main else None
-            bar = stack.enter_context(_progress_bar(engine.step, self.total_steps)) if self.is_main else None
+            bar = tqdm_ray.tqdm(desc="training", total=self.total_steps, unit="step") if self.is_main else None
+            if bar:
+                bar.update(engine.step)
+                stack.enter_context(closing(bar))
             while engine.step < self.total_steps and not self._gave_up():
                 rows = rows_of_step(
                     self.data.train.prompts_N, options.global_batch_size, options.seed, engine.step, options.epochs
@@ -173,7 +168,8 @@ class _TrainingRun:
                 started = time.perf_counter()
                 metrics = engine.train_step(self.data.train, rows)
                 if history and bar:
-                    history.write("train", metrics.step, step_values(metrics, time.perf_counter() - started))
+                    values = {**asdict(metrics), "tokens_per_second": metrics.tokens / (time.perf_counter() - started)}
+                    history.write("train", values.pop("step"), values)
                     bar.set_description(f"training: loss {metrics.loss:.3f}, accuracy {metrics.accuracy:.2f}")
                     bar.update(1)
                 evaluation = None  # that of older weights does not describe the new ones
@@ -203,14 +199,11 @@ class _TrainingRun:
 
     def _checkpoint(self, evaluation: Evaluation | None, is_last: bool) -> None:
         """Saves a checkpoint and reports it to Ray Train, which keeps it only when all of it has arrived."""
-        step, name = self.engine.step, self.config.run.name
-        reference = self._reference(evaluation, is_last)
+        step, name, node = self.engine.step, self.config.run.name, self.context.get_node_rank()
         card = CriticCard(
             version=f"{name}@{step}",
             encoder=EncoderCard(fingerprint=self.data.encoder.fingerprint, max_length=self.data.encoder.max_length),
-            reward_mean=reference.mean if reference else None,
-            reward_std=reference.std if reference else None,
-            reward_reference=reference.what if reference else None,
+            **self._reference(evaluation, is_last),
             training={
                 "step": step,
                 "total_steps": self.total_steps,
@@ -225,7 +218,7 @@ class _TrainingRun:
         )
         name_of_save = _same_on_all_ranks(lambda: f"rlhf-critic-{uuid.uuid4().hex}")
         # One directory per node, even where nodes share a disk: one node would remove what another still uploads.
-        directory = Path(tempfile.gettempdir()) / f"{name_of_save}-{self.context.get_node_rank()}"
+        directory = Path(tempfile.gettempdir()) / f"{name_of_save}-{node}"
         stored = checkpoint_name(step)
         while stored in self.listed:  # that one is damaged
             stored += REWRITTEN_SUFFIX
@@ -235,15 +228,14 @@ class _TrainingRun:
             if self.is_main:  # before the others, who wait for this rank in `save`
                 remove_leftover(*run, stored)
             self.engine.save(directory, self.data.encoder, card)
-            checkpoint = None
-            nodes = _number_of_nodes(self.context.get_node_rank())
+            checkpoint, node_of_rank = None, [0] * dist.get_world_size()
+            dist.all_gather_object(node_of_rank, node)
+            nodes = len(set(node_of_rank))
             if self.is_first_of_node:
-                write_manifest(directory, self.context.get_node_rank(), nodes)
+                write_manifest(directory, node, nodes)
                 checkpoint = Checkpoint.from_directory(str(directory))
             # Without this check Ray Train would retry from the checkpoint before, and meet a full disk again.
-            raise_on_all_ranks(
-                lambda: check_free_space(*run, nodes * size_of(directory)) if self.is_first_of_node else None
-            )
+            self._on_each_node(lambda: check_free_space(*run, nodes * size_of(directory)))
             metrics = {"step": step, **({SCORE: evaluation.log_loss.mean} if evaluation else {})}
             ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=stored)
             self.newest = stored
@@ -251,20 +243,22 @@ class _TrainingRun:
             if self.is_first_of_node:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def _reference(self, evaluation: Evaluation | None, is_last: bool) -> Reference | None:
-        """Measures rewards on the reference preferences, if they are due at this checkpoint."""
+    def _reference(self, evaluation: Evaluation | None, is_last: bool) -> dict[str, Any]:
+        """Measures rewards on the reference preferences, if they are due at this checkpoint, for the card."""
+        train, validation = self.data.train, self.data.validation
         if self.config.train.reference == "validation":
-            if evaluation is None or self.data.validation is None:
-                return None
-            what = f"{', '.join(self.data.validation.reports)} ({len(self.data.validation)} validation preferences)"
-            return Reference(evaluation.reward_mean, evaluation.reward_std, what)
+            if evaluation is None or validation is None:
+                return {}
+            what = f"{', '.join(validation.reports)} ({len(validation)} validation preferences)"
+            mean, std = evaluation.reward_mean, evaluation.reward_std
+            return {"reward_mean": mean, "reward_std": std, "reward_reference": what}
         if not is_last:
-            return None
-        train = self.data.train
+            return {}
         sampled = np.random.default_rng(self.config.train.seed).permutation(len(train))[:MAX_REFERENCES]
         rewards_R = self.engine.rewards(train.select(np.sort(sampled)).responses()).astype(np.float64)
         what = f"{', '.join(train.reports)} ({len(sampled)} training preferences)"
-        return Reference(float(rewards_R.mean()), float(rewards_R.std()), what)
+        mean, std = float(rewards_R.mean()), float(rewards_R.std())
+        return {"reward_mean": mean, "reward_std": std, "reward_reference": what}
 
 
 def stored_checkpoints(filesystem: pafs.FileSystem, run_path: str) -> list[tuple[str, Checkpoint]]:
@@ -280,34 +274,10 @@ def stored_checkpoints(filesystem: pafs.FileSystem, run_path: str) -> list[tuple
     )
 
 
-def step_values(metrics: StepMetrics, seconds: float) -> dict[str, float]:
-    """Returns the numbers of an optimizer step that the history records."""
-    values = {name: value for name, value in asdict(metrics).items() if name != "step"}
-    return {**values, "tokens_per_second": metrics.tokens / seconds}
-
-
 def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
     """Returns the numbers of a validation that the history records."""
-    return {
-        name: estimate["mean"]
-        for name, estimate in evaluation.to_dict().items()
-        if isinstance(estimate, dict) and "mean" in estimate
-    }
-
-
-@contextmanager
-def _progress_bar(step: int, total: int) -> Iterator[Any]:
-    bar = tqdm_ray.tqdm(desc="training", total=total, unit="step")
-    bar.update(step)
-    with closing(bar):
-        yield bar
-
-
-def _number_of_nodes(node_rank: int) -> int:
-    """Returns the number of nodes of all ranks, which may be spread unevenly. Collective."""
-    node_ranks = [0] * dist.get_world_size()
-    dist.all_gather_object(node_ranks, node_rank)
-    return len(set(node_ranks))
+    values = evaluation.to_dict().items()
+    return {name: value["mean"] for name, value in values if isinstance(value, dict) and "mean" in value}
 
 
 def _same_on_all_ranks(make: Callable[[], T]) -> T:

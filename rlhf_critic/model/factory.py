@@ -175,7 +175,7 @@ def _build(
             model = construct(config, dtype=dtype, **options)
     except ValueError as error:  # its further lines list every class of transformers
         raise CheckpointError(
-            f"{name}: transformers cannot build a {model_class.__name__} for model type "
+            f"{name}: transformers cannot build {model_class.__name__} for model type "
             f"{config.model_type!r} with these options: {str(error).splitlines()[0]} Choose a model of a family that "
             "has this class, or another --model.attn-implementation."
         ) from error

@@ -165,7 +165,7 @@ def no_tokenizer(model: Path) -> None:
 MODELS = {
     "no config": (no_config, "no model config could be loaded"),
     "no weights": (no_weights, "no weights"),
-    "weights cut short": (cut_weights, "damaged or not a weights file"),
+    "weights cut short": (cut_weights, "damaged, or not a weights file"),
     "weights of another shape": (other_shape, "shape: model.layers.0.mlp.down_proj.weight: (32, 64) in the file"),
     "no tokenizer": (no_tokenizer, "no tokenizer could be loaded"),
 }

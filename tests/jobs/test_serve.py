@@ -57,7 +57,7 @@ def test_start_publish_and_stop(serve_port, critics, ray_address, tmp_path, monk
         (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
         code, _, message = run(serve.main, [str(cut), "--publish", *APP], monkeypatch, capsys)
         assert code == 2
-        assert "model.safetensors: damaged or not a weights file" in message
+        assert "model.safetensors: damaged, or not a weights file" in message
         assert client.score_items(items).model_version == scores.model_version
 
     assert run(serve.main, ["--stop", *APP], monkeypatch, capsys)[0] == 0

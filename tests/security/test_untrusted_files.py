@@ -77,8 +77,8 @@ def an_index_that_names_a_harmless_bin(critic, payload):
 DISGUISES = [
     (only_a_bin, "safetensors (only|files)"),
     (only_a_harmless_bin, "safetensors (only|files)"),
-    (a_bin_under_a_safetensors_name, "damaged or not a weights file"),
-    (a_bare_pickle_under_a_safetensors_name, "damaged or not a weights file"),
+    (a_bin_under_a_safetensors_name, "damaged, or not a weights file"),
+    (a_bare_pickle_under_a_safetensors_name, "damaged, or not a weights file"),
     (an_index_that_names_a_bin, "safetensors (only|files)"),
     (an_index_that_names_a_harmless_bin, "safetensors (only|files)"),
 ]

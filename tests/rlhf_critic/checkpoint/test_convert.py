@@ -406,7 +406,7 @@ def test_split_weights_are_read_by_their_index(tmp_path):
     expected = deepspeed_chat_scores(0)(body, head, text_ids())
     np.testing.assert_allclose(rewards_of(tmp_path / "out", text_ids()), expected, rtol=0, atol=1e-5)
     index.write_text(index.read_text()[:-9])
-    with pytest.raises(CheckpointError, match=r"index\.json: damaged or not an index of weights"):
+    with pytest.raises(CheckpointError, match=r"index\.json: damaged, or not an index of weights"):
         convert_checkpoint(source, tmp_path / "again")
 
 

@@ -163,7 +163,7 @@ def test_a_target_that_the_model_lacks_is_refused_by_name(ranks, tiny_model, pre
     options = {"lora_rank": 2, "lora_target_modules": ("nowhere",)}
     (message,) = ranks(1).run(refusal, tiny_model, preference_file, cache, options)
     assert "model.lora_target_modules ['nowhere']" in message
-    assert "Name linear layers of LlamaForSequenceClassification" in message
+    assert "Use names of linear layers of LlamaForSequenceClassification" in message
 
 
 @pytest.mark.parametrize("family", sorted({config.model_type for config in family_configs().values()}))

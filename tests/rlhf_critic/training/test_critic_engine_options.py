@@ -78,8 +78,8 @@ def test_offloading_changes_no_loss(ranks, tiny_model, preference_file, cache, s
     [
         ({"zero_stage": 0, "offload_optimizer": True}, "needs zero_stage 1, 2 or 3"),
         ({"zero_stage": 2, "offload_parameters": True}, "needs zero_stage 3"),
-        ({"early_stopping_patience": 2}, "needs train.validate_every"),
-        ({"loss": "per_token", "margin_scale": 1.0}, "not for per_token"),
+        ({"early_stopping_patience": 2}, "counts validations; set train.validate_every above 0"),
+        ({"loss": "per_token", "margin_scale": 1.0}, "for train.loss sequence only"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):
