@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from rlhf_critic.algorithms.preference_objective import needs_values
@@ -16,7 +14,7 @@ from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, check_critic_model, limit_training, validate_positions
-from rlhf_critic.training.memory_estimate import ModelCount, activation_bytes, count_model, shard_memory
+from rlhf_critic.training.memory_estimate import activation_bytes, count_model, shard_memory
 
 SAMPLED_STEPS = 8
 
@@ -46,40 +44,29 @@ def plan_table(config: TrainJobConfig) -> Table:
         if options.token_budget != "auto":
             plan = plan_micro_batches(units, config.run.num_workers, options.token_budget, config.model.prefix_tree)
             micro_batches.append(len(plan[0]))
-    table = Table(title=f"plan of {config.run.name}, calculated without starting anything", title_justify="left")
-    table.add_column("quantity")
-    table.add_column("value", overflow="fold")
-    budget = f"{np.mean(micro_batches):.1f} per rank" if micro_batches else "measured at the start"
-    for what, amount in (
+    length = data.encoder.max_length
+    budget = length if options.token_budget == "auto" else options.token_budget  # auto is assumed to be one sequence
+    recompute, rewards_only = options.gradient_checkpointing, not needs_values(options)
+    kept = activation_bytes(critic, budget, length, gradient_checkpointing=recompute, rewards_only=rewards_only)
+    planned = f"{np.mean(micro_batches):.1f} per rank" if micro_batches else "measured at the start"
+    memory = shard_memory(count, config.model, options, config.run.num_workers, kept)
+    title = f"plan of {config.run.name}, calculated without starting anything"
+    table = Table("quantity", Column("value", overflow="fold"), title=title, title_justify="left")
+    for row in (
         ("data", str(data)),
         ("optimizer steps", f"{steps:,} of {options.global_batch_size} preferences"),
         ("tokens per step", f"{np.mean(tokens):,.0f}"),
         ("  computed tokens, with shared prefixes once", f"{np.mean(computed):,.0f}"),
-        ("micro-batches per step", budget),
+        ("micro-batches per step", planned),
         ("parameters", f"{count.parameters:,}, of which embedding {embedding:,}, trained {sum(count.trained):,}"),
         ("shards", f"{config.run.num_workers}, ZeRO-{options.zero_stage}, {config.model.dtype}"),
-        *_memory(config, critic, count, data.encoder.max_length),
+        (
+            "memory of a shard (calculated)",
+            f"{memory.peak / 1e9:.2f} GB at peak: {memory.states / 1e9:.2f} of parameters, gradients and optimizer, "
+            f"{kept / 1e9:.2f} of activations of {budget:,} tokens, the rest buffers",
+        ),
     ):
-        table.add_row(what, amount)
-    return table
-
-
-def _memory(config: TrainJobConfig, critic: Critic, count: ModelCount, length: int) -> Iterator[tuple[str, str]]:
-    """Calculates the memory of a shard. An automatic token budget is assumed to be one sequence."""
-    options = config.train
-    tokens = length if options.token_budget == "auto" else options.token_budget
-    kept = activation_bytes(
-        critic,
-        tokens,
-        length,
-        gradient_checkpointing=options.gradient_checkpointing,
-        rewards_only=not needs_values(options),
-    )
-    memory = shard_memory(count, config.model, options, config.run.num_workers, kept)
-    yield (
-        "memory of a shard (calculated)",
-        f"{memory.peak / 1e9:.2f} GB at peak: {memory.states / 1e9:.2f} of parameters, gradients and optimizer, "
-        f"{kept / 1e9:.2f} of activations of {tokens:,} tokens, the rest buffers",
-    )
+        table.add_row(*row)
     if memory.host:
-        yield "  CPU memory of a shard", f"{memory.host / 1e9:.2f} GB"
+        table.add_row("  CPU memory of a shard", f"{memory.host / 1e9:.2f} GB")
+    return table

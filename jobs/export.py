@@ -37,21 +37,19 @@ def make_critic_directory(source: Path, config: ExportJobConfig) -> CriticCard:
 
     Raises:
         ConfigError: The source is a critic, and an option is for another system's checkpoint.
-        CheckpointError: See `rlhf_critic.checkpoint.export.export_critic` and
-            `rlhf_critic.checkpoint.convert.convert_checkpoint`.
+        CheckpointError: See `rlhf_critic.checkpoint.export` and `rlhf_critic.checkpoint.convert`.
     """
     # An incomplete checkpoint of a run has no card, but it has a resume folder.
     of_this_project = (source / CARD_NAME).exists() or (source / RESUME_FOLDER).exists()
     if not of_this_project or config.source_format != AUTO_FORMAT:
         options = {name: getattr(config, name) for name in CONVERSION_OPTIONS}
         return convert_checkpoint(source, config.out, config.source_format, auto_map=config.auto_map, **options)
-    defaults = ExportJobConfig.model_fields
-    unused = [name for name in CONVERSION_OPTIONS if getattr(config, name) != defaults[name].default]
-    if unused:
-        raise ConfigError(
-            f"--{unused[0].replace('_', '-')} is for another system's checkpoint, and {source} is a critic of this "
-            "project; leave the option out"
-        )
+    for name in CONVERSION_OPTIONS:
+        if getattr(config, name) != ExportJobConfig.model_fields[name].default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for another system's checkpoint, and {source} is a critic of this "
+                "project; leave the option out"
+            )
     return export_critic(source, config.out, config.auto_map)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
@@ -16,30 +15,19 @@ from rlhf_critic.errors import ConfigError
 from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.training.memory_planner import Gpu
 
-
-def _shape(family: str, layers: int, hidden: int, intermediate: int, heads: int, key_values: int, rows: int) -> Any:
-    return family, {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_values,
-        "vocab_size": rows,
-        "max_position_embeddings": 8192,
-    }
-
-
+GB = 10**9
+SHAPE_OPTIONS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 # Shapes from the config.json of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and -3B, Llama-3.1-8B, Qwen2.5-14B and -32B,
 # Llama-3.1-70B.
 SHAPES = {
-    "0.1B": _shape("llama", 30, 576, 1536, 9, 3, 49152),
-    "0.5B": _shape("qwen2", 24, 896, 4864, 14, 2, 151936),
-    "1B": _shape("llama", 16, 2048, 8192, 32, 8, 128256),
-    "3B": _shape("llama", 28, 3072, 8192, 24, 8, 128256),
-    "8B": _shape("llama", 32, 4096, 14336, 32, 8, 128256),
-    "14B": _shape("qwen2", 48, 5120, 13824, 40, 8, 152064),
-    "32B": _shape("qwen2", 64, 5120, 27648, 40, 8, 152064),
-    "70B": _shape("llama", 80, 8192, 28672, 64, 8, 128256),
+    "0.1B": ("llama", (30, 576, 1536, 9, 3, 49152)),
+    "0.5B": ("qwen2", (24, 896, 4864, 14, 2, 151936)),
+    "1B": ("llama", (16, 2048, 8192, 32, 8, 128256)),
+    "3B": ("llama", (28, 3072, 8192, 24, 8, 128256)),
+    "8B": ("llama", (32, 4096, 14336, 32, 8, 128256)),
+    "14B": ("qwen2", (48, 5120, 13824, 40, 8, 152064)),
+    "32B": ("qwen2", (64, 5120, 27648, 40, 8, 152064)),
+    "70B": ("llama", (80, 8192, 28672, 64, 8, 128256)),
 }
 
 
@@ -51,34 +39,25 @@ def model_config(name: str) -> PreTrainedConfig:
     """
     if name in SHAPES:
         family, shape = SHAPES[name]
-        return AutoConfig.for_model(family, **shape)
+        options = dict(zip((*SHAPE_OPTIONS, "vocab_size"), shape, strict=True))
+        return AutoConfig.for_model(family, **options, max_position_embeddings=8192)
     return load_config(name)
 
 
-def _gpu(name: str, gigabytes: int, bfloat16: float, float32: float) -> Gpu:
-    return Gpu(name, gigabytes * 10**9, {"bfloat16": bfloat16 * 1e12, "float32": float32 * 1e12})
-
-
 GPUS = {
-    "a10g": _gpu("A10G", 24, 70, 35),
-    "l4": _gpu("L4", 24, 121, 30.3),
-    "l40s": _gpu("L40S", 48, 362, 91.6),
-    "a100-40g": _gpu("A100 40 GB", 40, 312, 19.5),
-    "a100-80g": _gpu("A100 80 GB", 80, 312, 19.5),
-    "h100": _gpu("H100 SXM", 80, 989, 67),
-    "h200": _gpu("H200 SXM", 141, 989, 67),
+    "a10g": Gpu("A10G", 24 * GB, {"bfloat16": 70e12, "float32": 35e12}),
+    "l4": Gpu("L4", 24 * GB, {"bfloat16": 121e12, "float32": 30.3e12}),
+    "l40s": Gpu("L40S", 48 * GB, {"bfloat16": 362e12, "float32": 91.6e12}),
+    "a100-40g": Gpu("A100 40 GB", 40 * GB, {"bfloat16": 312e12, "float32": 19.5e12}),
+    "a100-80g": Gpu("A100 80 GB", 80 * GB, {"bfloat16": 312e12, "float32": 19.5e12}),
+    "h100": Gpu("H100 SXM", 80 * GB, {"bfloat16": 989e12, "float32": 67e12}),
+    "h200": Gpu("H200 SXM", 141 * GB, {"bfloat16": 989e12, "float32": 67e12}),
 }
 
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """A node type of a cluster that has GPUs.
-
-    Attributes:
-        name: Name of the node type in the YAML.
-        gpus: Number of GPUs per node.
-        max_nodes: Maximum number of nodes that the autoscaler may start.
-    """
+    """A node type of a cluster's YAML that has GPUs: its name, its GPUs per node and the most nodes that may start."""
 
     name: str
     gpus: int

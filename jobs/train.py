@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import count
 from math import ceil
 from typing import Any, Literal
 
 import numpy as np
 import ray
-from ray.train import (
-    CheckpointConfig,
-    ControllerError,
-    FailureConfig,
-    LoggingConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-    TrainingFailedError,
-)
+import ray.train
 from ray.train.torch import TorchTrainer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from actors.runtime.ray_internals import WorkerGroupStartupTimeoutError
 from actors.runtime.session import init_ray
@@ -61,24 +53,20 @@ def main() -> None:
         print(f"\nnext: {command('export')} {checkpoint} OUT")
 
 
-def report(config: TrainJobConfig, result: Result) -> str:
+def report(config: TrainJobConfig, result: ray.train.Result) -> str:
     """Prints the result of a run and returns the location of its last checkpoint."""
     outcome: TrainOutcome = result.return_value
     checkpoint = checkpoint_of(config, result)
     print(f"\ntrained {outcome.steps} steps; the critic is in {checkpoint}")
-    if outcome.evaluation:
-        print(
-            f"validation accuracy {outcome.evaluation.accuracy} (95% interval), log-loss {outcome.evaluation.log_loss}"
-        )
-    if outcome.progress.best_step not in {0, outcome.steps}:
-        print(
-            f"the lowest validation log-loss was {outcome.progress.best_log_loss:.3f}, after step "
-            f"{outcome.progress.best_step}"
-        )
+    if found := outcome.evaluation:
+        print(f"validation accuracy {found.accuracy} (95% interval), log-loss {found.log_loss}")
+    best = outcome.progress
+    if best.best_step not in {0, outcome.steps}:
+        print(f"the lowest validation log-loss was {best.best_log_loss:.3f}, after step {best.best_step}")
     return checkpoint
 
 
-def checkpoint_of(config: TrainJobConfig, result: Result) -> str:
+def checkpoint_of(config: TrainJobConfig, result: ray.train.Result) -> str:
     """Returns the path or URI of a run's last checkpoint, as short as a user would type it."""
     return f"{shown_path(config.run.storage_path)}/{config.run.name}/{result.return_value.checkpoint}"
 
@@ -90,35 +78,27 @@ def compare_seeds(config: TrainJobConfig) -> Table:
         CriticError: See `train`.
         TrainingFailedError: See `train`.
     """
-    table = Table(title=f"{config.run.name}: {len(config.seeds)} seeds", title_justify="left")
-    for column in ("seed", "validation accuracy", "validation log-loss", "checkpoint"):
-        table.add_column(column, overflow="fold")
+    headers = ("seed", "validation accuracy", "validation log-loss", "checkpoint")
+    columns = (Column(header, overflow="fold") for header in headers)
+    table = Table(*columns, title=f"{config.run.name}: {len(config.seeds)} seeds", title_justify="left")
     measured = []
     for seed in config.seeds:
-        changes = {"run": {"name": f"{config.run.name}-seed-{seed}"}, "train": {"seed": seed}}
-        of_seed = config.model_copy(
-            update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
-        )
+        run = config.run.model_copy(update={"name": f"{config.run.name}-seed-{seed}"})
+        of_seed = config.model_copy(update={"run": run, "train": config.train.model_copy(update={"seed": seed})})
         result = train(of_seed)
         evaluation = result.return_value.evaluation
-        checkpoint = report(of_seed, result)
         shown = (str(evaluation.accuracy), str(evaluation.log_loss)) if evaluation else ("not validated", "")
-        table.add_row(str(seed), *shown, checkpoint)
+        table.add_row(str(seed), *shown, report(of_seed, result))
         if evaluation:
             measured.append((evaluation.accuracy.mean, evaluation.log_loss.mean))
     if measured:
-        means, spreads = (
-            np.mean(measured, axis=0),
-            np.std(measured, axis=0, ddof=1) if len(measured) > 1 else np.zeros(2),
-        )
-        over_seeds = [
-            f"{mean:.3f} (standard deviation {spread:.3f})" for mean, spread in zip(means, spreads, strict=True)
-        ]
-        table.add_row("all", *over_seeds, "")
+        spreads = np.std(measured, axis=0, ddof=1) if len(measured) > 1 else np.zeros(2)
+        pairs = zip(np.mean(measured, axis=0), spreads, strict=True)
+        table.add_row("all", *(f"{mean:.3f} (standard deviation {spread:.3f})" for mean, spread in pairs), "")
     return table
 
 
-def train(config: TrainJobConfig) -> Result:
+def train(config: TrainJobConfig) -> ray.train.Result:
     """Runs a training job to its end.
 
     Returns:
@@ -137,11 +117,11 @@ def train(config: TrainJobConfig) -> Result:
         return _train(config)
 
 
-def _train(config: TrainJobConfig) -> Result:
+def _train(config: TrainJobConfig) -> ray.train.Result:
     run = config.run
-    exists = run_exists(*resolve_run(run.storage_path, run.name))
-    validate_resume(run.storage_path, run.name, exists, config.resume)
-    remove_broken_list(*resolve_run(run.storage_path, run.name))
+    place = resolve_run(run.storage_path, run.name)
+    validate_resume(run.storage_path, run.name, run_exists(*place), config.resume)
+    remove_broken_list(*place)
     # Ray Train's own limit is a minute, after which it retries forever. An autoscaler needs longer than that, and the
     # user needs an error.
     is_elastic = run.min_workers is not None
@@ -161,35 +141,34 @@ def _train(config: TrainJobConfig) -> Result:
         _train_loop,
         train_loop_config=config.model_dump(mode="json"),
         torch_config=PrivateTorchConfig(backend="nccl" if run.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(
             num_workers=(run.min_workers, run.num_workers) if is_elastic else run.num_workers,
             elastic_resize_monitor_interval_s=GROW_EVERY_S,
             use_gpu=run.use_gpu,
             resources_per_worker=resources,
         ),
-        run_config=RunConfig(
+        run_config=ray.train.RunConfig(
             name=run.name,
             storage_path=run.storage_path,
-            failure_config=FailureConfig(
+            failure_config=ray.train.FailureConfig(
                 max_failures=run.max_failures,
                 # Each lost worker can cause one failed attempt to place more workers than fit.
                 controller_failure_limit=run.max_failures + ceil(run.start_timeout_s / try_s) if is_elastic else 0,
             ),
-            checkpoint_config=CheckpointConfig(
+            checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=run.keep_checkpoints,
                 checkpoint_score_attribute=SCORE if run.keep == "best" else None,
                 checkpoint_score_order="min",
             ),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": worker_environment},
         ),
     )
-    failures = 0
-    while True:
+    for failures in count(1):
         try:
             result = trainer.fit()
             break
-        except ControllerError as error:
+        except ray.train.ControllerError as error:
             if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
                 raise PlacementError(_why_not_placed(config, "num_workers")) from error
             if getattr(error.controller_failure, "errno", None) in DISK_FULL_ERRNOS:
@@ -198,13 +177,11 @@ def _train(config: TrainJobConfig) -> Result:
                     "complete. Free some space and continue with --resume"
                 ) from error
             # Ray Train replaces workers that it loses later. A worker that dies during the start ends the attempt.
-            failures += 1
             if failures > run.max_failures:
                 raise
             logger.warning("workers were lost during the start, retrying failures=%d/%d", failures, run.max_failures)
-    outcome = result.return_value
-    if outcome.error is not None:
-        raise outcome.error
+    if result.return_value.error is not None:
+        raise result.return_value.error
     return result
 
 
@@ -220,8 +197,8 @@ def _wait_for_min_workers(config: TrainJobConfig, resources: dict[str, float]) -
     The remaining workers are requested too, so that an autoscaler starts all nodes at once and the run need not grow.
     """
     fewest = config.run.min_workers or 0
-    counts = (fewest, config.run.num_workers - fewest)
-    groups = [ray.util.placement_group([resources] * count) for count in counts if count]
+    sizes = (fewest, config.run.num_workers - fewest)
+    groups = [ray.util.placement_group([resources] * size) for size in sizes if size]
     try:
         if not groups[0].wait(config.run.start_timeout_s):
             raise PlacementError(_why_not_placed(config, "min_workers"))
@@ -233,9 +210,8 @@ def _wait_for_min_workers(config: TrainJobConfig, resources: dict[str, float]) -
 def _why_not_placed(config: TrainJobConfig, option: Literal["num_workers", "min_workers"]) -> str:
     run = config.run
     wanted = f"{run.cpus_per_worker} CPU{' and 1 GPU' if run.use_gpu else ''}"
-    there = ", ".join(
-        f"{ray.cluster_resources().get(kind, 0):g} {kind}" for kind in ("CPU", *(["GPU"] if run.use_gpu else []))
-    )
+    kinds = ("CPU", "GPU") if run.use_gpu else ("CPU",)
+    there = ", ".join(f"{ray.cluster_resources().get(kind, 0):g} {kind}" for kind in kinds)
     return (
         f"run.{option}: {getattr(run, option)} workers with {wanted} each could not be placed within "
         f"{run.start_timeout_s:g} s (run.start_timeout_s): the cluster has {there}. Ask for fewer workers or CPUs, let "
@@ -244,4 +220,4 @@ def _why_not_placed(config: TrainJobConfig, option: Literal["num_workers", "min_
 
 
 if __name__ == "__main__":
-    run_job(main, TrainingFailedError)
+    run_job(main, ray.train.TrainingFailedError)

@@ -1,8 +1,8 @@
 """One rank's DeepSpeed engine around the critic: trains it on preferences or returns, scores, saves and loads.
 
-Every method is collective: all ranks call it with the same arguments, in the same order, and get the same result.
-The engine decides which rank computes what, so a caller cannot make ranks disagree. The caller initialises
-``torch.distributed`` first. Knows nothing about Ray, text or who calls it.
+Every method is collective; see `rlhf_critic.training.engine`. The engine decides which rank computes what, so a caller
+cannot make ranks disagree. The caller initialises ``torch.distributed`` first. Knows nothing about Ray, text or who
+calls it.
 
 Shape legend: P preferences of a micro-batch, G of a global batch, S sequences.
 """
@@ -83,13 +83,7 @@ class CriticEngine(InferenceEngine):
 
     @classmethod
     def from_pretrained(
-        cls,
-        encoder: Encoder,
-        model: ModelConfig,
-        train: TrainConfig,
-        total_steps: int,
-        *,
-        rlhf_training: bool = False,
+        cls, encoder: Encoder, model: ModelConfig, train: TrainConfig, total_steps: int, *, rlhf_training: bool = False
     ) -> CriticEngine:
         """Builds the critic from a base model, with the same head on all ranks.
 
@@ -158,16 +152,17 @@ class CriticEngine(InferenceEngine):
 
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
             output = self._engine(batch, rewards_only=not needs_values(options))
-            chosen = [units[position] for position in positions]
-            result = preference_loss(output, chosen, preferences.margins_N[rows_G[list(positions)]], options)
+            margins_P = preferences.margins_N[rows_G[list(positions)]]
+            result = preference_loss(output, [units[position] for position in positions], margins_P, options)
             return MicroBatchLoss(result.loss_P, result.sums())
 
-        def name_of(position: int) -> str:
-            return preferences.origin(int(rows_G[position]))
-
-        tokens = int(preferences.tokens_N[rows_G].sum())
         step, (right_sum, margin_sum) = self.training.take_step(
-            units, loss_of, len(rows_G), tokens, options.seed, name_of
+            units,
+            loss_of,
+            denominator=len(rows_G),
+            tokens=int(preferences.tokens_N[rows_G].sum()),
+            seed=options.seed,
+            name_of=lambda position: preferences.origin(int(rows_G[position])),
         )
         return StepMetrics(**vars(step), accuracy=right_sum / len(rows_G), margin=margin_sum / len(rows_G))
 

@@ -35,9 +35,9 @@ from rlhf_critic.errors import CheckpointError, NonFiniteLossError
 from rlhf_critic.files import write_text_atomically
 from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.weights import full_shape
-from rlhf_critic.training.offload import Offloaded, offload
+from rlhf_critic.training.offload import Offloaded
 from rlhf_critic.training.reshard import load_resized
-from rlhf_critic.training.token_budget import ActivationMeter, Measurement, probe_token_budget
+from rlhf_critic.training.token_budget import ActivationMeter, probe_token_budget
 
 ENGINE_STATE_NAME = "engine.json"
 STATE_TAG = "state"
@@ -90,15 +90,11 @@ class TrainingEngine:
         model: Options of the model.
         options: Options of the optimizer.
         total_steps: Optimizer steps of the whole run, at which the schedule ends.
-        probe: Computes a scalar from a forward pass over a batch, as a training step would. It is used to measure
-            token budgets.
+        probe: Computes a scalar from a forward pass over a batch, as a training step would, to measure token budgets.
 
     Attributes:
-        module: The model.
         engine: DeepSpeed's engine around the model.
         step: Optimizer steps done.
-        rank: Number of this rank.
-        world_size: Number of ranks.
         device: Device of the inputs.
     """
 
@@ -198,8 +194,7 @@ class TrainingEngine:
             result = loss_of(batch, micro_batch.units)
             losses.append((micro_batch.units, result.loss_U.detach()))
             parts = torch.cat([result.loss_U.detach().sum()[None].double(), result.sums])
-            if not micro_batch.weight:
-                parts = torch.zeros_like(parts)
+            parts = parts if micro_batch.weight else torch.zeros_like(parts)
             parts = torch.cat([parts, parts.new_tensor([batch.computed_tokens])])
             totals = parts if totals is None else totals + parts
             if is_last:
@@ -231,11 +226,8 @@ class TrainingEngine:
         ), sums
 
     def offload(self) -> Offloaded:
-        """Moves parameters, gradients and optimizer state off this rank's device.
-
-        See `rlhf_critic.training.offload`.
-        """
-        return offload(self.engine, [self._embedding_gradient.dense] if self._embedding_gradient else [])
+        """Moves parameters, gradients and optimizer state off this rank's device; see `Offloaded`."""
+        return Offloaded(self.engine, [self._embedding_gradient.dense] if self._embedding_gradient else [])
 
     def save_state(self, directory: str | Path) -> None:
         """Writes the state that a resumed run needs to ``DIRECTORY/resume``.
@@ -245,14 +237,13 @@ class TrainingEngine:
         resume = Path(directory) / RESUME_FOLDER
         (resume / STATE_TAG).mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(resume), tag=STATE_TAG)
-        token_budget = self.token_budget  # on all ranks, because the first access may run a collective probe
+        state = {
+            "step": self.step,
+            "world_size": self.world_size,
+            "zero_stage": self.options.zero_stage,
+            "token_budget": self.token_budget,  # on all ranks, because the first access may run a collective probe
+        }
         if self.rank == 0:
-            state = {
-                "step": self.step,
-                "world_size": self.world_size,
-                "zero_stage": self.options.zero_stage,
-                "token_budget": token_budget,
-            }
             write_text_atomically(resume / ENGINE_STATE_NAME, json.dumps(state))
         dist.barrier()
 
@@ -291,8 +282,8 @@ class TrainingEngine:
             # A new probe might choose another budget, which changes the order of summation.
             self.token_budget = int(state["token_budget"])
 
-    def _measure_micro_batch(self, tokens: int) -> Measurement:
-        """Measures a micro-batch of weight zero, which changes no gradient; returns the maximum over the ranks."""
+    def _measure_micro_batch(self, tokens: int) -> tuple[float, int]:
+        """Measures a micro-batch of weight zero, which changes no gradient; returns the maxima over the ranks."""
         from deepspeed.accelerator import get_accelerator
 
         config = self.module.model.config.get_text_config()
@@ -307,10 +298,7 @@ class TrainingEngine:
             self.engine.step()
         if self._embedding_gradient:
             self._embedding_gradient.collect(is_last=False)
-        seconds, activation_bytes = (
-            self._agree(measured, dist.ReduceOp.MAX) for measured in (meter.seconds, meter.bytes)
-        )
-        return Measurement(seconds, int(activation_bytes))
+        return self._agree(meter.seconds, dist.ReduceOp.MAX), int(self._agree(meter.bytes, dist.ReduceOp.MAX))
 
     def _agree(self, number: float, how: Any) -> float:
         agreed = torch.tensor(float(number), dtype=torch.float64, device=self.device)
@@ -323,16 +311,12 @@ class TrainingEngine:
         """Raises on all ranks, naming the units at fault, if ``value``, which all ranks share, is not finite."""
         if isfinite(value):
             return
-        mine = [
-            unit
-            for units, loss_U in losses
-            for unit, loss in zip(units, loss_U.tolist(), strict=True)
-            if not isfinite(loss)
-        ]
+        mine = [pair for units, loss_U in losses for pair in zip(units, loss_U.tolist(), strict=True)]
+        of_ranks: list[list[tuple[int, float]]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(of_ranks, mine)
+        everything = [pair for pairs in of_ranks for pair in pairs]
         # A gradient can be infinite although every loss is finite. Then any unit of the batch may be the cause.
-        of_ranks: list[list[list[int]]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(of_ranks, [mine, [unit for units, _ in losses for unit in units]])
-        bad = {unit for found, _ in of_ranks for unit in found} or {unit for _, units in of_ranks for unit in units}
+        bad = {unit for unit, loss in everything if not isfinite(loss)} or {unit for unit, _ in everything}
         raise NonFiniteLossError(self.step, [name_of(unit) for unit in sorted(bad)])
 
 
@@ -371,10 +355,10 @@ class EmbeddingGradient:
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Returns the optimizer groups. Decay applies to matrices, not to norms and biases; empty groups are omitted."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if len(full_shape(parameter)) > 1]
-    others = [parameter for parameter in trainable if len(full_shape(parameter)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = []
+    for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
+        parameters = [p for p in module.parameters() if p.requires_grad and (len(full_shape(p)) > 1) == is_matrix]
+        groups.append({"params": parameters, "weight_decay": decay})
     return [group for group in groups if group["params"]]
 
 

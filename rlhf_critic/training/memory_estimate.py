@@ -1,12 +1,10 @@
 """Memory estimate: the memory of one rank that trains a critic, part by part, calculated without weights or device.
 
-`count_model` counts a model on the meta device. `activation_bytes` runs the model there, on tensors that have shapes
-and no memory. So the code that trains also counts activations, for every family. `shard_memory` calculates the memory
-that DeepSpeed 0.19 holds. It follows DeepSpeed's source, and tests compare it with measured bytes.
+The code that trains also counts activations, for every family: it runs on tensors that have shapes and no memory. The
+rest follows DeepSpeed 0.19's source. Tests compare both with measured bytes.
 
-DeepSpeed's own ``estimate_zero2_model_states_mem_needs`` and ``estimate_zero3_model_states_mem_needs`` are not used.
-They assume 16-bit weights and always count 6 bytes of gradients for each parameter, although 2 are held between
-micro-batches. They multiply uncertain parts by 1.5 and ignore stages 0 and 1, frozen weights, buckets and activations.
+DeepSpeed's own ``estimate_zero2_model_states_mem_needs`` and ``estimate_zero3_model_states_mem_needs`` ignore stages 0
+and 1, frozen weights, buckets and activations, assume 16-bit weights, and multiply uncertain parts by 1.5.
 
 Knows nothing about GPUs, clusters or allocators: the memory of a CUDA context and fragmentation comes on top.
 """
@@ -15,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,7 +42,7 @@ class ModelCount:
     Attributes:
         trained: Sizes of the trained parameters.
         frozen: Sizes of the frozen parameters.
-        largest: Size of the largest trained parameter without the input embedding, whose gradient is computed when
+        largest: Size of the largest trained parameter but the input embedding, whose gradient is computed last, when
             all activations are freed.
         largest_of_all: Size of the largest trained parameter.
     """
@@ -60,13 +58,12 @@ class ModelCount:
         return sum(self.trained) + sum(self.frozen)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShardMemory:
     """Memory of each rank, in bytes.
 
     Attributes:
-        parameters: Weights in the dtype of training; at stage 3 this rank's part and the small ones, which stay
-            gathered.
+        parameters: Weights in the dtype of training; at stage 3 this rank's part and the small ones, always gathered.
         gradients: Gradients held between micro-batches.
         masters: The optimizer's fp32 copy of the parameters it updates.
         moments: AdamW's moments.
@@ -82,12 +79,12 @@ class ShardMemory:
     gradients: int
     masters: int
     moments: int
-    buckets: int
-    gathered: int
-    activations: int
-    reduction: int
-    step: int
-    host: int
+    buckets: int = 0
+    gathered: int = 0
+    activations: int = 0
+    reduction: int = 0
+    step: int = 0
+    host: int = 0
 
     @property
     def states(self) -> int:
@@ -132,19 +129,14 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for output in tree_leaves(result):
-            if isinstance(output, Tensor):
-                self._track(output.untyped_storage())
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._seen:
+                self._seen.add(key)
+                self._live += size
+                self.peak = max(self.peak, self._live)
+                weakref.finalize(storage, self._forget, key, size)
         return result
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self._live += size
-        self.peak = max(self.peak, self._live)
-        weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
@@ -156,10 +148,10 @@ def activation_bytes(
 ) -> int:
     """Computes the peak memory of a forward and a backward pass beside parameters and gradients, in bytes.
 
-    It includes what the forward pass keeps. With gradient checkpointing that is the input of every layer (Chen et al.,
-    "Training deep nets with sublinear memory cost" (2016)). It includes what the backward pass recomputes, and the
-    tensors between operators, such as a weight's gradient before it is accumulated. It excludes memory inside kernels.
-    Attention is that of CPUs; flex attention, on GPUs, keeps the same tensors.
+    Counts what the forward pass keeps (with gradient checkpointing the input of every layer: Chen et al., "Training
+    deep nets with sublinear memory cost" (2016)), what the backward pass recomputes, and the tensors between operators,
+    such as a weight's gradient before it is accumulated, but no memory inside kernels. Attention is that of CPUs; flex
+    attention, on GPUs, keeps the same tensors.
 
     Args:
         critic: The critic on the meta device, as it is trained: in its dtype, with its adapters and frozen weights.
@@ -175,17 +167,17 @@ def activation_bytes(
         critic.gradient_checkpointing_enable()
     else:
         critic.gradient_checkpointing_disable()
-    trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
-    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
+
+    def drop_gradient(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = (parameter for parameter in critic.parameters() if parameter.requires_grad)
+    hooks = [parameter.register_post_accumulate_grad_hook(drop_gradient) for parameter in trained]
     with torch.enable_grad(), _LiveBytes([*critic.parameters(), *critic.buffers()]) as live:
         critic(batch, rewards_only=rewards_only).sum().backward()
     for hook in hooks:
         hook.remove()
     return live.peak
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def shard_memory(
@@ -204,20 +196,26 @@ def shard_memory(
         world_size: Number of ranks.
         activations: Bytes of activations; see `activation_bytes`.
     """
-    working = WORKING_BYTES[model.dtype]
-    trained, stage = sum(count.trained), options.zero_stage
+    working, stage, trained = WORKING_BYTES[model.dtype], options.zero_stage, sum(count.trained)
+    fp32_copy = FP32_BYTES if working < FP32_BYTES else 0  # of a gradient in bf16, during the optimizer's step
     if stage == 0:
-        return _unsharded(count, working, world_size, activations)
+        return ShardMemory(
+            parameters=working * count.parameters,
+            gradients=working * trained,
+            masters=fp32_copy * trained,
+            moments=ADAM_BYTES * trained,
+            activations=activations,
+            reduction=working * min(trained, ALL_REDUCE) if world_size > 1 else 0,
+            step=(working + fp32_copy) * trained,
+        )
 
     def part(sizes: tuple[int, ...]) -> int:
         """Returns the elements of a rank. Stage 3 divides every parameter, other stages all of them together."""
         return sum(-(-size // world_size) for size in sizes) if stage == 3 else -(-sum(sizes) // world_size)
 
-    shard = part(count.trained)
+    shard, largest = part(count.trained), count.largest_of_all
     bucket = deepspeed_config(model, options)["zero_optimization"]["reduce_bucket_size"]
-
     filled = min(bucket, trained)
-    oversize = count.largest_of_all if count.largest_of_all > bucket else 0
     memory = ShardMemory(
         parameters=working * count.parameters,
         # Stage 1 reduces them after the last micro-batch. Stage 2 adds each micro-batch's part to its shard.
@@ -226,71 +224,30 @@ def shard_memory(
         moments=ADAM_BYTES * shard,
         # The bucket's contents are copied into a flat buffer for reduction; so is a gradient larger than a bucket.
         buckets=working * (bucket if stage == 1 else bucket + max(filled, count.largest)),
-        gathered=0,
         activations=activations,
-        reduction=working * (bucket + max(filled, count.largest_of_all) + oversize),
-        # Accumulated gradients, their flat copy and, in bf16, their fp32 copy.
-        step=shard * (2 * working + (FP32_BYTES if working < FP32_BYTES else 0)),
-        host=0,
+        reduction=working * (bucket + max(filled, largest) + (largest if largest > bucket else 0)),
+        step=shard * (2 * working + fp32_copy),  # accumulated gradients, their flat copy and its fp32 copy
     )
     if stage == 3:
         sizes = (*count.trained, *count.frozen)
         # With one rank the part is the full model, so nothing is gathered, except from CPU memory.
         gathered = sizes if world_size > 1 or options.offload_parameters else ()
         small = sum(size for size in gathered if size <= PERSISTENT)
-        memory = replace(
-            memory,
-            parameters=working * (part(sizes) + small),
-            gathered=working * min(sum(gathered) - small, MAX_GATHERED),
-            step=memory.step + working * bucket,  # this bucket is never freed
-        )
-    return _offloaded(memory, count, options, working, shard, part(count.frozen))
-
-
-def _unsharded(count: ModelCount, working: int, world_size: int, activations: int) -> ShardMemory:
-    """Computes the memory at stage 0, where every rank holds everything.
-
-    In bf16 the optimizer has fp32 copies of the parameters, and of the gradients during its step.
-    """
-    trained = sum(count.trained)
-    mixed = working < FP32_BYTES
-    return ShardMemory(
-        parameters=working * count.parameters,
-        gradients=working * trained,
-        masters=FP32_BYTES * trained if mixed else 0,
-        moments=ADAM_BYTES * trained,
-        buckets=0,
-        gathered=0,
-        activations=activations,
-        reduction=working * min(trained, ALL_REDUCE) if world_size > 1 else 0,
-        step=(working + (FP32_BYTES if mixed else 0)) * trained,
-        host=0,
-    )
-
-
-def _offloaded(
-    memory: ShardMemory, count: ModelCount, options: OptimizerConfig, working: int, shard: int, frozen_shard: int
-) -> ShardMemory:
-    """Moves the offloaded parts to CPU memory."""
+        memory.parameters = working * (part(sizes) + small)
+        memory.gathered = working * min(sum(gathered) - small, MAX_GATHERED)
+        memory.step += working * bucket  # this bucket is never freed
     if options.offload_optimizer:
-        # Beside masters and moments, CPU memory holds: fp32 gradients for AdamW; from stage 2 on, the gradients of
-        # micro-batches before the last; at stages 1 and 2, the updated parameters that return to the GPU. At these
-        # stages the CPUs and the GPU also have a buffer for one gradient each.
-        buffers = FP32_BYTES * shard
-        if options.zero_stage > 1:
-            buffers += working * shard
-        if options.zero_stage < 3:
-            buffers += working * (shard + count.largest_of_all)
-        memory = replace(
-            memory,
-            gradients=memory.gradients if options.zero_stage == 1 else 0,
-            masters=0,
-            moments=0,
-            buckets=memory.buckets + (working * count.largest_of_all if options.zero_stage < 3 else 0),
-            step=0,
-            host=memory.masters + memory.moments + buffers,
-        )
+        memory.host = memory.masters + memory.moments + FP32_BYTES * shard  # and fp32 gradients for AdamW
+        memory.masters = memory.moments = memory.step = 0
+        if stage > 1:
+            memory.host += working * shard  # gradients of micro-batches before the last
+            memory.gradients = 0
+        if stage < 3:
+            # The updated parameters return to the GPU. CPU and GPU have a buffer for one gradient each.
+            memory.host += working * (shard + largest)
+            memory.buckets += working * largest
     if options.offload_parameters:
-        moved = working * (shard + frozen_shard)
-        memory = replace(memory, parameters=memory.parameters - moved, host=memory.host + moved)
+        moved = working * (shard + part(count.frozen))
+        memory.parameters -= moved
+        memory.host += moved
     return memory

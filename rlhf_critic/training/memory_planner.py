@@ -5,16 +5,13 @@ Knows nothing about clusters or the command line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
 
 from transformers import PreTrainedConfig
 
-from rlhf_critic.config.model import ModelConfig, OptimizerConfig
+from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.tools import Dtype, PlanJobConfig
-from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import critic_without_weights
 from rlhf_critic.training.memory_estimate import ModelCount, ShardMemory, activation_bytes, count_model, shard_memory
 
@@ -41,30 +38,11 @@ class Gpu:
     peak: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """The training options that decide memory.
-
-    Attributes:
-        options: Options of the optimizer, with a token budget in numbers.
-        dtype: Dtype of parameters and activations.
-        world_size: Number of ranks.
-    """
-
-    options: OptimizerConfig
-    dtype: Dtype
-    world_size: int
-
-    def changed(self, **options: Any) -> Setup:
-        """Returns a copy with some options of the optimizer changed."""
-        return replace(self, options=OptimizerConfig(**{**self.options.model_dump(), **options}))
-
-
 class Planner:
     """Calculates the memory of one model in any setup, and calculates once what several setups share.
 
     Args:
-        config: The options of the plan.
+        setup: The options of the plan. Other setups are copies of it with other options of memory.
         model: The shape of the model.
         gpu: The GPU of each rank.
 
@@ -72,80 +50,76 @@ class Planner:
         CheckpointError: No critic can be made of the model.
     """
 
-    def __init__(self, config: PlanJobConfig, model: PreTrainedConfig, gpu: Gpu) -> None:
-        self.setup = Setup(config.optimizer, config.dtype, config.world_size)
+    def __init__(self, setup: PlanJobConfig, model: PreTrainedConfig, gpu: Gpu) -> None:
+        self.setup = setup
         self.gpu = gpu
-        self._config = config
-        self._model = model
-        self._activations = cache(self._calculate_activations)
-        self._critic = cache(self._build)
-
-    def _build(self, dtype: Dtype) -> Critic:
-        return critic_without_weights(self._model, self._options(dtype))
+        self._critic = cache(lambda dtype: critic_without_weights(model, self._options(dtype)))
+        self._activations = cache(
+            lambda dtype, tokens, gradient_checkpointing: activation_bytes(
+                self._critic(dtype), tokens, setup.max_length, gradient_checkpointing=gradient_checkpointing
+            )
+        )
 
     def _options(self, dtype: Dtype) -> ModelConfig:
-        config = self._config
-        return ModelConfig(dtype=dtype, freeze_layers=config.freeze_layers, lora_rank=config.lora_rank)
-
-    def _calculate_activations(self, dtype: Dtype, tokens: int, gradient_checkpointing: bool) -> int:
-        return activation_bytes(
-            self._critic(dtype), tokens, self._config.max_length, gradient_checkpointing=gradient_checkpointing
-        )
+        return ModelConfig(dtype=dtype, freeze_layers=self.setup.freeze_layers, lora_rank=self.setup.lora_rank)
 
     @cached_property
     def count(self) -> ModelCount:
         """The numbers of the critic's parameters."""
-        return count_model(self._critic(self._config.dtype))
+        return count_model(self._critic(self.setup.dtype))
 
-    def memory(self, setup: Setup) -> ShardMemory:
+    def memory(self, setup: PlanJobConfig) -> ShardMemory:
         """Calculates the memory of a shard."""
-        options = setup.options
-        assert options.token_budget != "auto", "a plan has a token budget"
-        activations = self._activations(setup.dtype, options.token_budget, options.gradient_checkpointing)
-        return shard_memory(self.count, self._options(setup.dtype), options, setup.world_size, activations)
+        activations = self._activations(setup.dtype, setup.token_budget, setup.gradient_checkpointing)
+        return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, setup.world_size, activations)
 
-    def fits(self, setup: Setup) -> bool:
+    def fits(self, setup: PlanJobConfig) -> bool:
         """Returns true if a shard fits the GPU."""
         return self.memory(setup).peak <= USABLE * self.gpu.memory
 
-    def smallest_stage(self, setup: Setup) -> int | None:
+    def smallest_stage(self, setup: PlanJobConfig) -> int | None:
         """Finds the lowest ZeRO stage that fits without other changes; lower stages communicate less."""
-        options = setup.options
-        lowest = 3 if options.offload_parameters else 1 if options.offload_optimizer else 0
-        return next((stage for stage in range(lowest, 4) if self.fits(setup.changed(zero_stage=stage))), None)
+        lowest = 3 if setup.offload_parameters else 1 if setup.offload_optimizer else 0
+        setups = (setup.model_copy(update={"zero_stage": stage}) for stage in range(lowest, 4))
+        return next((setup.zero_stage for setup in setups if self.fits(setup)), None)
 
-    def fitting_setup(self) -> Setup | None:
-        """Returns the first setup that fits, from the given one to the one with the least memory."""
-        for setup in _with_less_and_less_memory(self.setup):
+    def fitting_setup(self) -> PlanJobConfig | None:
+        """Returns the first setup that fits, with one more change each; those that cost the least time come first."""
+        setup = self.setup
+        for change in (
+            {"zero_stage": 3},
+            {"gradient_checkpointing": True},
+            {"dtype": "bfloat16"},
+            {"token_budget": min(setup.token_budget, MIN_TOKENS)},
+            {"offload_optimizer": True},
+            {"offload_parameters": True},
+        ):
+            setup = setup.model_copy(update=change)
             stage = self.smallest_stage(setup)
             if stage is not None:
                 # The given stage is lowered only if it takes more memory, as a higher stage does with one rank.
-                kept = setup.changed(zero_stage=max(stage, self.setup.options.zero_stage))
-                return kept if self.fits(kept) else setup.changed(zero_stage=stage)
+                kept = setup.model_copy(update={"zero_stage": max(stage, self.setup.zero_stage)})
+                return kept if self.fits(kept) else setup.model_copy(update={"zero_stage": stage})
         return None
 
     def enough_ranks(self) -> int | None:
         """Finds the first of twice, four times ... as many ranks that fit at ZeRO-3 with gradient checkpointing."""
-        sharded = self.setup.changed(zero_stage=3, gradient_checkpointing=True)
-        ranks = (self.setup.world_size * 2**power for power in range(1, MAX_RANKS.bit_length()))
-        return next((n for n in ranks if n <= MAX_RANKS and self.fits(replace(sharded, world_size=n))), None)
+        sharded = self.setup.model_copy(update={"zero_stage": 3, "gradient_checkpointing": True})
+        ranks = (sharded.world_size * 2**power for power in range(1, MAX_RANKS.bit_length()))
+        setups = (sharded.model_copy(update={"world_size": count}) for count in ranks if count <= MAX_RANKS)
+        return next((setup.world_size for setup in setups if self.fits(setup)), None)
 
     def step_seconds(self) -> float:
-        """Calculates the time of a step whose work divides evenly, from the measured or the assumed rate."""
-        config = self._config
-        if config.tokens_per_second is not None:
-            return config.tokens_per_step / (config.tokens_per_second * config.world_size)
-        operations = config.tokens_per_step * self.operations_per_token
-        return operations / (config.utilisation * self.gpu.peak[config.dtype] * config.world_size)
+        """Calculates the time of a step whose work divides evenly, from the measured or the assumed rate.
 
-    @cached_property
-    def operations_per_token(self) -> float:
-        """Floating-point operations per token, forward and backward.
-
-        Six per parameter of a matrix product, and causal attention over ``max_length`` tokens, which is half of the
-        count in Chowdhery et al., "PaLM" (2022), appendix B. Frozen weights take four, because they have no gradient.
+        Assumed are six operations per token for each parameter of a matrix product, forward and backward, and causal
+        attention over ``max_length`` tokens, which is half of the count in Chowdhery et al., "PaLM" (2022), appendix B.
+        Frozen weights take four, because they have no gradient.
         """
-        critic = self._critic(self._config.dtype)
+        setup = self.setup
+        if setup.tokens_per_second is not None:
+            return setup.tokens_per_step / (setup.tokens_per_second * setup.world_size)
+        critic = self._critic(setup.dtype)
         body = critic.model.config.get_text_config()
         tables = {id(parameter) for parameter in critic.model.get_input_embeddings().parameters()}
         multiplied = sum(
@@ -153,17 +127,6 @@ class Planner:
             for parameter in critic.parameters()
             if id(parameter) not in tables
         )
-        return multiplied + 6.0 * body.num_hidden_layers * body.hidden_size * self._config.max_length
-
-
-def _with_less_and_less_memory(setup: Setup) -> Iterator[Setup]:
-    """Yields setups with one more change each; changes that cost the least time come first."""
-    if not setup.options.offload_parameters:
-        setup = setup.changed(zero_stage=3)
-    yield setup
-    yield (setup := setup.changed(gradient_checkpointing=True))
-    yield (setup := replace(setup, dtype="bfloat16"))
-    budget = setup.options.token_budget
-    yield (setup := setup.changed(token_budget=budget if budget == "auto" else min(budget, MIN_TOKENS)))
-    yield (setup := setup.changed(offload_optimizer=True))
-    yield setup.changed(offload_parameters=True)
+        operations = multiplied + 6.0 * body.num_hidden_layers * body.hidden_size * setup.max_length
+        rate = setup.utilisation * self.gpu.peak[setup.dtype] * setup.world_size
+        return setup.tokens_per_step * operations / rate

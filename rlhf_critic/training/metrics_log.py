@@ -31,18 +31,14 @@ class MetricsLog:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / HISTORY_JSONL
         if path.exists():
-            write_text_atomically(path, "".join(line for line in _complete_lines(path) if _step(line) <= resume_step))
+            write_text_atomically(
+                path, "".join(line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step)
+            )
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Records numbers measured at a step.
-
-        Args:
-            kind: Kind of record, ``train`` or ``validation``.
-            step: Optimizer steps done.
-            values: Numbers by name.
-        """
+        """Records numbers of a kind, ``train`` or ``validation``, by their names, measured after so many steps."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -50,8 +46,7 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Writes everything to disk."""
-        self._file.flush()
-        self._board.flush()
+        self._board.flush()  # the file is flushed after each record
 
     def close(self) -> None:
         """Closes the files."""
@@ -67,7 +62,3 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 def _complete_lines(path: Path) -> list[str]:
     """Returns the complete lines; a process that was killed may leave an incomplete one."""
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])

@@ -29,15 +29,15 @@ from rlhf_critic.errors import CriticError
 MIN_BYTES = 4096  # a page; smaller storages, such as Adam's step counts, free nothing
 
 
-def offload(engine: Any, others: Iterable[Tensor] = (), directory: str | Path | None = None) -> Offloaded:
-    """Empties the device memory of one rank's DeepSpeed engine.
+class Offloaded:
+    """The state of one rank's DeepSpeed engine, moved off its device.
 
-    Not collective: each rank moves its own memory. Call it between steps. From a GPU the bytes go to pinned CPU memory.
+    Not collective: each rank moves its own memory. Make it between steps. From a GPU the bytes go to pinned CPU memory.
     If the device is the CPU, they go to an unnamed file, which the system removes when it is closed or the process
-    ends.
+    ends. It holds the only copy: if it is dropped before it is restored, the state is lost.
 
-    Until `Offloaded.restore`, a forward pass raises `CriticError`. Anything else that reads the engine's tensors, such
-    as saving, reads freed memory and may end the process.
+    Until `restore`, a forward pass raises `CriticError`. Anything else that reads the engine's tensors, such as saving,
+    reads freed memory and may end the process.
 
     Args:
         engine: The engine that ``deepspeed.initialize`` returned, with or without an optimizer.
@@ -45,24 +45,15 @@ def offload(engine: Any, others: Iterable[Tensor] = (), directory: str | Path | 
         directory: Directory of the file. It must be on a disk, because a file in a tmpfs is in memory. None uses the
             system's directory for temporary files.
 
-    Returns:
-        The offloaded state. It holds the only copy: if it is dropped before it is restored, the state is lost.
+    Attributes:
+        bytes: Bytes moved off the device on this rank. Each storage counts once. Storages under a page stay, and so do
+            those that torch cannot resize because it shares them with numpy or a mapped file.
 
     Raises:
         OSError: The disk has no room for the file. The engine is unchanged.
     """
-    return Offloaded(engine, others, directory)
 
-
-class Offloaded:
-    """Offloaded state of an engine; see `offload`.
-
-    Attributes:
-        bytes: Bytes moved off the device on this rank. Each storage counts once. Storages under a page stay, and so do
-            those that torch cannot resize because it shares them with numpy or a mapped file.
-    """
-
-    def __init__(self, engine: Any, others: Iterable[Tensor], directory: str | Path | None) -> None:
+    def __init__(self, engine: Any, others: Iterable[Tensor] = (), directory: str | Path | None = None) -> None:
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().synchronize()  # DeepSpeed reduces gradients on its own streams
@@ -82,7 +73,11 @@ class Offloaded:
         # All are copied before the first is emptied, so a full disk leaves the engine unchanged.
         for storage in self._storages:
             storage.resize_(0)
-        _release_freed_memory()
+        get_accelerator().empty_cache()
+        # glibc keeps freed blocks of up to 32 MB (M_MMAP_THRESHOLD grows to that) in its heap, which is most of a
+        # model. Other C libraries have no such function.
+        if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            malloc_trim(0)
         self._guard = engine.module.register_forward_pre_hook(_reject_forward, prepend=True)
 
     def restore(self) -> None:
@@ -134,26 +129,12 @@ def _storages(engine: Any, others: Iterable[Tensor]) -> Iterator[torch.UntypedSt
             todo.extend(vars(item).values())
 
 
-def _release_freed_memory() -> None:
-    """Returns freed memory that allocators below torch keep for reuse to the system."""
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().empty_cache()
-    if sys.platform == "linux":
-        # glibc keeps freed blocks of up to 32 MB in its heap (M_MMAP_THRESHOLD grows to that), which is most of a
-        # model. Other C libraries have no such function.
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if malloc_trim:
-            malloc_trim(0)
-
-
 def _memory(storage: torch.UntypedStorage) -> ctypes.Array[ctypes.c_char]:
     """Returns a storage on the CPU as a buffer. Avoids numpy, because torch cannot resize what it shared with numpy."""
     return (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
-    """Returns a storage on any device as a tensor of bytes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

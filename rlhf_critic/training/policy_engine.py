@@ -79,8 +79,7 @@ class PolicyEngine:
         config = deepspeed_config(model, optimizer)
         self.policy = create_policy(model, tokenizer, config)
         self.training = TrainingEngine(self.policy, model, optimizer, total_steps, self._probe)
-        reference = create_policy(model, tokenizer, config).eval().requires_grad_(False)
-        self._reference = reference
+        self._reference = reference = create_policy(model, tokenizer, config).eval().requires_grad_(False)
         self._reference_module: Any = reference.to(self.training.device)
         if optimizer.zero_stage == 3:  # its parameters are partitioned too, so DeepSpeed must gather them
             import deepspeed
@@ -110,20 +109,19 @@ class PolicyEngine:
         flat = torch.zeros(int(ends_S[-1]) if len(ends_S) else 0, dtype=torch.float64, device=self.training.device)
         if nonempty:
             shortened = [sequences[row][:-1] for row in nonempty]
-            training = self.training
-            plan = plan_sequences(shortened, training.world_size, training.token_budget, self._reference.prefix_tree)
+            training, backbone = self.training, self._reference
+            plan = plan_sequences(shortened, training.world_size, training.token_budget, backbone.prefix_tree)
 
             def run(batch: Batch, units: Sequence[int]) -> SampledTokenStats:
                 rows = [nonempty[unit] for unit in units]
                 tokens = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
                 return self._run(self._reference_module, batch, tokens)
 
-            for units, stats, _ in forward_micro_batches(
-                self._reference, shortened, plan[training.rank], run, training.device
-            ):
-                parts = stats.log_probs_A.double().split([counts_S[nonempty[unit]] for unit in units])
-                for unit, part in zip(units, parts, strict=True):
-                    row = nonempty[unit]
+            outputs = forward_micro_batches(backbone, shortened, plan[training.rank], run, training.device)
+            for units, stats, _ in outputs:
+                rows = [nonempty[unit] for unit in units]
+                parts = stats.log_probs_A.double().split([counts_S[row] for row in rows])
+                for row, part in zip(rows, parts, strict=True):
                     flat[int(ends_S[row]) - counts_S[row] : int(ends_S[row])] = part
         dist.all_reduce(flat)
         return np.split(flat.float().cpu().numpy(), ends_S[:-1]) if len(ends_S) else []
@@ -164,8 +162,8 @@ class PolicyEngine:
         result, (loss, clip_fraction, entropy, approx_kl) = take_rollout_step(
             self.training, sequences, prompt_lengths, numbers, loss_of, self.seed
         )
-        values = {**vars(result), "loss": loss}
-        return PolicyMetrics(**values, clip_fraction=clip_fraction, entropy=entropy, approx_kl=approx_kl)
+        means = {"loss": loss, "clip_fraction": clip_fraction, "entropy": entropy, "approx_kl": approx_kl}
+        return PolicyMetrics(**{**vars(result), **means})
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the policy's full weights on the CPU, by their names in its state dict; empty except on rank 0."""

@@ -35,8 +35,7 @@ def open_store(node_address: str, on_one_node: bool) -> tuple[TCPStore, str]:
         The store, which lives as long as it is referenced, and its address.
     """
     address = LOOPBACK if on_one_node else node_address
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, 0), family=family)
+    listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
     port = listener.getsockname()[1]
     store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, address
@@ -63,21 +62,17 @@ def init_process_group(
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def init_distributed(backend: str, timeout: timedelta = default_pg_timeout) -> None:
+def init_distributed(backend: str) -> None:
     """Initialises DeepSpeed's communication, and ``torch.distributed`` unless the caller has.
 
-    Nothing is compiled. DeepSpeed would build its shared-memory all-reduce for CPUs on first use, which only its
-    inference engine calls. A process that is killed during that build leaves a lock behind, on which every later
-    process of the user waits forever.
-
-    Args:
-        backend: ``gloo`` or ``nccl``; rank and world size come from the environment.
-        timeout: Maximum wait for the other ranks, now and in every collective.
+    The backend is ``gloo`` or ``nccl``; rank and world size come from the environment. Nothing is compiled: DeepSpeed
+    would build its shared-memory all-reduce for CPUs on first use, which only its inference engine calls. A process
+    that is killed during that build leaves a lock behind, on which every later process of the user waits forever.
     """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=default_pg_timeout)
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:
@@ -93,7 +88,7 @@ def raise_on_all_ranks(action: Callable[[], T]) -> T:
         error = raised
     errors: list[CriticError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    first = next((raised for raised in errors if raised is not None), None)
-    if first is not None:
-        raise first
+    for first in errors:
+        if first is not None:
+            raise first
     return cast(T, result)

@@ -95,10 +95,9 @@ def _converted(state: Path, stage: int) -> Iterator[Path]:
 
 
 def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERSION_TIMEOUT_S) -> None:
-    """Runs DeepSpeed's conversion into a directory.
+    """Runs DeepSpeed's conversion into a directory, in a separate process.
 
-    It runs in a separate process. The conversion starts processes, which a process with threads, such as a Ray worker,
-    should not do.
+    The conversion starts processes, which a process with threads, such as a Ray worker, should not do.
 
     Raises:
         CheckpointError: The conversion failed or took too long. All its processes have ended.
@@ -109,12 +108,11 @@ def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERS
         *("--num_extract_workers", str(PROCESSES), "--num_merge_workers", str(PROCESSES)),
         *(["--inject_missing_state"] if stage < 3 else []),
     ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command,
             cwd=directory.parent,
-            env=environment,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its processes can be killed with it
@@ -129,7 +127,7 @@ def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERS
                 process.wait()
         if code == 0:
             return
-        why = f"ended with exit code {code}" if code is not None else f"did not end within {timeout_s:g} s"
+        why = f"did not end within {timeout_s:g} s" if code is None else f"ended with exit code {code}"
         output.seek(0)
         raise CheckpointError(
             f"{state}: resuming on another number of ranks needs DeepSpeed's conversion to a universal checkpoint, "
@@ -144,15 +142,14 @@ def _load_frozen(module: torch.nn.Module, state: Path, stage: int, saved_world_s
     if not frozen:
         return
 
-    def read(file: str) -> dict[str, Any]:
-        content: dict[str, Any] = torch.load(state / file, map_location="cpu", weights_only=False, mmap=True)
-        return content
+    def read(file: str) -> Any:
+        return torch.load(state / file, map_location="cpu", weights_only=False, mmap=True)
 
     if stage < 3:
         complete = read("mp_rank_00_model_states.pt")["module"]
     else:
-        files = [read(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(saved_world_size)]
-        shards = [file["frozen_param_fragments"] for file in files]
+        files = (f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(saved_world_size))
+        shards = [read(file)["frozen_param_fragments"] for file in files]
     for name, parameter in frozen.items():
         with torch.no_grad(), gathered(parameter, modify=True):
             if not is_writer(parameter):

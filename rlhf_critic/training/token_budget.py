@@ -16,48 +16,33 @@ import torch
 
 FIRST_TOKENS = 256
 MAX_TOKENS = 16384
-# Doubling continues while it makes a token faster by at least this factor.
-WORTHWHILE_GAIN = 1.1
-# Maximum fraction of the initially free memory that activations of a micro-batch may take.
-MEMORY_SHARE = 0.5
+WORTHWHILE_GAIN = 1.1  # doubling continues while it makes a token faster by at least this factor
+MEMORY_SHARE = 0.5  # maximum fraction of the initially free memory that activations of a micro-batch may take
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Cost of a forward and a backward pass.
-
-    Attributes:
-        seconds: Duration of both passes.
-        activation_bytes: Memory that the forward pass kept for the backward pass.
-    """
-
-    seconds: float
-    activation_bytes: int
-
-
-def probe_token_budget(measure: Callable[[int], Measurement], free_bytes: int) -> int:
+def probe_token_budget(measure: Callable[[int], tuple[float, int]], free_bytes: int) -> int:
     """Finds the smallest token budget beyond which micro-batches are hardly faster or do not fit.
 
     Args:
-        measure: Runs a number of tokens forward and backward. The time of the first call, a warm-up, is not used.
+        measure: Runs a number of tokens forward and backward, and returns the seconds that it took and the bytes that
+            the forward pass kept. The time of the first call, a warm-up, is not used.
         free_bytes: Memory that is free for activations and everything else.
 
     Returns:
         The budget in tokens, a power of two times `FIRST_TOKENS`.
     """
-    bytes_of_half = measure(FIRST_TOKENS // 2).activation_bytes
+    _, bytes_of_half = measure(FIRST_TOKENS // 2)
     best, seconds_per_token = FIRST_TOKENS, float("inf")
     tokens = FIRST_TOKENS
     while tokens <= MAX_TOKENS:
-        measured = measure(tokens)
-        if measured.seconds / tokens * WORTHWHILE_GAIN > seconds_per_token:
+        seconds, kept_bytes = measure(tokens)
+        if seconds / tokens * WORTHWHILE_GAIN > seconds_per_token:
             break
-        best, seconds_per_token = tokens, measured.seconds / tokens
+        best, seconds_per_token = tokens, seconds / tokens
         # Memory that does not depend on the size, such as ZeRO-3's gathered parameters, cancels in the difference.
-        bytes_of_double = 4 * (measured.activation_bytes - bytes_of_half)
-        if bytes_of_double > MEMORY_SHARE * free_bytes:
+        if 4 * (kept_bytes - bytes_of_half) > MEMORY_SHARE * free_bytes:
             break
-        bytes_of_half = measured.activation_bytes
+        bytes_of_half = kept_bytes
         tokens *= 2
     return best
 

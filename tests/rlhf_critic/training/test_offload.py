@@ -27,7 +27,7 @@ from rlhf_critic.data.preference_dataset import EncodedPreferences
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.errors import CriticError
 from rlhf_critic.training.critic_engine import CriticEngine
-from rlhf_critic.training.offload import MIN_BYTES, offload
+from rlhf_critic.training.offload import MIN_BYTES, Offloaded
 from tests.helpers import save_tiny_model, slow_except
 
 STEPS = 5
@@ -80,7 +80,7 @@ def measure(source: str, data: str, cache: str, stage: int) -> dict[str, Any]:
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.critic.parameters())
     large = [tensor for tensor in held_tensors(engine) if tensor.untyped_storage().nbytes() >= MIN_BYTES]
     before = memory()
-    offloaded = offload(engine._engine)
+    offloaded = Offloaded(engine._engine)
     rss = psutil.Process().memory_info().rss
     left = sum(tensor.untyped_storage().nbytes() for tensor in large)
     shapes = [tensor.shape for tensor in large]
@@ -121,7 +121,7 @@ def run_steps(source: str, data: str, cache: str, stage: int, dtype: str, betwee
     for _ in range(STEPS):
         metrics.append(step(engine, preferences))
         if between:
-            offload(engine._engine).restore()
+            Offloaded(engine._engine).restore()
     return metrics, engine.values(SEQUENCES)
 
 
@@ -147,7 +147,7 @@ def score_around(source: str, data: str, cache: str, stage: int) -> tuple[list, 
     step(engine, preferences)
     scored = [(engine.rewards(SEQUENCES), engine.values(SEQUENCES))]
     bits = [[tensor.clone() for tensor in held_tensors(engine)]]
-    offloaded = offload(engine._engine)
+    offloaded = Offloaded(engine._engine)
     with pytest.raises(CriticError) as refused:
         engine.values(SEQUENCES)
     offloaded.restore()
@@ -193,11 +193,11 @@ def files_in(directory: str) -> list[int]:
 
 def watch_files(directory: str) -> list[Any]:
     engine = linear_engine()
-    offloaded = offload(engine, directory=directory)
+    offloaded = Offloaded(engine, directory=directory)
     seen = [offloaded.bytes, files_in(directory), os.listdir(directory)]
     offloaded.restore()
     seen += [files_in(directory)]
-    dropped = offload(engine, directory=directory)
+    dropped = Offloaded(engine, directory=directory)
     seen += [files_in(directory)]
     del dropped
     gc.collect()
@@ -218,14 +218,14 @@ def run_out_of_room(directory: str) -> tuple[bool, bool, list[int]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            offload(engine, directory=directory)
+            Offloaded(engine, directory=directory)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     same = torch.equal(engine.module.weight, weight)
     gc.collect()
     left = files_in(directory)
     engine(torch.ones(1, 512))
-    offload(engine, directory=directory).restore()
+    Offloaded(engine, directory=directory).restore()
     return same, torch.equal(engine.module.weight, weight), left
 
 
@@ -237,28 +237,28 @@ def count_special(stage: int) -> dict[str, int]:
     bytes_of = {}
     engine = linear_engine()
     extra = torch.ones(1000, dtype=torch.float64)
-    offloaded = offload(engine, others=[extra, extra[5:], torch.ones(10)])
+    offloaded = Offloaded(engine, others=[extra, extra[5:], torch.ones(10)])
     assert extra.untyped_storage().nbytes() == 0
     bytes_of["with another tensor and its view"] = offloaded.bytes
     offloaded.restore()
     assert extra.sum() == 1000
 
     engine.module.weight.grad = torch.ones(512, 512)
-    offloaded = offload(engine)
+    offloaded = Offloaded(engine)
     bytes_of["with a gradient"] = offloaded.bytes
     offloaded.restore()
     assert engine.module.weight.grad.sum() == 512 * 512
 
     engine.module.weight.grad = None
     weight = engine.module.weight.detach().numpy()
-    offloaded = offload(engine)
+    offloaded = Offloaded(engine)
     assert (engine.module.weight.detach().numpy() == weight).all()
     bytes_of["shared with numpy"] = offloaded.bytes
     offloaded.restore()
 
     engine = linear_engine(stage, trained=False)
     expected = engine(torch.ones(1, 512))
-    offloaded = offload(engine)
+    offloaded = Offloaded(engine)
     bytes_of["without an optimizer"] = offloaded.bytes
     offloaded.restore()
     assert torch.equal(engine(torch.ones(1, 512)), expected)

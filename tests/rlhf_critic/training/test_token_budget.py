@@ -3,24 +3,16 @@
 import pytest
 import torch
 
-from rlhf_critic.training.token_budget import (
-    FIRST_TOKENS,
-    MAX_TOKENS,
-    ActivationMeter,
-    Measurement,
-    probe_token_budget,
-)
+from rlhf_critic.training.token_budget import FIRST_TOKENS, MAX_TOKENS, ActivationMeter, probe_token_budget
 
 
 def machine(overhead_s: float, bytes_per_token: int, calls: list[int] | None = None):
     """Returns a simulated cost: fixed time and memory for each micro-batch, 1 ms a token, and a slow first call."""
     made = [] if calls is None else calls
 
-    def measure(tokens: int) -> Measurement:
+    def measure(tokens: int) -> tuple[float, int]:
         made.append(tokens)
-        return Measurement(
-            overhead_s + tokens * 1e-3 + (10.0 if len(made) == 1 else 0.0), 10**9 + tokens * bytes_per_token
-        )
+        return overhead_s + tokens * 1e-3 + (10.0 if len(made) == 1 else 0.0), 10**9 + tokens * bytes_per_token
 
     return measure
 
