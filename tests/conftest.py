@@ -19,7 +19,9 @@ os.environ.update(
 )
 
 import re
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache, partial
@@ -102,13 +104,20 @@ def preference_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """One Ray for the whole session, with the Jobs API; it offers more CPUs than there are, so that all fit."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # not pytest's, whose path is too long for Ray's sockets
     with pytest.MonkeyPatch.context() as patch:
         # The agent behind the Jobs API takes any free port. By default it has a fixed one, which another Ray may hold.
         any_port = partial(ray._private.parameter.RayParams, dashboard_agent_listen_port=0)
         patch.setattr(ray._private.parameter, "RayParams", any_port)
-        context = ray.init("local", num_cpus=6, include_dashboard=True, logging_level="ERROR", log_to_driver=False)
-    yield context.address_info["gcs_address"]
+        context = ray.init(
+            "local", num_cpus=6, include_dashboard=True, logging_level="ERROR", log_to_driver=False, _temp_dir=folder
+        )
+    address = context.address_info["gcs_address"]
+    # A submitted job joins the Ray that this file names, or else any Ray of the machine, such as that of another test.
+    ray._private.utils.write_ray_address(address, folder)
+    yield address
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -120,5 +120,5 @@ def test_a_loss_that_is_not_defined_for_a_preference_is_refused(ranks, tiny_mode
         ranks(1).run(refuse, tiny_model, str(data), str(tmp_path), changes)[0]
         for changes in ({"loss": "per_token"}, {"margin_scale": 1.0})
     ]
-    assert messages[0].startswith(f"{data}:2: ranks more than two responses")
-    assert messages[1].startswith(f"{data}:2: field 'margin': missing, as in 1 of 2")
+    assert messages[0].startswith(f"{data}:2: ranks more than two responses, but train.loss per_token takes two")
+    assert messages[1].startswith(f"{data}:2: field 'margin': missing here and in 1 of 2")
