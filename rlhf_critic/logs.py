@@ -20,7 +20,7 @@ PACKAGES = ("rlhf_critic", "actors", "jobs", "__main__")  # the last is a job th
 NOISY_LIBRARIES = ("DeepSpeed", "deepspeed", "ray", "ray.train", "ray.serve")
 
 
-class _StandardError(logging.StreamHandler[TextIO]):
+class _StandardError(logging.StreamHandler):  # without a parameter, which Python 3.10 does not take
     """A handler that writes to the standard error of the moment, which tests and notebooks replace."""
 
     @property

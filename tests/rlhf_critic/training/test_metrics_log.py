@@ -1,6 +1,7 @@
 """A history has each step once, even after a crash in the middle of a line."""
 
 import json
+import time
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -14,6 +15,7 @@ def test_a_resumed_history_has_each_step_once(tmp_path):
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
+    time.sleep(1.1)  # TensorBoard orders the files of one process by their seconds
     resumed = MetricsLog(tmp_path, 3)
     for step in (4, 5):
         resumed.write("train", step, {"loss": 10.0 * step})

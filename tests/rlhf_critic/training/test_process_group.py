@@ -11,7 +11,7 @@ from tests.helpers import run_command
 
 JOIN = """
 import torch.distributed as dist
-from rlhf_critic.distributed import init_distributed
+from rlhf_critic.training.process_group import init_distributed
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 init_distributed("gloo")
