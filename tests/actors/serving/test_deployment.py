@@ -31,7 +31,7 @@ from rlhf_critic.errors import (
 from rlhf_critic.scoring.http_client import connect_http
 from rlhf_critic.scoring.items import Conversation, Text
 from tests.actors.scorers import make_conversations, rewards_by_engine
-from tests.helpers import slow_except, wait_until
+from tests.helpers import wait_until
 
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.timeout(600)
@@ -201,8 +201,9 @@ def test_a_publication_that_is_interrupted_leaves_the_pool_with_what_it_had(serv
     assert {client.score_items(make_conversations(1)).model_version for _ in range(20)} == {before}
 
 
-@pytest.mark.parametrize(("calls", "kill_every_s"), slow_except([(400, 1.5)], [(400, 1.5), (1000, 2.0)]))
-def test_replicas_that_are_killed_lose_no_request(serving, critics, client, calls, kill_every_s):
+@pytest.mark.slow
+def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
+    calls, kill_every_s = 1000, 2.0
     serving(critics["first"], min_replicas=3, max_replicas=3)
     items = make_conversations(60)
     wanted = rewards_by_engine(critics["first"], items)

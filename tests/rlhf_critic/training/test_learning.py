@@ -38,6 +38,7 @@ def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
     return engine.evaluate(held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a hang guard: a fresh clone first downloads and converts the model
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"real preferences are not at {DATA}")
 def test_sixty_steps_lower_the_log_loss_below_a_coins(ranks, tmp_path):
