@@ -38,7 +38,7 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 DURATIONS := benchmarks/test_durations.txt
 
-test: lint ## Lint, types, and every test that is not slow (12 minutes on 2 cores).
+test: lint ## Lint, types, and every test that is not slow.
 	$(PYTEST) -m "not slow and not cluster" $(PYTEST_OPTIONS)
 
 test-all: $(VENV)/.installed ## `make test`, then the slow tests and those with clusters; writes the durations of all.
