@@ -44,7 +44,11 @@ SECRET_IN_URI = re.compile(
 
 def shown_path(path: str) -> str:
     """Shortens an absolute path below the working directory to a relative one, as a user would type it."""
-    return os.path.relpath(path) if os.path.isabs(path) and Path(path).is_relative_to(Path.cwd()) else path
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # Ray may delete the working directory of a submitted job before it ends
+        return path
+    return os.path.relpath(path) if os.path.isabs(path) and Path(path).is_relative_to(here) else path
 
 
 def absolute_path(path: str) -> str:

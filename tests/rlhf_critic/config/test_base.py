@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhf_critic.config import base
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.train import RunConfig, TrainJobConfig
@@ -138,3 +139,12 @@ def test_a_source_is_named_once(config, tmp_path, monkeypatch):
         TrainJobConfig.model_validate(config)
     with pytest.raises(ValueError, match="names a source twice"):
         PPOJobConfig.model_validate({"prompts": config["data"]})
+
+
+def test_a_path_is_shown_where_the_working_directory_is_gone(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    assert base.shown_path(str(gone / "runs")) == "runs"
+    gone.rmdir()
+    assert base.shown_path(str(gone / "runs")) == str(gone / "runs")
