@@ -205,10 +205,10 @@ def ray_job(dashboard: str, *arguments: str, timeout: float = 280) -> subprocess
     )
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
-    """Waits for a condition; raises an error that names ``what`` if it does not become true."""
+def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout: float = 120) -> None:
+    """Waits for a condition; raises an error that names ``what``, called if it is a function, if it stays false."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout} s for {what}")
+            raise AssertionError(f"waited {timeout} s for {what() if callable(what) else what}")
         time.sleep(0.05)

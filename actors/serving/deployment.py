@@ -79,7 +79,6 @@ class ScorerReplica:
         if self._scorer is None:
             self._scorer = await asyncio.to_thread(_make_scorer, user_config, self._metrics)
             self._serving = user_config
-            self._metrics.on_version(self._scorer.info().model_version)
             self._report()
         elif self._swapping is None or self._swapping.done():
             self._swapping = asyncio.create_task(self._swap())
@@ -110,7 +109,6 @@ class ScorerReplica:
             try:
                 await asyncio.to_thread(self._scorer.publish, ScorerConfig(**wanted["scorer"]))
                 self._serving, self._error = wanted, ""
-                self._metrics.on_version(self._scorer.info().model_version)
             except Exception as error:
                 logger.exception("cannot serve the published critic; keeping the previous one")
                 self._error = str(error)
@@ -129,6 +127,7 @@ class ScorerReplica:
             is_current=self._wanted == self._serving,
             error=self._error if self._wanted != self._serving else "",
         )
+        self._metrics.on_version(report.info.model_version)
         self._status.report.remote(report)  # not awaited: the next health check reports again
 
 

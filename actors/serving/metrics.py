@@ -73,8 +73,8 @@ class ScorerMetrics:
         self._refusals.inc(1, {"kind": kind})
 
     def on_version(self, model_version: str) -> None:
-        """Records the version that is served from now on."""
-        if self._served:
+        """Records the version that is served. Ray exports a gauge for 20 s after it was set, so repeat the call."""
+        if self._served not in ("", model_version):
             self._version.set(0, {"model_version": self._served})
         self._version.set(1, {"model_version": model_version})
         self._served = model_version
