@@ -19,9 +19,13 @@ from rlhf_critic.scoring.items import Conversation, Item, Scores, Text
 Name: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 TokenId: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 T = TypeVar("T")
-# Validation of a list stops at its first error. A million errors would take seconds and half a gigabyte.
-ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
-Nonempty: TypeAlias = Annotated[list[T], Field(fail_fast=True, min_length=1)]
+# Validation of a list stops at its first error and at its maximum length. A million of either would take seconds and
+# half a gigabyte.
+MAX_ENTRIES, MAX_TOKENS = 2**16, 2**20
+ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True, max_length=MAX_ENTRIES)]
+Nonempty: TypeAlias = Annotated[list[T], Field(fail_fast=True, min_length=1, max_length=MAX_ENTRIES)]
+Ids: TypeAlias = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKENS)]
+SomeIds: TypeAlias = Annotated[Ids, Field(min_length=1)]
 
 
 class _Message(BaseModel):
@@ -81,7 +85,7 @@ class TextModel(_Message):
 class TokensModel(_Message):
     """Token ids of the critic's own tokenizer."""
 
-    token_ids: Nonempty[TokenId]
+    token_ids: SomeIds
 
     def to_item(self) -> Item:
         """Converts to the item of `rlhf_critic.scoring.items`."""
@@ -168,7 +172,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     model: StrictStr | None = Field(None, description="If given, answer only if this version is served.")
-    input: StrictStr | ListOf[StrictStr] | Nonempty[TokenId] | ListOf[ListOf[TokenId]] | None = None
+    input: StrictStr | ListOf[StrictStr] | SomeIds | ListOf[Ids] | None = None
     messages: Nonempty[Turn] | None = None
 
 
@@ -230,6 +234,14 @@ class LimitsModel(_Message):
     max_body_bytes: int
 
 
+class ReplicaModel(_Message):
+    """One replica of the pool, by its last report."""
+
+    replica: str
+    model_version: str
+    is_current: bool = Field(description="Whether it serves the critic that was published last.")
+
+
 class InfoResponse(_Message):
     """Answer of ``GET /info``."""
 
@@ -239,3 +251,4 @@ class InfoResponse(_Message):
     normalized: bool
     components: dict[str, float]
     limits: LimitsModel
+    replicas: list[ReplicaModel]
