@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from rlhf_critic.data.conversation import Turn, to_prompt
@@ -116,6 +117,7 @@ class ScoreRequest(_Message):
 class ScoreResponse(_Message):
     """Answer of ``POST /score``. Every list has one entry per item."""
 
+    model_config = ConfigDict(extra="forbid", strict=True)  # a number in quotes is no reward
     model_version: str
     rewards: list[float]
     truncated: list[bool] = Field(description="Whether the item was truncated from the left to the length limit.")
@@ -138,14 +140,19 @@ class ScoreResponse(_Message):
         )
 
     def to_scores(self) -> Scores:
-        """Converts the answer to scores. Numbers written from fp32 are restored exactly."""
+        """Converts the answer to scores. Numbers written from fp32 are restored exactly, others may overflow."""
+
+        def fp32(numbers: list[float]) -> NDArray[np.float32]:
+            with np.errstate(over="ignore"):  # infinity, which the client rejects
+                return np.array(numbers, dtype=np.float64).astype(np.float32)
+
         return Scores(
-            rewards_S=np.array(self.rewards, dtype=np.float32),
+            rewards_S=fp32(self.rewards),
             model_version=self.model_version,
             truncated_S=np.array(self.truncated, dtype=np.bool_),
             tokens_S=np.array(self.tokens, dtype=np.int64),
-            components={name: np.array(values, dtype=np.float32) for name, values in self.components.items()},
-            values=None if self.values is None else tuple(np.array(values, dtype=np.float32) for values in self.values),
+            components={name: fp32(values) for name, values in self.components.items()},
+            values=None if self.values is None else tuple(fp32(values) for values in self.values),
         )
 
 
