@@ -302,8 +302,8 @@ def _validate(scores: Scores, items: int, values: bool, version: str | None) -> 
         wrong += [] if lengths == scores.tokens_S.tolist() else ["there is not one value per token"]
     if wrong:
         raise ScorerFailed(
-            f"the answer does not belong to a call of {items} items ({'; '.join(wrong[:3])}): check that a pool of this "
-            "version of rlhf-critic answers there"
+            f"the answer does not belong to a call of {items} items ({'; '.join(wrong[:3])}): check that a pool of "
+            "this version of rlhf-critic answers there"
         )
 
 
