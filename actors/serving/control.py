@@ -223,7 +223,7 @@ def _change(
     # A unique name, so that earlier reports about the same critic are not taken for reports about this publication.
     _replicas(after)["user_config"]["publication"] = uuid.uuid4().hex
     wanted = deployment_hash(_replicas(after)["user_config"])
-    found = before and _hash(before)
+    found = None if before is None else _hash(before)
     before = before and _at_its_size(app, before)
     if not _apply(app, _at_its_size(app, after), only_if=found):
         raise ConfigError(f"the pool {app!r} was changed or stopped by another process meanwhile")

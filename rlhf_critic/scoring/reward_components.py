@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
-import regex
+import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from rlhf_critic.config.serve import Component, CriticComponent, LengthPenalty, PythonComponent, RegexComponent
@@ -217,7 +217,7 @@ def _function_of(component: PythonComponent) -> Callable[..., Any]:
         ) from error
     if not callable(function):
         raise ConfigError(f"component {component.name!r}: {component.function!r} is not callable: {function!r:.80}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _python_rule(component: PythonComponent, function: _TimeLimited) -> Rule:
