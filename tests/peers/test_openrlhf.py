@@ -1,8 +1,10 @@
 """OpenRLHF's reward model reads an export as this project does, and its executor gets our rewards over HTTP."""
 
 import itertools
+import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from rlhf_critic.checkpoint.convert import convert_checkpoint
 from rlhf_critic.checkpoint.critic_directory import load_critic
@@ -31,31 +33,26 @@ def test_their_reward_model_scores_our_export_with_our_numbers(peer, export, tex
     contract.compare("our export: its RewardModel and RewardDataset, turns", theirs, ours_of(export, pairs))
 
 
-def test_a_model_that_they_saved_has_their_scores_of_turns_here(peer, base, pairs, tmp_path):
+def test_a_model_that_they_saved_has_their_scores_here(peer, base, pairs, tmp_path):
+    """OpenRLHF removes line breaks at the end, and ends a text without EOS by a space and EOS."""
     contract = peer("openrlhf")
-    request = {"model": base, "rows": rows_of_turns(pairs), "keys": TURNS, "train_to": str(tmp_path / "theirs")}
-    answer = contract.run("ask_openrlhf", request)
-    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", max_length=512)
-    theirs = answer["chosen"] + answer["rejected"]
-    contract.compare("their checkpoint: rlhf-critic export, turns", theirs, ours_of(str(tmp_path / "ours"), pairs))
-
-
-def test_a_model_that_they_saved_has_their_scores_of_texts_here(peer, base, pairs, tmp_path):
-    """OpenRLHF ends a text without EOS by a space and EOS."""
-    contract = peer("openrlhf")
-    rows = [{"prompt": one.prompt, "chosen": one.response, "rejected": other.response} for one, other in pairs]
-    answer = contract.run(
-        "ask_openrlhf", {"model": base, "rows": rows, "keys": TEXTS, "train_to": str(tmp_path / "theirs")}
+    lines = tmp_path / "lines"  # a base model whose turns end with a line break, as ChatML's do
+    shutil.copytree(base, lines)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn['role'] }}>{{ turn['content'] }}{{ '\\n' }}{% endfor %}"
     )
-    template = tmp_path / "texts.jinja"
-    template.write_text(
-        "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ ' ' + eos_token }}", encoding="utf-8"
-    )
-    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", max_length=512, chat_template=str(template))
-    ours = load_critic(tmp_path / "ours").encoder.encode_batch([one for one, _ in pairs])
-    assert [one.ids for one in ours] == answer["ids"]
-    theirs = answer["chosen"] + answer["rejected"]
-    contract.compare("their checkpoint: rlhf-critic export, texts", theirs, ours_of(str(tmp_path / "ours"), pairs))
+    tokenizer.save_pretrained(lines)
+    texts = [{"prompt": one.prompt, "chosen": one.response, "rejected": other.response} for one, other in pairs]
+    for template, rows, keys in (("openrlhf", rows_of_turns(pairs), TURNS), ("openrlhf-plain", texts, TEXTS)):
+        theirs, ours = tmp_path / f"theirs-{template}", tmp_path / f"ours-{template}"
+        request = {"model": str(lines), "rows": rows, "keys": keys, "train_to": str(theirs)}
+        answer = contract.run("ask_openrlhf", request)
+        convert_checkpoint(theirs, ours, max_length=512, chat_template=template)
+        encoded = load_critic(ours).encoder.encode_batch([one for one, _ in pairs])
+        assert [one.ids for one in encoded] == answer["ids"]
+        what = f"their checkpoint: rlhf-critic export --chat-template {template}"
+        contract.compare(what, answer["chosen"] + answer["rejected"], ours_of(str(ours), pairs))
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["response with EOS", "response cut before EOS"])
