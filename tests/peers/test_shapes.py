@@ -1,4 +1,4 @@
-"""What peers send, read and look for in an export, as recorded in shapes.json. These tests run without the peers."""
+"""Requests and answers of peers, as recorded in shapes.json. These tests run without the peers."""
 
 import json
 from pathlib import Path
@@ -37,10 +37,3 @@ def test_our_answer_has_the_fields_that_a_recorded_one_has(endpoint, sender):
     ours = {**recorded, "model_version": "v"} if endpoint == "/get_reward" else recorded
     dumped = ANSWERS[endpoint].model_validate(ours).model_dump(mode="json")
     assert {name: shape_of(dumped[name]) for name in recorded} == shape_of(recorded)
-
-
-@pytest.mark.parametrize("name", SHAPES["export"])
-def test_an_export_has_the_fields_by_which_peers_read_it(export, name):
-    found = json.loads((Path(export) / name).read_text(encoding="utf-8"))
-    expected = SHAPES["export"][name]
-    assert {field: found.get(field) for field in expected} == expected

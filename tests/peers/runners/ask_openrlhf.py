@@ -50,6 +50,7 @@ def judge():
     if new:
         with torch.no_grad():
             model.score.weight.normal_(0.0, 1.0)
+        model.config.value_head_prefix = "score"  # as its train_rm does before it saves
         model.save_pretrained(request["train_to"])
         tokenizer.save_pretrained(request["train_to"])
     with torch.no_grad():
