@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from jobs.cli import command, run_job
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.tools import InspectJobConfig
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.encoding import create_encoder
 from rlhf_critic.data.preference_dataset import EncodedPreferences, count_leaked
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.evaluation.preferences import wins
@@ -23,7 +23,7 @@ PERCENTILES = (5, 25, 50, 75, 95, 100)
 def main() -> None:
     """Reads each source and prints its statistics and examples."""
     config = parse_command_line(InspectJobConfig, prog=command("inspect"))
-    encoder = Encoder(load_tokenizer(config.model, config.encoding.chat_template), config.encoding.max_length)
+    encoder = create_encoder(config.model, config.encoding)
     tables = [
         load_preferences(source, encoder, config.cache_dir, fields=config.fields, overlong=config.overlong)
         for source in config.data

@@ -124,7 +124,7 @@ def convert_checkpoint(
         mean = (mean or 0.0) - bias
     card = CriticCard(
         version=f"{source.resolve().name}@{source_format}",
-        encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length),
+        encoder=EncoderCard.of(encoder),
         reward_mean=mean,
         reward_std=std,
         reward_reference=reference,
