@@ -42,8 +42,12 @@ class ChatTemplate:
         if _without_white_space(text.removesuffix(after)).endswith(_without_white_space(response)):
             return text, "white space"
         bare, generating = self._generation_prompt(turns)
-        if generating:
-            before, response = generating, response[_overlap(generating.removeprefix(bare), response) :]
+        before = generating or before
+        for opening in (generating, generating.rstrip()):
+            overlap = _overlap(opening.removeprefix(bare), response)
+            if overlap:
+                before, response = opening, response[overlap:]
+                break
         return before + response + after, "kept whole"
 
     def open(self, turns: list[Message]) -> str:
