@@ -28,7 +28,8 @@ class ChatTemplate:
         """Renders turns and the response to them. Returns the text and what the template changed of the response.
 
         If the template dropped or rewrote parts of the response, the text consists of the generation prompt, the whole
-        response and the ending instead. White space that the template strips or adds is left as it is.
+        response and the ending instead. White space and EOS tokens that the template strips or adds at the ends of
+        parts are left as it writes them.
 
         Raises:
             EncodingError: The template rejects the turns, or leaves out every response.
@@ -39,7 +40,11 @@ class ChatTemplate:
         before, after = self.frame(turns)
         if text.endswith(response + after):
             return text, ""
-        if _without_white_space(text.removesuffix(after)).endswith(_without_white_space(response)):
+        said = _without_white_space(response)
+        eos = self._tokenizer.eos_token
+        while said.endswith(eos):  # which some templates write once
+            said = said.removesuffix(eos)
+        if _without_white_space(text.removesuffix(after)).removesuffix(eos).endswith(said):
             return text, "white space"
         bare, generating = self._generation_prompt(turns)
         before = generating or before
@@ -79,6 +84,23 @@ class ChatTemplate:
         return self.frame([{"role": "user", "content": ""}])[1]
 
     @cached_property
+    def separates_turns(self) -> bool:
+        """Whether the template writes more than white space between a question and its answer."""
+        question = f"{RESPONSE_MARK}?"
+        try:
+            before, _ = self.frame([{"role": "user", "content": question}])
+        except EncodingError:
+            return True
+        return bool(before.rpartition(question)[2].strip())
+
+    def begins_with(self, text: str) -> bool:
+        """Returns whether the template begins every text with this one."""
+        try:
+            return self.frame([{"role": "user", "content": "a"}])[0].startswith(text)
+        except EncodingError:
+            return False
+
+    @cached_property
     def known_ending(self) -> str | None:
         """The ending; None if the template rejects the short conversation from which it is read."""
         try:
@@ -92,7 +114,8 @@ class ChatTemplate:
             bare, generating = self._apply(turns), self._apply(turns, add_generation_prompt=True)
         except EncodingError:  # such as a template that rejects a conversation without an answer
             return "", ""
-        return bare, generating if generating != bare else ""
+        ended = generating.endswith(self._tokenizer.eos_token)  # a template that only changes the end of a text
+        return bare, "" if generating == bare or ended else generating
 
     def _apply(self, turns: list[Message], **options: bool) -> str:
         return self._apply_as_given([_with_parts(turn) for turn in turns] if self._takes_parts else turns, **options)

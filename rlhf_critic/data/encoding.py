@@ -21,23 +21,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME, EncodingConfig, SpecialTokensInText
+from rlhf_critic.config.model import AUTO_TEMPLATE, EncodingConfig, SpecialTokensInText
 from rlhf_critic.data.chat_template import Change, ChatTemplate
 from rlhf_critic.data.conversation import Message, Prompt
 from rlhf_critic.data.special_tokens import LiteralTokens
+from rlhf_critic.data.templates import resolve_template
 from rlhf_critic.errors import EncodingError
-from rlhf_critic.files import read_text
 
 PAD_TOKEN = "<|pad|>"
 BYTE_ORDER_MARK = "\ufeff"
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
-# A template that reads the current date would give another reward tomorrow, so it always gets this date.
-PINNED_DATE_MACRO = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 
 
 def create_encoder(model: str, options: EncodingConfig) -> Encoder:
@@ -57,7 +55,7 @@ def load_tokenizer(
     Args:
         name_or_path: Directory or hub id.
         chat_template: ``auto`` (the tokenizer's template, else ``plain``), ``plain`` (prompt, response and EOS, without
-            separators) or the path of a Jinja file.
+            separators), another name of `rlhf_critic.data.templates`, or the path of a Jinja file.
         keeps_template: Whether to keep the tokenizer's template to the character, as a saved critic needs. Otherwise
             the template loses a byte order mark at its start.
 
@@ -71,7 +69,12 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, padding_side="right", truncation_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
+        if (Path(name_or_path) / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+            raise EncodingError(
+                f"{name_or_path}: the tokenizer is a SentencePiece model (tokenizer.model, without a tokenizer.json), "
+                "which needs an optional dependency: pip install 'rlhf-critic[sentencepiece]'"
+            ) from error
         raise EncodingError(f"no tokenizer could be loaded from {name_or_path!r}: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no fast (Rust) implementation, which is required")
@@ -81,34 +84,14 @@ def load_tokenizer(
     if tokenizer.pad_token is None or tokenizer.pad_token_id in begin_or_end:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if isinstance(tokenizer.chat_template, str) and not keeps_template:
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)
+    tokenizer.chat_template = resolve_template(tokenizer, chat_template, begins_with_bos)
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
         # The template adds all special tokens. A tokenizer that also adds BOS would double it for callers that omit
         # add_special_tokens=False.
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
-    if isinstance(tokenizer.chat_template, str) and not keeps_template:
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)
-    tokenizer.chat_template = _resolve_template(tokenizer, chat_template, begins_with_bos)
     return tokenizer
-
-
-def _resolve_template(tokenizer: PreTrainedTokenizerBase, choice: str, begins_with_bos: bool) -> str:
-    plain = ("{{ bos_token }}" if begins_with_bos else "") + PLAIN_TEMPLATE
-    if choice == PLAIN_TEMPLATE_NAME:
-        return plain
-    if choice == AUTO_TEMPLATE:
-        template = tokenizer.chat_template or plain
-    else:
-        try:
-            template = read_text(choice)
-        except (OSError, UnicodeDecodeError) as error:
-            raise EncodingError(
-                f"chat_template {choice!r} is not 'auto', 'plain' or a readable file: {error}"
-            ) from error
-    if not isinstance(template, str):
-        raise EncodingError("the tokenizer has several chat templates; pass one of them as a file in chat_template")
-    if "strftime_now" in template and not template.startswith(PINNED_DATE_MACRO):
-        template = PINNED_DATE_MACRO + template
-    return template
 
 
 @dataclass(frozen=True)
@@ -224,14 +207,9 @@ class Encoder:
             return turns, response, False
         if self._reads_text:
             response = self._literal.hide(response)
-            if not self._frames_nothing:
+            if self._template.separates_turns:  # otherwise special tokens of the prompt do
                 turns = self._literal.hide(turns)
         return turns, response, True
-
-    @property
-    def _frames_nothing(self) -> bool:
-        """Whether the template is ``plain``. Then special tokens of the prompt are all that separates its turns."""
-        return str(self.tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
 
     def encode(self, prompt: Prompt, response: str) -> Encoded:
         """Encodes one prompt and response; see `encode_batch`."""
@@ -345,7 +323,7 @@ class Encoder:
             return re.sub(rf"^(?:{re.escape(self.tokenizer.pad_token)})+", "", text)
         bos, pads = self.tokenizer.bos_token, self._pads
         begins = bool(bos) and found[0].endswith(bos)
-        keeps = begins and (bos not in pads or str(self.tokenizer.chat_template).startswith("{{ bos_token }}"))
+        keeps = begins and (bos not in pads or self._template.begins_with(bos))
         return (bos if keeps else "") + text[found.end() :]
 
     @cached_property
