@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ class OpenedCritic:
         encoder: The encoder.
         reader: Reader of the weights, under the names of the family's ``*ForSequenceClassification`` class.
         dtype: Dtype of the weights.
+        head_bias: See `rlhf_critic.model.critic.ScalarHead`.
     """
 
     directory: str
@@ -124,9 +125,16 @@ class OpenedCritic:
     encoder: Encoder
     reader: WeightReader
     dtype: torch.dtype | None
+    head_bias: float = 0.0
 
-    def build(self, ds_config: dict[str, Any] | None = None) -> Critic:
+    def named(self, version: str) -> OpenedCritic:
+        """Returns the same critic with another version in its card."""
+        return replace(self, card=self.card.model_copy(update={"version": version}))
+
+    def build(self, ds_config: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Critic:
         """Builds the critic and reads its weights; see `rlhf_critic.model.factory.create_critic_model`.
+
+        ``dtype`` is that of the parameters, by default that of the weights.
 
         Raises:
             CheckpointError: The weights do not match the config.
@@ -138,13 +146,14 @@ class OpenedCritic:
             self.card.num_padding_at_beginning,
             rlhf_training=True,
             disable_dropout=True,
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             weights=self.reader,
+            head_bias=self.head_bias,
         )
 
-    def load(self) -> LoadedCritic:
-        """Builds the critic in this process, in evaluation mode. See `build` for the errors."""
-        return LoadedCritic(self.build().eval(), self.encoder, self.card)
+    def load(self, dtype: torch.dtype | None = None) -> LoadedCritic:
+        """Builds the critic in this process, in evaluation mode. See `build`."""
+        return LoadedCritic(self.build(dtype=dtype).eval(), self.encoder, self.card)
 
     def check(self) -> PreTrainedModel:
         """Checks the weights against the config, and the head's numbers. Returns the model on the meta device.
