@@ -17,6 +17,7 @@ from rlhf_critic.config.base import (
     absolute_path,
 )
 
+SpecialTokensInText = Literal["text", "token"]
 # Values of chat_template that are never file names, though there may be files of that name.
 AUTO_TEMPLATE = "auto"
 PLAIN_TEMPLATE_NAME = "plain"
@@ -84,6 +85,25 @@ class EncodingConfig(Section):
     response, <|im_end|>) or the path of a Jinja file."""
     max_length: PositiveInt = 1024
     """Maximum sequence length in tokens. Longer sequences are truncated from the left."""
+    special_tokens_in_text: SpecialTokensInText = "text"
+    """How to read a special token, such as <|im_end|>, that is written inside a text. text: as ordinary text, so that
+    an answer cannot end its own turn. token: as the token, as plain transformers does."""
+
+
+class AssumedEncoding(Section):
+    """The encoding that is assumed for a reward model without critic.json. None takes the model's own."""
+
+    chat_template: ChatTemplate | None = None
+    """Chat template of a reward model without critic.json: a name or path as in training. None uses its tokenizer's
+    own, else plain. Every scorer must reach the file."""
+    max_length: PositiveInt | None = None
+    """Maximum sequence length in tokens of a reward model without critic.json. None takes the limit of its tokenizer
+    and config."""
+
+    @property
+    def encoding(self) -> AssumedEncoding:
+        """These options alone."""
+        return AssumedEncoding(**self.model_dump(include=set(AssumedEncoding.model_fields)))
 
 
 class ShardingConfig(Section):
