@@ -1,7 +1,7 @@
 """Fixtures that tests share: a small tokenizer, tiny models, one Ray for a session, and groups of ranks on it.
 
-Processes of pytest-xdist share the files (``-n 4 --dist loadfile``). Fixtures decide which files stay together: those of
-scorers, those of each folder that need Ray, and each file of pure tests.
+Processes of pytest-xdist share the files (``-n 4 --dist loadfile``). Fixtures decide which files stay together: those
+of scorers, those of each folder that need Ray, and each file of pure tests.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def group_of(root: Path, file: str) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts the files that share a process first: they take longest, and files of pure tests fill the gaps after them."""
+    """Puts the groups that need Ray first, because they take longest; files of pure tests fill the gaps."""
 
     def is_pure(item: pytest.Item) -> bool:
         file = item.nodeid.partition("::")[0]
