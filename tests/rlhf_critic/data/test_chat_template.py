@@ -93,11 +93,9 @@ def test_a_policy_starts_from_the_generation_prompt(thinks, tokenizer_dir):
 
 
 def test_a_template_without_a_generation_prompt_gives_what_comes_before_a_response(tokenizer_dir):
-    assert (
-        encoder_of(tokenizer_dir, TEMPLATES["frames the reasoning"]).open("a")
-        == "<|user|>a<|assistant|><think></think>"
-    )
-    assert encoder_of(tokenizer_dir, None).open("a") == "a"
+    encoder = encoder_of(tokenizer_dir, TEMPLATES["frames the reasoning"])
+    assert encoder.open("a") == "<|user|>a<|assistant|><think></think>"
+    assert Encoder(load_tokenizer(encoder.tokenizer.name_or_path, "plain"), 256).open("a") == "a"
 
 
 def test_a_template_that_leaves_out_the_answer_is_refused(tokenizer_dir):
