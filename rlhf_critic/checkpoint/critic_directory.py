@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
+from transformers import PreTrainedModel
 
+from rlhf_critic.config.model import SpecialTokensInText
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import FileRecord, file_blocks, read_manifests, verify_files, write_text_atomically
+from rlhf_critic.files import FileRecord, file_blocks, read_manifests, read_text, verify_files, write_text_atomically
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, create_critic_model
 from rlhf_critic.model.hf_config import load_config
@@ -29,7 +31,7 @@ from rlhf_critic.model.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
-FORMAT_VERSION = 1  # of critic.json; raise it when an older reader would misread the file
+FORMAT_VERSION = 2  # of critic.json; raise it when an older reader would misread the file
 
 
 class EncoderCard(BaseModel):
@@ -38,6 +40,16 @@ class EncoderCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     fingerprint: str
     max_length: int
+    special_tokens_in_text: SpecialTokensInText = "token"  # of critics that were saved before the option
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> EncoderCard:
+        """Describes an encoder."""
+        return cls(
+            fingerprint=encoder.fingerprint,
+            max_length=encoder.max_length,
+            special_tokens_in_text=encoder.special_tokens_in_text,
+        )
 
 
 class CriticCard(BaseModel):
@@ -95,6 +107,70 @@ class LoadedCritic:
     card: CriticCard
 
 
+@dataclass(frozen=True)
+class OpenedCritic:
+    """A critic with its card and encoder, whose weights are not read yet.
+
+    Attributes:
+        directory: Directory with the config.
+        card: The card.
+        encoder: The encoder.
+        reader: Reader of the weights, under the names of the family's ``*ForSequenceClassification`` class.
+        dtype: Dtype of the weights.
+        head_bias: See `rlhf_critic.model.critic.ScalarHead`.
+    """
+
+    directory: str
+    card: CriticCard
+    encoder: Encoder
+    reader: WeightReader
+    dtype: torch.dtype | None
+    head_bias: float = 0.0
+
+    def named(self, version: str) -> OpenedCritic:
+        """Returns the same critic with another version in its card."""
+        return replace(self, card=self.card.model_copy(update={"version": version}))
+
+    def build(self, ds_config: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Critic:
+        """Builds the critic and reads its weights; see `rlhf_critic.model.factory.create_critic_model`.
+
+        ``dtype`` is that of the parameters, by default that of the weights.
+
+        Raises:
+            CheckpointError: The weights do not match the config.
+        """
+        return create_critic_model(
+            self.directory,
+            self.encoder.tokenizer,
+            ds_config,
+            self.card.num_padding_at_beginning,
+            rlhf_training=True,
+            disable_dropout=True,
+            dtype=dtype or self.dtype,
+            weights=self.reader,
+            head_bias=self.head_bias,
+        )
+
+    def load(self, dtype: torch.dtype | None = None) -> LoadedCritic:
+        """Builds the critic in this process, in evaluation mode. See `build`."""
+        return LoadedCritic(self.build(dtype=dtype).eval(), self.encoder, self.card)
+
+    def check(self) -> PreTrainedModel:
+        """Checks the weights against the config, and the head's numbers. Returns the model on the meta device.
+
+        Raises:
+            CheckpointError: The weights do not match the config, or the head is NaN or infinite.
+        """
+        model = check_critic_model(self.directory, self.encoder.tokenizer, weights=self.reader)
+        if HEAD_NAME not in self.reader.names:
+            raise CheckpointError(f"{self.directory}: no {HEAD_NAME}: the weights are those of another kind of model")
+        if not torch.isfinite(self.reader.read(HEAD_NAME)).all():
+            raise CheckpointError(
+                f"{self.directory}: the head ({HEAD_NAME}) is NaN or infinite: export another checkpoint"
+            )
+        return model
+
+
 def save_critic(
     directory: str | Path, critic: Critic, encoder: Encoder, card: CriticCard, is_main: bool = True
 ) -> None:
@@ -136,7 +212,7 @@ def read_card(directory: str | Path) -> CriticCard:
     """
     path = Path(directory) / CARD_NAME
     try:
-        content = from_json(path.read_text(encoding="utf-8"))
+        content = from_json(read_text(path))
         version = content.get("format_version", FORMAT_VERSION)
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
@@ -152,10 +228,8 @@ def read_card(directory: str | Path) -> CriticCard:
         raise CheckpointError(f"{path}: not a valid critic card: {error}") from error
 
 
-def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
-    """Loads a critic directory in this process, in the dtype it was saved in and in evaluation mode.
-
-    It compares the files with their manifests, unless the caller has done so and ``verify`` is False.
+def open_critic(directory: str | Path, *, verify: bool = True) -> OpenedCritic:
+    """Opens a critic directory. It compares the files with their manifests, unless the caller did: ``verify=False``.
 
     Raises:
         CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was trained with.
@@ -164,17 +238,17 @@ def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
         verify_critic(directory)
     card = read_card(directory)
     encoder = load_encoder(directory, card)
-    critic = create_critic_model(
-        str(directory),
-        encoder.tokenizer,
-        None,
-        card.num_padding_at_beginning,
-        rlhf_training=True,
-        disable_dropout=True,
-        dtype=load_config(str(directory)).dtype,
-        weights=WeightReader(str(directory), safetensors_only=True),
-    )
-    return LoadedCritic(critic.eval(), encoder, card)
+    reader = WeightReader(str(directory), safetensors_only=True)
+    return OpenedCritic(str(directory), card, encoder, reader, load_config(str(directory)).dtype)
+
+
+def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
+    """Loads a critic directory in this process, in the dtype it was saved in and in evaluation mode.
+
+    Raises:
+        CheckpointError: See `open_critic`.
+    """
+    return open_critic(directory, verify=verify).load()
 
 
 def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
@@ -187,15 +261,9 @@ def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
             tokenizer is not the one the critic was trained with, or the head is NaN or infinite.
     """
     hashed = weights_hash(directory)
-    card = read_card(directory)
-    encoder = load_encoder(directory, card)
-    reader = WeightReader(str(directory), safetensors_only=True)
-    check_critic_model(str(directory), encoder.tokenizer)
-    if HEAD_NAME not in reader.names:
-        raise CheckpointError(f"{directory}: no {HEAD_NAME}: the weights are those of another kind of model")
-    if not torch.isfinite(reader.read(HEAD_NAME)).all():
-        raise CheckpointError(f"{directory}: the head ({HEAD_NAME}) is NaN or infinite: export another checkpoint")
-    return card, hashed
+    opened = open_critic(directory, verify=False)
+    opened.check()
+    return opened.card, hashed
 
 
 def weights_hash(directory: str | Path, *, safetensors_only: bool = True) -> str:
@@ -236,7 +304,8 @@ def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
     Raises:
         CheckpointError: Its fingerprint differs from the card's.
     """
-    encoder = Encoder(load_tokenizer(str(directory)), card.encoder.max_length)
+    tokenizer = load_tokenizer(str(directory), keeps_template=True)
+    encoder = Encoder(tokenizer, card.encoder.max_length, card.encoder.special_tokens_in_text)
     if encoder.fingerprint != card.encoder.fingerprint:
         raise CheckpointError(
             f"{directory}: the tokenizer or chat template is not the one this critic was trained with: fingerprint "

@@ -89,7 +89,10 @@ def create_hf_model(
 
 
 def check_critic_model(
-    model_name_or_path: str, tokenizer: PreTrainedTokenizerBase, num_layers: int | None = None
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_layers: int | None = None,
+    weights: WeightReader | None = None,
 ) -> PreTrainedModel:
     """Checks that a critic can be built from a base model, using its config and the shapes in its files.
 
@@ -103,7 +106,7 @@ def check_critic_model(
         model = _construct(
             AutoModelForSequenceClassification, model_name_or_path, tokenizer, {}, True, num_layers, torch.float32, None
         )
-    match_weights(model, WeightReader(model_name_or_path), **_tolerances(model, False, num_layers))
+    match_weights(model, weights or WeightReader(model_name_or_path), **_tolerances(model, False, num_layers))
     return model
 
 
@@ -215,10 +218,12 @@ def create_critic_model(
     attn_implementation: str | None = None,
     prefix_tree: bool = True,
     weights: WeightReader | None = None,
+    head_bias: float = 0.0,
 ) -> Critic:
     """Builds a `Critic` around the family's sequence-classification model.
 
-    See `create_hf_model` for the arguments, and `Critic` for ``num_padding_at_beginning`` and ``prefix_tree``.
+    See `create_hf_model` for the arguments, and `Critic` for ``num_padding_at_beginning``, ``prefix_tree`` and
+    ``head_bias``.
 
     Raises:
         CheckpointError: See `create_hf_model`.
@@ -236,7 +241,7 @@ def create_critic_model(
         attn_implementation=attn_implementation,
         weights=weights,
     )
-    return Critic(model, num_padding_at_beginning, prefix_tree=prefix_tree)
+    return Critic(model, num_padding_at_beginning, prefix_tree=prefix_tree, head_bias=head_bias)
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
