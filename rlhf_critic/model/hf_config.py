@@ -56,7 +56,7 @@ def silence_dropout(config: PreTrainedConfig) -> None:
     """Sets every dropout probability in a config to 0, whatever the family calls it."""
     for name, value in vars(config).items():
         if DROPOUT_FIELD.search(name) and isinstance(value, (int, float)):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))  # 0 where a config takes integers only, such as MPT's
         elif isinstance(value, PreTrainedConfig):
             silence_dropout(value)
 
