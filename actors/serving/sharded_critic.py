@@ -17,7 +17,7 @@ import torch
 from actors.runtime.rank_group import Rank, RankGroup
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import CriticCard, load_encoder, read_card
+from rlhf_critic.checkpoint.critic_directory import CriticCard, load_encoder, open_critic, read_card
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import RankLost, ScorerUnavailable
 from rlhf_critic.scoring.request_batcher import Computed
@@ -43,7 +43,9 @@ class ShardedCriticRank(Rank):
         from rlhf_critic.training.inference_engine import InferenceEngine
 
         with self._opened:
-            self._engine = InferenceEngine.from_checkpoint(directories[self.rank], token_budget)
+            self._engine = InferenceEngine.from_checkpoint(
+                open_critic(directories[self.rank], verify=False), token_budget
+            )
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:
