@@ -64,10 +64,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
     validate_outside_package("run.storage_path", config.run.storage_path)
     validate_wandb(config.run.wandb_project)
     prompts, held_out = read_prompts(config)
-    with (
-        lock_run(config.run.storage_path, config.run.name),
-        remove_unused_run(config.run.storage_path, config.run.name),
-    ):
+    with lock_run(config.run.storage_path, config.run.name):
         return _run(config, prompts, held_out)
 
 

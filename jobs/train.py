@@ -115,10 +115,7 @@ def train(config: TrainJobConfig) -> ray.train.Result:
     config.validate_complete()
     validate_outside_package("run.storage_path", config.run.storage_path)
     validate_wandb_package(config.run.wandb_project)
-    with (
-        lock_run(config.run.storage_path, config.run.name),
-        remove_unused_run(config.run.storage_path, config.run.name),
-    ):
+    with lock_run(config.run.storage_path, config.run.name):
         return _train(config)
 
 

@@ -18,6 +18,7 @@ WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 OUT_OF_HOST_MEMORY = "can't allocate memory"
 SHOWN_CHARACTERS = 500
+TRACEBACK = "Traceback (most recent call last)"
 ROOMS = ("rlhf_critic", "actors", "jobs")
 # A frame of a traceback: the first directory of this project in its path, the rest of the path, the line.
 FRAME = re.compile(r'File "(?:[^"]*/(?=(?:rlhf_critic|actors|jobs)/))?([^"/]*)/?([^"]*)", line (\d+)')
@@ -175,7 +176,10 @@ def describe_error(error: BaseException) -> CriticError:
 
 
 def _describe(error: BaseException, trace: str) -> CriticError:
-    text = " ".join(str(error).split())
+    text = str(error).strip()
+    if TRACEBACK in text:  # Ray's errors have that of another process in their text, with the error in its last line
+        text = text.splitlines()[-1]
+    text = " ".join(text.split())
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[: SHOWN_CHARACTERS // 2]} ... {text[-SHOWN_CHARACTERS // 2 :]}"
     if type(error).__name__ in OUT_OF_MEMORY or OUT_OF_HOST_MEMORY in text:

@@ -64,7 +64,8 @@ def start_serve(config: ServeJobConfig, authenticated: bool) -> str:
             f"Ray Serve listens on {actual.host}, which other machines can reach: require a token with --auth on (or "
             "use --auth off if a proxy in front of it authenticates callers)"
         )
-    return f"http://{actual.host}:{actual.port}{route_of(config.app)}".rstrip("/")
+    host = f"[{actual.host}]" if ":" in actual.host else actual.host
+    return f"http://{host}:{actual.port}{route_of(config.app)}".rstrip("/")
 
 
 def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
@@ -246,11 +247,14 @@ def _published(app: str) -> str | None:
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
     from rlhf_critic.checkpoint.critic_directory import check_critic  # imports torch and transformers
 
-    with local_directory(scorer.checkpoint) as directory:
+    # A link such as ``latest`` may point elsewhere when another replica starts.
+    is_uri = "://" in scorer.checkpoint
+    checkpoint = scorer.checkpoint if is_uri else os.path.realpath(scorer.checkpoint)
+    with local_directory(checkpoint) as directory:
         card, digest = check_critic(directory)
         if scorer.normalize:
             card.reward_scale()
-    return scorer.model_copy(update={"digest": digest})
+    return scorer.model_copy(update={"checkpoint": checkpoint, "digest": digest})
 
 
 def _runtime_environment(use_gpu: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, padding_side="right", truncation_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:  # the last is of config.json, which is read too
         raise EncodingError(f"no tokenizer could be loaded from {name_or_path!r}: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no fast (Rust) implementation, which is required")
