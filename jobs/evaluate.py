@@ -14,7 +14,8 @@ from rich.table import Table
 from actors.runtime.storage import local_directory
 from jobs.cli import command, run_job
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import LoadedCritic, load_critic
+from rlhf_critic.checkpoint.critic_directory import LoadedCritic
+from rlhf_critic.checkpoint.reward_model import open_reward_model
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.tools import EvaluateJobConfig
 from rlhf_critic.data.preferences import load_preferences
@@ -71,7 +72,7 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
         CriticError: The checkpoint or the data cannot be read.
     """
     with local_directory(config.checkpoint) as directory:
-        loaded = load_critic(directory)
+        loaded = open_reward_model(directory, config.checkpoint, config.encoding).load()
     _, first_row = next(read_rows(config.data))
     return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)
 

@@ -17,13 +17,24 @@ from rlhf_critic.config.base import (
     absolute_path,
 )
 
+SpecialTokensInText = Literal["text", "token"]
 # Values of chat_template that are never file names, though there may be files of that name.
 AUTO_TEMPLATE = "auto"
 PLAIN_TEMPLATE_NAME = "plain"
+ARTICLE_TEMPLATE_NAME = "article"
+OPENRLHF_TEMPLATE_NAME = "openrlhf"
+OPENRLHF_PLAIN_TEMPLATE_NAME = "openrlhf-plain"
+SHIPPED_TEMPLATE_NAMES = (
+    AUTO_TEMPLATE,
+    PLAIN_TEMPLATE_NAME,
+    OPENRLHF_TEMPLATE_NAME,
+    OPENRLHF_PLAIN_TEMPLATE_NAME,
+    ARTICLE_TEMPLATE_NAME,
+)
 
 
 def _absolute_template(template: str) -> str:
-    return template if template in {AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME} else absolute_path(template)
+    return template if template in SHIPPED_TEMPLATE_NAMES else absolute_path(template)
 
 
 ChatTemplate = Annotated[str, AfterValidator(_absolute_template), AS_TYPED]
@@ -69,10 +80,30 @@ class EncodingConfig(Section):
     """Conversion of a prompt and a response to token ids."""
 
     chat_template: ChatTemplate = "auto"
-    """Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the path of a Jinja
-    file."""
+    """Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS), 'openrlhf' (the
+    tokenizer's own, ended as OpenRLHF does), 'openrlhf-plain' (joined as OpenRLHF does), 'article' (prompt, space,
+    response, <|im_end|>) or the path of a Jinja file."""
     max_length: PositiveInt = 1024
     """Maximum sequence length in tokens. Longer sequences are truncated from the left."""
+    special_tokens_in_text: SpecialTokensInText = "text"
+    """How to read a special token, such as <|im_end|>, that is written inside a text. text: as ordinary text, so that
+    an answer cannot end its own turn. token: as the token, as plain transformers does."""
+
+
+class AssumedEncoding(Section):
+    """The encoding that is assumed for a reward model without critic.json. None takes the model's own."""
+
+    chat_template: ChatTemplate | None = None
+    """Chat template of a reward model without critic.json: a name or path as in training. None uses its tokenizer's
+    own, else plain. Every scorer must reach the file."""
+    max_length: PositiveInt | None = None
+    """Maximum sequence length in tokens of a reward model without critic.json. None takes the limit of its tokenizer
+    and config."""
+
+    @property
+    def encoding(self) -> AssumedEncoding:
+        """These options alone."""
+        return AssumedEncoding(**self.model_dump(include=set(AssumedEncoding.model_fields)))
 
 
 class ShardingConfig(Section):
