@@ -74,7 +74,7 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
         loop_config: A `TrainJobConfig` as plain values.
 
     Raises:
-        CriticError: The run cannot go on, and another attempt would fail as well.
+        CriticError: The run cannot continue, and another attempt would fail as well.
     """
     configure_logging()
     config = TrainJobConfig.model_validate(loop_config)
