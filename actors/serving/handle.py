@@ -89,7 +89,7 @@ async def _awaited(response: Any) -> Any:
 
 
 def why_down(app: str) -> str:
-    """Returns why no replica of a pool can answer; empty if one runs."""
+    """Returns why no replica of a pool can start; empty if one runs, or the first one has not failed yet."""
     application = serve.status().applications.get(app)
     if application is None:
         return f"there is no pool {app!r}"
@@ -97,7 +97,7 @@ def why_down(app: str) -> str:
     if scorers is None or any(scorers.replica_states.get(state) for state in ANSWERING):
         return ""
     lines = [line.strip() for line in scorers.message.splitlines() if line.strip()]  # the last one names the error
-    return f"no scorer is running: {lines[-1] if lines else 'one is starting'}"
+    return f"no scorer is running: {lines[-1]}" if "fail" in scorers.message else ""
 
 
 def _cancel(response: Any) -> None:
