@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 import shlex
 
 import jsonschema
@@ -16,6 +16,7 @@ from actors.serving.deployment import app
 from actors.serving.http_api import HttpSettings
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.errors import ConfigError
 from tests.cluster.clusters import (
     CLUSTER,
     RAY,
@@ -209,8 +210,12 @@ def test_the_services_pool_has_room_in_its_own_cluster():
     assert most == workers("rayservice-scorers")["scorers"]["max_workers"]
 
 
-def test_nobody_is_let_in_before_a_token_is_set():
-    """The service listens beyond loopback, so it requires a token. No token matches the placeholder digest."""
-    assert serve_config().http_options.host == "0.0.0.0"
-    settings = HttpSettings(**serve_config().applications[0].deployments[1].user_config["http"])
-    assert re.fullmatch("change-me|[0-9a-f]{64}", str(settings.token_sha256))
+def test_nothing_starts_before_a_token_is_set():
+    """The service listens beyond loopback, so it requires a token."""
+    host = serve_config().http_options.host
+    http = serve_config().applications[0].deployments[1].user_config["http"]
+    assert host == "0.0.0.0"
+    for digest in ("change-me", None, "", hashlib.sha256(b"").hexdigest()):
+        with pytest.raises(ConfigError, match="token_sha256"):
+            HttpSettings(**{**http, "token_sha256": digest}, host=host)
+    assert HttpSettings(**{**http, "token_sha256": hashlib.sha256(b"a secret").hexdigest()}, host=host)
