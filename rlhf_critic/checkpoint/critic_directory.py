@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 from transformers import PreTrainedModel
 
+from rlhf_critic.config.model import SpecialTokensInText
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import FileRecord, file_blocks, read_manifests, verify_files, write_text_atomically
+from rlhf_critic.files import FileRecord, file_blocks, read_manifests, read_text, verify_files, write_text_atomically
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, create_critic_model
 from rlhf_critic.model.hf_config import load_config
@@ -30,7 +31,7 @@ from rlhf_critic.model.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
-FORMAT_VERSION = 1  # of critic.json; raise it when an older reader would misread the file
+FORMAT_VERSION = 2  # of critic.json; raise it when an older reader would misread the file
 
 
 class EncoderCard(BaseModel):
@@ -39,6 +40,16 @@ class EncoderCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     fingerprint: str
     max_length: int
+    special_tokens_in_text: SpecialTokensInText = "token"  # of critics that were saved before the option
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> EncoderCard:
+        """Describes an encoder."""
+        return cls(
+            fingerprint=encoder.fingerprint,
+            max_length=encoder.max_length,
+            special_tokens_in_text=encoder.special_tokens_in_text,
+        )
 
 
 class CriticCard(BaseModel):
@@ -201,7 +212,7 @@ def read_card(directory: str | Path) -> CriticCard:
     """
     path = Path(directory) / CARD_NAME
     try:
-        content = from_json(path.read_text(encoding="utf-8"))
+        content = from_json(read_text(path))
         version = content.get("format_version", FORMAT_VERSION)
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
@@ -293,7 +304,8 @@ def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
     Raises:
         CheckpointError: Its fingerprint differs from the card's.
     """
-    encoder = Encoder(load_tokenizer(str(directory)), card.encoder.max_length)
+    tokenizer = load_tokenizer(str(directory), keeps_template=True)
+    encoder = Encoder(tokenizer, card.encoder.max_length, card.encoder.special_tokens_in_text)
     if encoder.fingerprint != card.encoder.fingerprint:
         raise CheckpointError(
             f"{directory}: the tokenizer or chat template is not the one this critic was trained with: fingerprint "
