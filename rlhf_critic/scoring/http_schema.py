@@ -208,7 +208,7 @@ class GetRewardResponse(_Message):
     rewards: list[float]
     scores: list[float]
     extra_logs: dict[str, list[float]]
-    truncated: list[bool] = Field(description="Whether the query was truncated from the left.")
+    truncated: list[bool] = Field([], description="Whether each query was truncated from the left.")
     model_version: str
 
 
@@ -268,7 +268,6 @@ class ClassifyDatum(_Message):
     label: str
     probs: list[float]
     num_classes: Literal[1] = 1
-    truncated: bool = Field(description="Whether the text was truncated from the left.")
 
 
 class Usage(_Message):
@@ -286,8 +285,9 @@ class ClassifyResponse(_Message):
     object: Literal["list"] = "list"
     created: int
     model: str = Field(description="The request's model, else the served version.")
-    model_version: str
+    model_version: str = ""
     data: list[ClassifyDatum]
+    truncated: list[bool] = Field([], description="Whether each text was truncated from the left.")
     usage: Usage
 
     @classmethod
@@ -303,11 +303,10 @@ class ClassifyResponse(_Message):
             model=request.model or scores.model_version,
             model_version=scores.model_version,
             data=[
-                ClassifyDatum(index=index, label="LABEL_0", probs=[answer], truncated=truncated)
-                for index, (answer, truncated) in enumerate(
-                    zip(answers_S.tolist(), scores.truncated_S.tolist(), strict=True)
-                )
+                ClassifyDatum(index=index, label="LABEL_0", probs=[answer])
+                for index, answer in enumerate(answers_S.tolist())
             ],
+            truncated=scores.truncated_S.tolist(),
             usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
         )
 
