@@ -273,7 +273,10 @@ def _check_ids(index: int, item: Any, encoder: Encoder) -> list[int]:
             index,
             f" has {len(ids)} token ids, maximum {encoder.max_length}: give the last {encoder.max_length}",
         )
-    return [int(token) for token in ids]
+    kept = encoder.without_ignored_end([int(token) for token in ids])
+    if not kept:
+        raise _rejected("no_end", index, " has no token but the model's pad token: there is nothing to score")
+    return kept
 
 
 def _rejected(kind: str, index: int, reason: str) -> ScorerRejected:
