@@ -22,7 +22,12 @@ from rlhf_critic.checkpoint.critic_directory import (
     verify_critic,
     weights_hash,
 )
-from rlhf_critic.config.model import AUTO_TEMPLATE, AssumedEncoding
+from rlhf_critic.config.model import (
+    AUTO_TEMPLATE,
+    OPENRLHF_PLAIN_TEMPLATE_NAME,
+    OPENRLHF_TEMPLATE_NAME,
+    AssumedEncoding,
+)
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.model.factory import HEAD_NAME
@@ -76,7 +81,8 @@ def open_reward_model(
     if verify:
         verify_critic(directory)
     opened = _open_native(Path(directory), name, encoding)
-    opened.encoder.ignored_end_id = _pad_token_id(Path(directory), opened.encoder)
+    if encoding.chat_template not in (OPENRLHF_TEMPLATE_NAME, OPENRLHF_PLAIN_TEMPLATE_NAME):
+        opened.encoder.ignored_end_id = _pad_token_id(Path(directory), opened.encoder)
     version = f"{Path(name).name}@assumed-{_template_name(encoding)}-{opened.encoder.max_length}"
     logger.info(
         "assumed encoding of a reward model without %s: checkpoint=%s chat_template=%s max_length=%d ending=%r "
