@@ -336,7 +336,7 @@ class ErrorDetail(_Message):
     item: int | None = Field(None, description="Index of the item at fault, if one item is.")
     type: str = Field("", description="Class of the error, as clients of OpenAI and vLLM name it.")
     param: str | None = Field(None, description="Field of the request at fault, if one is.")
-    code: int = Field(0, description="HTTP status.")
+    code: int = Field(0, description="HTTP status of the answer.")
 
 
 class ErrorResponse(_Message):
