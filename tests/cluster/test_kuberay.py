@@ -35,6 +35,7 @@ from tests.cluster.fields import MANIFESTS
 
 NAMES = sorted(path.stem for path in (CLUSTER / "kuberay").glob("*.yaml"))
 CLUSTERS = tuple(RAY_MANIFESTS)
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 def pods(name):
@@ -119,7 +120,6 @@ def test_pods_run_without_privileges(name):
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
             }
-    assert all(pod["automountServiceAccountToken"] is False for pod in pods(name)[1:])
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -143,14 +143,42 @@ def test_only_scorers_may_be_taken_away():
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
+def test_the_autoscaler_alone_holds_rights_in_kubernetes(name):
+    """The head runs the drivers of jobs, which is anyone's code, beside the autoscaler."""
+    head, *others = pods(name)
+    assert all(pod["automountServiceAccountToken"] is False for pod in (head, *others))
+    (mount,) = ray_cluster(name)["autoscalerOptions"]["volumeMounts"]
+    (volume,) = (one for one in head["volumes"] if one["name"] == mount["name"])
+    assert mount == {"name": volume["name"], "mountPath": SERVICE_ACCOUNT, "readOnly": True}
+    paths = {path for source in volume["projected"]["sources"] for path in paths_of(source)}
+    assert paths == {"token", "ca.crt", "namespace"}, "what Kubernetes' own mount contains"
+    for pod in (head, *others):
+        for container in pod["containers"]:
+            assert mount["name"] not in [one["name"] for one in container["volumeMounts"]]
+
+
+def paths_of(source):
+    """Returns the files of one source of a projected volume."""
+    ((_, told),) = source.items()
+    return [told["path"]] if "path" in told else [item["path"] for item in told["items"]]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
 def test_all_pods_share_the_claimed_storage(name):
     claim = manifest("pvc")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for pod in pods(name):
-        (volume,) = pod["volumes"]
+        (volume,) = (one for one in pod["volumes"] if "persistentVolumeClaim" in one)
         assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         for container in pod["containers"]:
-            assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/mnt/rlhf"}]
+            (mount,) = container["volumeMounts"]
+            assert (mount["name"], mount["mountPath"]) == (volume["name"], "/mnt/rlhf")
+
+
+def test_scorers_that_answer_strangers_cannot_write_what_trainers_read():
+    _, *scorers = pods("rayservice-scorers")
+    for pod in scorers:
+        assert [mount["readOnly"] for one in pod["containers"] for mount in one["volumeMounts"]] == [True]
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
