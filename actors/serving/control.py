@@ -8,7 +8,6 @@ controller as ``serve run CONFIG`` does it. Knows nothing about command lines.
 from __future__ import annotations
 
 import copy
-import ipaddress
 import os
 import time
 import uuid
@@ -24,6 +23,7 @@ from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
 from actors.serving.deployment import deployment_hash
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
+from actors.serving.http_api import is_loopback
 from actors.serving.replica_status import read_status, status_of
 from rlhf_critic.config.model import AssumedEncoding
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
@@ -37,14 +37,6 @@ SCALING_OPTIONS = {"min_replicas", "max_replicas", "target_ongoing_requests", "u
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM")
 
 Progress = Callable[[str], None]
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether only this machine can connect to a server that listens on ``host``."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def route_of(app: str) -> str:
@@ -65,7 +57,8 @@ def start_serve(config: ServeJobConfig, authenticated: bool) -> str:
             f"Ray Serve listens on {actual.host}, which other machines can reach: require a token with --auth on (or "
             "use --auth off if a proxy in front of it authenticates callers)"
         )
-    return f"http://{actual.host}:{actual.port}{route_of(config.app)}".rstrip("/")
+    host = f"[{actual.host}]" if ":" in actual.host else actual.host
+    return f"http://{host}:{actual.port}{route_of(config.app)}".rstrip("/")
 
 
 def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
@@ -119,6 +112,8 @@ def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str 
         replicas["placement_group_bundles"] = [{"CPU": SEQUENCER_CPUS}] + [shard] * config.shards
         replicas["placement_group_strategy"] = "PACK"
     http = {"token_sha256": token_sha256, **config.model_dump(include={"max_body_bytes", "deadline_s"})}
+    if config.auth == "off":
+        http["auth"] = "off"
     gateway = {"name": "Gateway", "user_config": {"http": http, "max_items": config.max_items}}
     return {
         "name": config.app,
@@ -252,11 +247,14 @@ def _published(app: str) -> str | None:
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
     from rlhf_critic.checkpoint.reward_model import check_reward_model  # imports torch and transformers
 
-    with local_directory(scorer.checkpoint) as directory:
-        model = check_reward_model(directory, scorer.checkpoint, scorer.encoding)
+    # A link such as ``latest`` may point elsewhere when another replica starts.
+    is_local = os.path.isdir(scorer.checkpoint)
+    checkpoint = os.path.realpath(scorer.checkpoint) if is_local else scorer.checkpoint
+    with local_directory(checkpoint) as directory:
+        model = check_reward_model(directory, checkpoint, scorer.encoding)
         if scorer.normalize:
             model.opened.card.reward_scale()
-    return scorer.model_copy(update={"digest": model.digest})
+    return scorer.model_copy(update={"checkpoint": checkpoint, "digest": model.digest})
 
 
 def _runtime_environment(use_gpu: bool) -> dict[str, Any]:

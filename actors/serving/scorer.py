@@ -15,7 +15,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from rlhf_critic.config.serve import CallLimits, ScorerConfig
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.model.backbone import forward_micro_batches
-from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, encode_items, finish_items
+from rlhf_critic.scoring.items import Adjusted, Item, ScorerInfo, Scores, encode_items, finish_items
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 600.0
+STUCK_S = 1800.0  # a micro-batch that takes longer hangs
+THREADS = 32
 
 
 class LocalCritic:
@@ -100,15 +102,21 @@ class _Version:
         self.name = version_name(backend.card.version, digest, config)
         self.limits = CallLimits(**config.model_dump(include=set(CallLimits.model_fields)))
         self._encoding = threading.Lock()  # two threads must not use a tokenizer at once
+        bos_token = self.encoder.tokenizer.bos_token or ""
+        self._bos_token = bos_token if self.encoder.render("warm-up", "warm-up").startswith(bos_token) else ""
+        # For components, which may hang. Never shut down: the last calls finish after `close`.
+        self.finishing = ThreadPoolExecutor(THREADS, thread_name_prefix="finish")
         if config.normalize:
             backend.card.reward_scale()
         self._warm_up()
         self.batcher = RequestBatcher(backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=on_batch)
 
     def encode(self, items: Sequence[Item]) -> tuple[list[Item], list[Encoded]]:
+        wishes = [item if isinstance(item, Adjusted) else Adjusted(item) for item in items]
         with self._encoding:
-            finished = finish_items(items, self.encoder, self.limits)
-            return finished, encode_items(finished, self.encoder, self.limits)
+            finished = finish_items([one.begun(self._bos_token) for one in wishes], self.encoder, self.limits)
+            encoded = encode_items(finished, self.encoder, self.limits)
+        return finished, [one.shortened(whole) for one, whole in zip(wishes, encoded, strict=True)]
 
     def _count_tokens(self, text: str) -> int:
         with self._encoding:
@@ -182,6 +190,7 @@ class Scorer:
         self._shards, self._cpus_per_shard, self._use_gpu = shards, cpus_per_shard, use_gpu
         self._on_batch = on_batch
         self._publishing = threading.Lock()
+        self._beginning = ThreadPoolExecutor(THREADS, thread_name_prefix="encode")
         self._version = self._load(config)
 
     def score(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
@@ -203,14 +212,17 @@ class Scorer:
 
     async def score_async(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
         """Scores like `score`, for an event loop. Cancelling it removes the items from the queue."""
-        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin, items, values, version))
+        loop = asyncio.get_running_loop()
+        beginning = loop.run_in_executor(self._beginning, self._begin, items, values, version)
         try:
             call = await asyncio.shield(beginning)
         except asyncio.CancelledError:
             beginning.add_done_callback(_cancel_call)  # the thread continues and queues the items
             raise
         outputs = await asyncio.wrap_future(call.outputs)
-        return await asyncio.to_thread(call.finish, outputs)
+        if call.served.components.is_critic_alone:
+            return call.finish(outputs)
+        return await loop.run_in_executor(call.served.finishing, call.finish, outputs)
 
     def publish(self, config: ScorerConfig) -> None:
         """Switches to ``config``. Returns when the previous version has answered the calls that it had accepted.
@@ -241,9 +253,13 @@ class Scorer:
         """Checks that the scorer can answer.
 
         Raises:
-            ScorerUnavailable: A shard was lost.
+            ScorerUnavailable: A shard was lost, the critic computes without end, or all calls of a component hang.
         """
-        self._version.backend.check_healthy()
+        served = self._version
+        served.backend.check_healthy()
+        served.components.check_healthy()
+        if served.batcher.busy_s > STUCK_S:
+            raise ScorerUnavailable(f"the critic has computed one micro-batch for more than {STUCK_S:g} s")
 
     def close(self) -> None:
         """Answers the waiting calls and frees the critic."""
@@ -296,5 +312,8 @@ def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
 
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:
     """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
-    how = config.model_dump_json(include={"normalize", "components"})
+    # Without time limits, which decide no reward.
+    how = config.model_dump_json(
+        include={"normalize", "components"}, exclude={"components": {"__all__": {"timeout_s"}}}
+    )
     return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:8]}"
