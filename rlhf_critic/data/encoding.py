@@ -24,6 +24,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -69,7 +70,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, padding_side="right", truncation_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         if (Path(name_or_path) / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
             raise EncodingError(
                 f"{name_or_path}: the tokenizer is a SentencePiece model (tokenizer.model, without a tokenizer.json), "
