@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import ray
-from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -48,7 +47,7 @@ def main() -> None:
     if not export.exists():
         resume = run_exists(*resolve_run(config.run.storage_path, config.run.name))
         result = train(config.model_copy(update={"resume": resume}))
-        export_critic(checkpoint_of(config, result), export, auto_map=True)
+        export_critic(checkpoint_of(config, result), export, auto_map=False)
         ray.shutdown()
     show(console, export)
 
@@ -112,4 +111,4 @@ def summary(card: CriticCard) -> str:
 
 
 if __name__ == "__main__":
-    run_job(main, TrainingFailedError)
+    run_job(main)

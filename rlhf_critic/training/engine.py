@@ -27,7 +27,8 @@ from transformers import get_scheduler
 
 from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.planner import plan_micro_batches
-from rlhf_critic.batching.prefix_tree import PrefixTreeBatch, TokenIds
+from rlhf_critic.batching.prefix_tree import TokenIds
+from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
 from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
@@ -36,7 +37,7 @@ from rlhf_critic.files import write_text_atomically
 from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.weights import full_shape
 from rlhf_critic.training.offload import Offloaded
-from rlhf_critic.training.reshard import load_resized
+from rlhf_critic.training.reshard import load_resized, plain_path
 from rlhf_critic.training.token_budget import ActivationMeter, probe_token_budget
 
 ENGINE_STATE_NAME = "engine.json"
@@ -269,7 +270,8 @@ class TrainingEngine:
             )
         # At stage 0 nothing is sharded, so every rank reads the complete state.
         if world_size == self.world_size or stage == 0:
-            self.engine.load_checkpoint(str(resume), tag=STATE_TAG)
+            with plain_path(resume) as plain:
+                self.engine.load_checkpoint(str(plain), tag=STATE_TAG)
         elif state["step"] == 0:
             raise CheckpointError(
                 f"{directory}: saved with world_size={world_size}, now {self.world_size}, before the first step, so "

@@ -128,7 +128,14 @@ class _LiveBytes(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # A model asks whether its mask has no padding, which tensors without values cannot answer. False is the
+            # answer that takes more memory: the mask is kept.
+            return False if args[0].dtype == torch.bool else 0
+        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
+            result = _grouped_product(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             key, size = storage._cdata, storage.nbytes()
             if key not in self._seen:
@@ -143,6 +150,18 @@ class _LiveBytes(TorchDispatchMode):
         self._live -= size
 
 
+def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Returns the empty product of experts, whose meta kernel in torch takes bfloat16 only.
+
+    Without an expert dimension in a factor, ``offsets`` has the end of each expert's rows or columns.
+    """
+    shape = [left.shape[-2], right.shape[-1]]
+    if left.dim() == right.dim():  # 3: a product for each expert; 2: the gradient of the experts' weights
+        experts = left.shape[0] if left.dim() == 3 or offsets is None else len(offsets)
+        shape = [experts, *shape]
+    return left.new_empty(shape)
+
+
 def activation_bytes(
     critic: Critic, tokens: int, length: int, *, gradient_checkpointing: bool, rewards_only: bool = True
 ) -> int:
@@ -150,8 +169,8 @@ def activation_bytes(
 
     Counts what the forward pass keeps (with gradient checkpointing the input of every layer: Chen et al., "Training
     deep nets with sublinear memory cost" (2016)), what the backward pass recomputes, and the tensors between operators,
-    such as a weight's gradient before it is accumulated, but no memory inside kernels. Attention is that of CPUs; flex
-    attention, on GPUs, keeps the same tensors.
+    such as a weight's gradient before it is accumulated, but no memory inside kernels. Attention is that of CPUs; the
+    kernels of GPUs keep the same tensors.
 
     Args:
         critic: The critic on the meta device, as it is trained: in its dtype, with its adapters and frozen weights.
