@@ -34,7 +34,7 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three processes, because tests of actors wait for other processes to start; tests/README.md says which stay together.
+# Three processes share the tests; tests/README.md says which stay together.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 DURATIONS := benchmarks/test_durations.txt
 
