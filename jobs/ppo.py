@@ -26,9 +26,15 @@ from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
+<<<<<<< HEAD
 from actors.serving.job_cleanup import ends_with_this_job
 from jobs.cli import command, run_job, validate_outside_package
 from jobs.run_lock import lock_run, prepare_run
+=======
+from actors.serving.job_cleanup import ends_with_this_job, wait_for_earlier_jobs
+from jobs.cli import command, run_job, validate_outside_package, validate_resume, validate_wandb
+from jobs.run_lock import lock_run
+>>>>>>> parent of e4115f5 (Hold back the serialised changes of pools until they were run on Ray)
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.ppo import PPOJobConfig
@@ -154,6 +160,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
             )
         yield
         return
+    wait_for_earlier_jobs(reward.app, config.run.start_timeout_s)
     if control.is_running(reward.app):
         raise ConfigError(
             f"a pool {reward.app!r} runs already: leave out reward.checkpoint to use it, or choose another --reward.app"
@@ -176,13 +183,9 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         start_timeout_s=config.run.start_timeout_s,
     )
     with ends_with_this_job(reward.app):
-        try:
-            _, version, _ = run_pool(options, lambda _: None)
-            logger.info("scorers started version=%s", version)
-            yield
-        finally:
-            if control.is_running(reward.app):
-                control.stop(reward.app)
+        _, version, _ = run_pool(options, lambda _: None)
+        logger.info("scorers started version=%s", version)
+        yield
 
 
 def show(console: Console, outcome: PPOOutcome) -> None:
