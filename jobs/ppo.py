@@ -26,15 +26,9 @@ from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
-<<<<<<< HEAD
-from actors.serving.job_cleanup import ends_with_this_job
+from actors.serving.job_cleanup import ends_with_this_job, wait_for_earlier_jobs
 from jobs.cli import command, run_job, validate_outside_package
 from jobs.run_lock import lock_run, prepare_run
-=======
-from actors.serving.job_cleanup import ends_with_this_job, wait_for_earlier_jobs
-from jobs.cli import command, run_job, validate_outside_package, validate_resume, validate_wandb
-from jobs.run_lock import lock_run
->>>>>>> parent of e4115f5 (Hold back the serialised changes of pools until they were run on Ray)
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.ppo import PPOJobConfig
