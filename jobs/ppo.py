@@ -26,7 +26,7 @@ from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
-from actors.serving.job_cleanup import ends_with_this_job
+from actors.serving.job_cleanup import ends_with_this_job, wait_for_earlier_jobs
 from jobs.cli import command, run_job, validate_outside_package
 from jobs.run_lock import lock_run, prepare_run
 from jobs.serve import join_ray, run_pool
@@ -154,6 +154,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
             )
         yield
         return
+    wait_for_earlier_jobs(reward.app, config.run.start_timeout_s)
     if control.is_running(reward.app):
         raise ConfigError(
             f"a pool {reward.app!r} runs already: leave out reward.checkpoint to use it, or choose another --reward.app"
@@ -176,13 +177,9 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         start_timeout_s=config.run.start_timeout_s,
     )
     with ends_with_this_job(reward.app):
-        try:
-            _, version, _ = run_pool(options, lambda _: None)
-            logger.info("scorers started version=%s", version)
-            yield
-        finally:
-            if control.is_running(reward.app):
-                control.stop(reward.app)
+        _, version, _ = run_pool(options, lambda _: None)
+        logger.info("scorers started version=%s", version)
+        yield
 
 
 def show(console: Console, outcome: PPOOutcome) -> None:
