@@ -32,6 +32,8 @@ from torch import Tensor
 
 from rlhf_critic.errors import NonFiniteRewardError
 
+EQUAL_REWARDS = 1e-4  # spread, relative to the mean, below which rewards count as equal
+
 
 def action_values(
     values_S: Sequence[NDArray[np.float32]], prompt_lengths_S: Sequence[int]
@@ -402,10 +404,13 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation (divided by n - 1); 1 for fewer than two rewards or equal rewards."""
-        if self.count < 2 or self.squares == 0.0:
-            return 1.0
-        return math.sqrt(self.squares / (self.count - 1.0))
+        """Sample standard deviation (divided by n - 1); 1 for fewer than two rewards or equal rewards.
+
+        Rewards count as equal if they differ less than a critic's rounding errors. Dividing by those would make rewards
+        of any size.
+        """
+        std = math.sqrt(self.squares / (self.count - 1.0)) if self.count >= 2 else 0.0
+        return std if std > EQUAL_REWARDS * max(1.0, abs(self.mean)) else 1.0
 
 
 def _mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
