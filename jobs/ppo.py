@@ -20,7 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.ppo.checkpoint import latest_checkpoint, quarantine_damaged_checkpoints, read_state
+from actors.ppo.checkpoint import (
+    latest_checkpoint,
+    quarantine_damaged_checkpoints,
+    read_state,
+    remove_unfinished_checkpoints,
+)
 from actors.ppo.trainer import PPOOutcome, PPOTrainer, critic_options
 from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
@@ -71,6 +76,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
 def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PPOOutcome:
     directory = Path(config.run.storage_path) / config.run.name
     prepare_run(config.run.storage_path, config.run.name, config.resume)
+    remove_unfinished_checkpoints(directory)
     quarantine_damaged_checkpoints(directory)
     if not config.run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
