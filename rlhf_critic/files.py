@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterat
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path; the file written there replaces ``path`` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids repeat on other nodes
     try:
         yield temporary
         os.replace(temporary, path)

@@ -29,6 +29,17 @@ def test_a_file_is_replaced_when_its_block_ends_and_kept_when_it_fails(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Writers on two nodes may have the same process id."""
+    path = tmp_path / "file.txt"
+    with atomic_file(path) as one, atomic_file(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert one != other
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_of_two_processes_that_build_one_directory_the_second_keeps_that_of_the_first(tmp_path):
     path = tmp_path / "entry"
     with atomic_directory(path, keep_existing=True) as second:
