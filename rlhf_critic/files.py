@@ -52,10 +52,11 @@ def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterat
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", ignore_cleanup_errors=True) as name:
-            yield Path(name)
-            os.chmod(name, 0o755)
+            building = Path(name) / path.name
+            building.mkdir()  # with the permissions of the user's umask, unlike the temporary directory
+            yield building
             try:
-                os.rename(name, path)
+                os.rename(building, path)
             except OSError:
                 if not (keep_existing and path.is_dir()):
                     raise

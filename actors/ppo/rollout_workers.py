@@ -321,12 +321,12 @@ class RolloutWorkers:
 
 
 def score_patiently(client: ScorerClient, items: Sequence[Item], patience_s: float) -> Scores:
-    """Scores items, and goes on asking while no scorer answers, so that a run waits for a pool that will come back.
+    """Scores items, and keeps asking while no scorer answers, so that a run waits for a pool that will return.
 
     Args:
         client: Client of the scorers, with a deadline of its own.
         items: Items to score.
-        patience_s: Seconds to go on asking after the first deadline.
+        patience_s: Seconds to keep asking after the first deadline.
 
     Raises:
         ScorerUnavailable: No scorer answered in this time.

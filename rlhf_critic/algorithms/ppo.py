@@ -154,7 +154,7 @@ def clip_rewards(rewards_S: Tensor, limit: float) -> Tensor:
     """
     if not limit > 0:
         raise ValueError(f"the limit of rewards must be positive, not {limit}")
-    return _finite_rewards(rewards_S).clamp(-limit, limit)
+    return finite_rewards(rewards_S).clamp(-limit, limit)
 
 
 def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coefficient: float) -> Tensor:
@@ -178,7 +178,7 @@ def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coeffic
     """
     _same_shape("KL divergences and mask", kl_SL.shape, mask_SL.shape)
     _same_shape("rewards and the mask's rows", rewards_S.shape, mask_SL.shape[:1])
-    rewards_S = _finite_rewards(rewards_S)
+    rewards_S = finite_rewards(rewards_S)
     actions_left_SL = mask_SL.flip(1).cumsum(1).flip(1)
     rewards_SL = rewards_S[:, None] * (actions_left_SL == 1)
     return (rewards_SL - kl_coefficient * kl_SL.float()).masked_fill(~mask_SL, 0.0)
@@ -392,7 +392,7 @@ class RunningMoments:
         Raises:
             NonFiniteRewardError: A reward is NaN or infinite, which would make all later moments so.
         """
-        rewards_S = _finite_rewards(rewards_S).double()
+        rewards_S = finite_rewards(rewards_S).double()
         added = float(rewards_S.numel())
         if not added:
             return self
@@ -425,7 +425,12 @@ def _mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x_SL - mean).masked_fill(~mask_SL, 0.0).square().sum() / count
 
 
-def _finite_rewards(rewards_S: Tensor) -> Tensor:
+def finite_rewards(rewards_S: Tensor) -> Tensor:
+    """Returns rewards ``[S]`` in fp32.
+
+    Raises:
+        NonFiniteRewardError: A reward is NaN or infinite.
+    """
     rewards_S = rewards_S.float()
     bad = (~torch.isfinite(rewards_S)).nonzero().flatten().tolist()
     if bad:
