@@ -408,11 +408,11 @@ def run_concurrently(
     with ThreadPoolExecutor(len(actions)) as threads:
         futures = [threads.submit(action) for action in actions]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        failed = next((future for future in futures if future in done and future.exception()), None)
-        if failed is not None:
-            on_failure(failed.exception())
-    if failed is not None:
-        failed.result()
+        failure = next((error for future in futures if future in done and (error := future.exception())), None)
+        if failure is not None:
+            on_failure(failure)
+    if failure is not None:
+        raise failure
     return tuple(future.result() for future in futures)
 
 
