@@ -192,7 +192,8 @@ def test_only_rays_pods_and_named_callers_connect_to_rays_pods():
         [{"protocol": "TCP", "port": port}] for port in (ports["dashboard"], ports["serve"], 8080)
     ]
     for entry in others:
-        assert all(peer["podSelector"] for peer in entry["from"]), "an empty selector is everybody"
+        # An empty selector is everybody.
+        assert all(all(one.values()) and one for one in (peer["podSelector"] for peer in entry["from"]))
     submitter = others[0]["from"][1]["podSelector"]["matchLabels"]["job-name"]
     assert submitter == manifest("rayjob-train")["metadata"]["name"]
 
