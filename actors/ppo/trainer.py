@@ -181,7 +181,8 @@ class PPOTrainer:
             is_due_now = self._iteration in {0, total} or is_due(self._iteration, run.evaluate_every)
             if is_due_now and self._iteration not in evaluated:  # a job that resumes may have ended before it
                 self._evaluate(history)
-            if self._iteration == total:
+            if self._iteration >= total:
+                history.save()
                 return
             metrics = self._iterate()
             history.write("train", self._iteration, metrics)

@@ -43,9 +43,9 @@ class Scripted(PPOTrainer):
         failures: Errors by the entry that raises them, and whether they come during the updates of the models.
     """
 
-    def __init__(self, directory, failures=(), **run):
+    def __init__(self, directory, failures=(), iterations=4, **run):
         self.config = PPOJobConfig.model_validate(
-            {"ppo": {"iterations": 4}, "run": {"storage_path": str(directory), "name": "run", **run}}
+            {"ppo": {"iterations": iterations}, "run": {"storage_path": str(directory), "name": "run", **run}}
         )
         self.directory = directory / "run"
         self.failures = dict(failures)
@@ -99,9 +99,29 @@ def test_an_evaluation_that_fails_at_the_end_costs_nothing_and_is_made_up_for(tm
     again.run()
     assert again.done == ["evaluate 4"]
     assert kinds_of_history(tmp_path) == [("validation", 0), *[("train", n) for n in (1, 2, 3, 4)], ("validation", 4)]
-    whole = Scripted(tmp_path, checkpoint_every=0)
-    whole.run()
-    assert whole.done == [], "it was evaluated"
+    for total in (4, 3):  # a run may be told to end earlier
+        whole = Scripted(tmp_path, iterations=total, checkpoint_every=0)
+        whole.run()
+        assert whole.done == [], "it was evaluated"
+
+
+def test_an_evaluation_that_cannot_be_recorded_is_an_error_of_the_job(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    running = Scripted(tmp_path, checkpoint_every=0)
+    evaluate = running._evaluate
+
+    def evaluate_on_a_full_disk(history):
+        if running._iteration == 4:
+            monkeypatch.setattr(history._log, "write", full)
+        evaluate(history)
+
+    running._evaluate = evaluate_on_a_full_disk
+    with pytest.raises(CheckpointError, match="the history of the run could not be written"):
+        running.run()
+    assert running.done[-2:] == ["save 4", "evaluate 4"]
+    assert (running.directory / "iteration-000004").exists()
 
 
 @pytest.mark.parametrize(
