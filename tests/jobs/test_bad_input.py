@@ -201,7 +201,7 @@ MODELS = {
     "an integer for a number": (integer_for_a_number, "Validation error for field 'rms_norm_eps'"),
     "quantised weights": (quantised, "quantised: 1 tensors are float8_e4m3fn, such as model.layers.0.mlp.down_proj"),
     "adapters of peft": (adapters_only, "has adapters of peft and no complete model"),
-    "adapters of peft without a config": (adapters_without_config, "call merge_and_unload() and save_pretrained()"),
+    "adapters of peft without a config": (adapters_without_config, "rlhf-critic export ADAPTERS OUT --base BASE_MODEL"),
     "an encoder": (encoder, "BertForSequenceClassification (model type 'bert') has no 'score' head"),
     "an encoder and a decoder": (encoder_and_decoder, "T5ForSequenceClassification (model type 't5') has no 'score'"),
 }
