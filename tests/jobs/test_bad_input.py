@@ -222,7 +222,7 @@ def test_commands_on_what_is_no_critic(tiny_model, tmp_path, monkeypatch, capsys
 
 
 EXPORTS = {
-    "a base model": ({}, [], "(lm_head.*, model.*) do not match --from auto", "python -m jobs.train"),
+    "a base model": ({}, [], "(lm_head.*, model.*) do not match --from auto", "rlhf-critic train"),
     "a format it has not": (
         {},
         ["--from", "trlx"],
