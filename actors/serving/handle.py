@@ -71,6 +71,7 @@ class HandleTransport:
             ScorerUnavailable: There is none, and the reason is known.
         """
         task = asyncio.ensure_future(_awaited(response))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs an unread one
         try:
             for wait_s in (min(timeout_s, CHECK_AFTER_S), max(0.0, timeout_s - CHECK_AFTER_S)):
                 done, _ = await asyncio.wait({task}, timeout=wait_s)
