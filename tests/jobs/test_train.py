@@ -190,6 +190,7 @@ def test_what_a_lost_attempt_left_of_its_first_checkpoint_keeps_no_run_from_star
     verify_manifest(left)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_step_changes_nothing(submitted, options):
     run = storage_of(options) / "worker-killed"
     finished: list[object] = []
@@ -260,6 +261,7 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
     assert_same_run(run, submitted[0])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(options, validation_file):
     """The data is a blend of two sources, of which a part is held out."""
     exploding = {
@@ -287,6 +289,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
     assert kept - 40 / 2 <= shown <= kept - (40 - 13) / 2 + 1
 
 
+@pytest.mark.slow
 def test_wrong_data_ends_the_run_without_another_try(options, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')

@@ -390,6 +390,7 @@ def test_a_checkpoint_that_is_damaged_or_none_of_a_group_is_refused_before_anyth
     assert pair.group.state().step >= STEPS, "the group answers afterwards"
 
 
+@pytest.mark.slow
 def test_another_number_of_shards_takes_up_a_checkpoint(pair):
     def go_on(group: CriticGroup) -> list[float]:
         return [group.update(*ROLLOUTS.arguments, clip=CLIP).loss for _ in range(3)]
@@ -400,6 +401,7 @@ def test_another_number_of_shards_takes_up_a_checkpoint(pair):
         np.testing.assert_allclose(go_on(alone), go_on(pair.group), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_that_lost_a_shard_ends_with_the_weights_of_one_that_did_not(ray_address, critics, tmp_path, monkeypatch):
     works = [make_rollouts(prompts=4, seed=seed) for seed in range(4)]
@@ -480,6 +482,7 @@ def test_a_loss_that_is_not_finite_ends_the_group(ray_address, critics):
             group.values([[3]])
 
 
+@pytest.mark.slow
 def test_offloading_gives_the_system_its_memory_back(ray_address, tmp_path):
     model = save_tiny_model(
         tmp_path / "larger", tie_word_embeddings=True, hidden_size=512, intermediate_size=1536, num_hidden_layers=6
@@ -503,6 +506,7 @@ class SecondCannotBuild(CriticRank):
         super().build(options)
 
 
+@pytest.mark.slow
 def test_a_group_that_cannot_start_leaves_nothing_behind(ray_address, critics, tiny_model, tmp_path, monkeypatch):
     headless = shutil.copytree(critics["first"], tmp_path / "headless")
     weights = load_file(headless / "model.safetensors")

@@ -20,6 +20,7 @@ from actors.runtime import rank_group
 from actors.runtime.rank_group import Rank, RankGroup
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError, PlacementError, RankLost
 from tests.actors.groups import CPUS, leaves_nothing, processes, require_gone
+from tests.helpers import slow_except
 
 RESTING_S = 600.0  # far longer than any test: such a rank is killed and not waited for
 
@@ -149,7 +150,7 @@ def test_a_call_that_takes_too_long_says_what_was_waited_for(doomed):
         doomed.call_all("come to an end", "rest", timeout_s=1.5)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", slow_except([1], [0, 1]))
 def test_a_rank_that_is_killed_in_a_collective_ends_all_at_once(doomed, killed):
     ranks = processes(doomed)
     threading.Timer(2.0, lambda: os.kill(ranks[killed].pid, signal.SIGKILL)).start()
@@ -184,7 +185,9 @@ def test_without_room_nothing_is_left_behind(ray_address):
 @pytest.mark.parametrize(
     ("actor_class", "message"),
     [
-        (SecondCannotStart, "rank 1 was lost during a call to join.*no such device"),
+        pytest.param(
+            SecondCannotStart, "rank 1 was lost during a call to join.*no such device", marks=pytest.mark.slow
+        ),
         (SecondCannotMeet, r"rank 1 failed to join: OSError at .*: no route to host"),
     ],
 )
@@ -205,6 +208,7 @@ class Owner:
             group.close()
 
 
+@pytest.mark.slow
 def test_ranks_in_the_bundles_of_their_owner_reserve_nothing_else(ray_address):
     with leaves_nothing():
         group = ray.util.placement_group([{"CPU": CPUS}] * 3)
