@@ -6,13 +6,15 @@ connects them to Ray Train. Knows nothing about command lines.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -41,7 +43,8 @@ from actors.runtime.storage import (
 )
 from actors.training.result import SCORE, TrainOutcome, ValidationProgress
 from rlhf_critic.batching.sampler import is_due, rows_of_step
-from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, read_card
+from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, read_card
+from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
@@ -102,9 +105,10 @@ class _TrainingRun:
         self.is_main = self.context.get_world_rank() == 0
         self.is_first_of_node = self.context.get_local_rank() == 0
         raise_on_all_ranks(lambda: validate_wandb(config.run.wandb_project) if self.is_main else None)
+        self._on_each_node(lambda: remove_unfinished_saves(config.run.storage_path, config.run.name))
         # One rank of a node encodes what is not cached yet; then all map its files.
-        self._on_each_node(lambda: load_data(config))
-        self.data = raise_on_all_ranks(lambda: load_data(config))
+        self._on_each_node(lambda: load_data(config, _ignored_end_id(config)))
+        self.data = raise_on_all_ranks(lambda: load_data(config, _ignored_end_id(config)))
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
         raise_on_all_ranks(lambda: WeightReader(config.model.path))
@@ -226,7 +230,8 @@ class _TrainingRun:
                 "progress": asdict(self.progress),
             },
         )
-        name_of_save = _same_on_all_ranks(lambda: f"rlhf-critic-{uuid.uuid4().hex}")
+        prefix = prefix_of_saves(self.config.run.storage_path, name)
+        name_of_save = _same_on_all_ranks(lambda: f"{prefix}{uuid.uuid4().hex}")
         # One directory per node, even where nodes share a disk: one node would remove what another still uploads.
         directory = Path(tempfile.gettempdir()) / f"{name_of_save}-{node}"
         stored = checkpoint_name(step)
@@ -271,6 +276,18 @@ class _TrainingRun:
         return {"reward_mean": mean, "reward_std": std, "reward_reference": what}
 
 
+def prefix_of_saves(storage_path: str, name: str) -> str:
+    """Returns how the names of a run's temporary directories begin, which hold checkpoints until they are stored."""
+    return f"rlhf-critic-{hashlib.sha256(f'{storage_path}/{name}'.encode()).hexdigest()[:16]}-"
+
+
+def remove_unfinished_saves(storage_path: str, name: str) -> None:
+    """Removes temporary directories that killed workers of a run left on this node. Call it before the first save."""
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix_of_saves(storage_path, name)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+        logger.warning("removed what a killed worker left path=%s", left)
+
+
 def stored_checkpoints(filesystem: pafs.FileSystem, run_path: str) -> list[tuple[str, Checkpoint]]:
     """Lists the names and checkpoints of a run as rank 0 sees them, the newest first. Collective.
 
@@ -288,6 +305,19 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
     """Returns the numbers of a validation that the history records."""
     values = evaluation.to_dict().items()
     return {name: value["mean"] for name, value in values if isinstance(value, dict) and "mean" in value}
+
+
+def _ignored_end_id(config: TrainJobConfig) -> int | None:
+    """Returns the token that the run ignores at the end of texts, as its checkpoints do, or the model at its start."""
+    filesystem, path = resolve_run(config.run.storage_path, config.run.name)
+    for name in checkpoint_names(filesystem, path):
+        with (
+            suppress(OSError, ValueError, LookupError, TypeError),
+            filesystem.open_input_stream(f"{path}/{name}/{CARD_NAME}") as file,
+        ):
+            ignored: int | None = json.loads(file.read())["encoder"].get("ignored_end_id")
+            return ignored
+    return ignored_end_at_start(config.model.path)
 
 
 def _same_on_all_ranks(make: Callable[[], T]) -> T:

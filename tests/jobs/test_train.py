@@ -222,6 +222,7 @@ def test_a_worker_killed_while_workers_start_is_replaced_too(ray_address, option
     assert [record["step"] for record in history_of(run)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, request):
     run = storage_of(options) / "killed [3], à l'essai"  # DeepSpeed takes brackets for a pattern; metrics take ASCII
     config = tmp_path / "config.yaml"

@@ -33,6 +33,7 @@ from rlhf_critic.scoring.http_client import connect_http
 from rlhf_critic.scoring.items import Conversation, Text
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import wait_until
+from tests.jobs.ppo_rules import DIE
 
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.timeout(600)
@@ -239,6 +240,34 @@ def test_a_swap_that_failed_heals_without_anybody_who_publishes(serving, critics
 
 
 @pytest.mark.slow
+def test_a_link_that_moves_on_changes_nothing_and_callers_are_told_why_a_pool_is_down(serving, critics, tmp_path):
+    served, away, latest = tmp_path / "served", tmp_path / "away", tmp_path / "latest"
+    shutil.copytree(critics["first"], served)
+    latest.symlink_to(served)
+    serving(str(latest), min_replicas=1, max_replicas=1)
+    items = make_conversations(3)
+
+    def kill():
+        (pid,) = replica_pids()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: pid not in replica_pids(), "the end of the replica", 60)
+
+    with connect(deadline_s=120) as patient, connect(deadline_s=30) as waiting:
+        before = patient.score_items(items).model_version
+        latest.unlink()
+        latest.symlink_to(tmp_path / "nothing")
+        kill()
+        assert patient.score_items(items).model_version == before, "the directory that was published"
+        served.rename(away)
+        kill()
+        try:
+            with pytest.raises(ScorerUnavailable, match=rf"no scorer is running: .*{served}: no such directory"):
+                waiting.score_items(items)
+        finally:
+            control.stop("scorers")
+
+
+@pytest.mark.slow
 def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
     calls, kill_every_s = 1000, 2.0
     serving(critics["first"], min_replicas=3, max_replicas=3)
@@ -274,6 +303,27 @@ def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
     wait_until(lambda: len(replica_pids()) == 3, "three replicas again", 120)
     assert not set(killed) & set(replica_pids())
     assert client.score_items(items[:3]).rewards_S == pytest.approx(wanted[:3], abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_item_that_kills_replicas_is_named_by_its_index_and_others_are_scored(serving, critics, tmp_path):
+    components = tmp_path / "components.yaml"
+    components.write_text(
+        "components:\n- {kind: critic}\n"
+        "- {kind: python, name: dies, weight: 0.0, function: 'tests.jobs.ppo_rules:dies'}\n"
+    )
+    url = serving(critics["first"], min_replicas=2, max_replicas=2, components=str(components))
+    items = make_conversations(12)
+    poisoned = [*items[:7], Conversation("please", DIE), *items[7:]]
+    with connect(deadline_s=200) as client, connect_http(url, deadline_s=200) as over_http:
+        before = set(replica_pids())
+        for ask in (client, over_http):
+            with pytest.raises(ScorerRejected, match="item 7: 2 scorers died while they scored it alone") as refused:
+                ask.score_items(poisoned)
+            assert (refused.value.kind, refused.value.item) == ("kills_scorers", 7)
+        assert not before & set(replica_pids())
+        wanted = rewards_by_engine(critics["first"], items)
+        np.testing.assert_allclose(client.score_items(items).rewards_S, wanted, atol=TOLERANCE)
 
 
 def test_a_full_pool_turns_callers_away_at_their_deadline_and_recovers(serving, critics):
