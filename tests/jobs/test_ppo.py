@@ -447,15 +447,15 @@ def test_scorers_that_fail_cost_no_iteration(options, undisturbed, tmp_path):
     assert_same_beginning(run, undisturbed, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("runaway", {"max_kl": 1e-3}, r"iteration 2: the mean KL .* nats, above ppo.max_kl 0.001: the policy left"),
-        pytest.param(
+        (
             "nan",
             {"epochs": 1, "minibatches": 1},
             "the policy's output is NaN or infinite, so no token can be sampled",
-            marks=pytest.mark.slow,
         ),
     ],
 )

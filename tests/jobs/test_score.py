@@ -108,6 +108,7 @@ def test_best_of_n_and_all_of_n(ray_address, critics, tmp_path, monkeypatch, cap
     assert [row["note"] for row in best] == [None, None, None, "only here", None, None]
 
 
+@pytest.mark.slow
 def test_components_are_written_one_by_one(ray_address, critics, tmp_path, monkeypatch, capsys):
     (tmp_path / "c.yaml").write_text("components:\n- {kind: critic, weight: 2}\n- {kind: length_penalty}\n")
     items = make_conversations(6)

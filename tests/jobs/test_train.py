@@ -223,6 +223,17 @@ def test_a_worker_killed_while_workers_start_is_replaced_too(ray_address, option
 
 
 @pytest.mark.slow
+def test_a_resumed_job_goes_on_from_its_last_checkpoint_and_changes_nothing(submitted, options):
+    """The job ended behind a checkpoint: steps that follow it are in the history, and are made again."""
+    run = storage_of(options) / "resumed"
+    shutil.copytree(submitted[0], run)
+    shutil.rmtree(run / f"step-{STEPS:06d}")
+    (run / "checkpoint_manager_snapshot.json").unlink()  # it names the last one
+    assert train(config_of(options, run={"name": run.name}, resume=True)).return_value.steps == STEPS
+    assert_same_run(run, submitted[0])
+
+
+@pytest.mark.slow
 def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, request):
     run = storage_of(options) / "killed [3], à l'essai"  # DeepSpeed takes brackets for a pattern; metrics take ASCII
     config = tmp_path / "config.yaml"

@@ -168,7 +168,7 @@ def pair(ray_address, critics, tmp_path_factory):
         yield live(group, *PAIR, tmp_path_factory.mktemp("pair") / "saved")
 
 
-@pytest.fixture(scope="module", params=slow_except([(1, 0), PAIR], WORLDS, of_fixture=True), ids=str)
+@pytest.fixture(scope="module", params=slow_except([PAIR], WORLDS, of_fixture=True), ids=str)
 def life(request, ray_address, critics, tmp_path_factory):
     if request.param == PAIR:
         yield request.getfixturevalue("pair")
@@ -453,9 +453,8 @@ def kill_in_an_update(group: CriticGroup, rank: psutil.Process, rollouts: Rollou
     return killed_at[0]
 
 
-@pytest.mark.parametrize(
-    ("model", "shards", "stage"), slow_except([("tied_model", 2, 3)], [("tied_model", 2, 3), ("tiny_model", 1, 0)])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "shards", "stage"), [("tied_model", 2, 3), ("tiny_model", 1, 0)])
 def test_a_base_model_starts_with_values_of_zero_and_becomes_a_critic(
     ray_address, request, tmp_path, model, shards, stage
 ):

@@ -123,6 +123,7 @@ def test_ranks_of_which_only_one_refuses_end(doomed):
         doomed.call_all("agree", "agree_on", 1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_one_that_refused_is_not_waited_for_without_end(doomed, monkeypatch):
     monkeypatch.setattr(rank_group, "AGREEMENT_TIMEOUT_S", 2.0)
     begin = time.monotonic()
@@ -131,6 +132,7 @@ def test_a_rank_that_waits_for_one_that_refused_is_not_waited_for_without_end(do
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.slow
 def test_what_no_rank_is_known_to_survive_ends_all(doomed):
     with pytest.raises(RankLost, match=r"talking rank 1 failed to add: ZeroDivisionError at .*: by nothing"):
         doomed.call_all("add", "raise_on", (1,), ZeroDivisionError("by nothing"), True)
