@@ -50,7 +50,7 @@ def merged_model(source: str | Path, base: str | None) -> Iterator[tuple[Path, s
     with tempfile.TemporaryDirectory(prefix="rlhf-critic-merged-") as folder:
         directory = Path(folder) / source.resolve().name  # the critic's version has this name
         model = _merge(source, base)
-        pad_token_id = AutoTokenizer.from_pretrained(of_tokenizer).pad_token_id
+        pad_token_id = AutoTokenizer.from_pretrained(of_tokenizer, trust_remote_code=False).pad_token_id
         if pad_token_id is not None:
             model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_token_id
         model.save_pretrained(directory)

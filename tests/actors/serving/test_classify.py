@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import httpx
@@ -154,4 +155,4 @@ def test_errors_have_the_fields_of_openai(service, what):
     assert (answer.status_code, error["code"]) == (status, status), answer.text
     assert error["type"] == {404: "NotFoundError", 422: "BadRequestError"}[status]
     assert error["message"]
-    assert str(error["param"] or "").split(".")[0] == (param or "")
+    assert re.split(r"[.\[]", error["param"] or "")[0] == (param or "")
