@@ -4,6 +4,7 @@ import asyncio
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from actors.serving.scorer import Scorer
 from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.errors import ScorerFailed, ScorerLost, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.scoring import client as client_module
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation, Scores, Text
 from tests.actors.scorers import make_conversations, rewards_by_engine
@@ -290,13 +292,17 @@ class Poisoned(Lengths):
 
     def __init__(self, length, **options):
         super().__init__(seconds=0.02, **options)
-        self.length, self.died_of, self.lives = length, [], 0
+        self.length, self.died_of, self.lives, self.starts_at = length, [], 0, 0.0
 
     async def ask(self, items, values, version, timeout_s):
+        while time.monotonic() < self.starts_at:  # calls wait for it, and then come all at once
+            await asyncio.sleep(0.01)
         life = self.lives
         if any(len(item.response) == self.length for item in items):
             await asyncio.sleep(0.01)
             self.lives += 1
+            self.starts_at = time.monotonic() + 0.3
+            await asyncio.sleep(0.05)  # others hear of it first
             self.died_of.append(len(items))
         else:
             scores = await super().ask(items, values, version, timeout_s)
@@ -306,7 +312,8 @@ class Poisoned(Lengths):
 
 
 @pytest.mark.parametrize("index", [0, 3, 6, 9])
-def test_an_item_that_kills_scorers_is_named_and_asked_for_no_more(index):
+def test_an_item_that_kills_scorers_is_named_and_asked_for_no_more(index, monkeypatch):
+    monkeypatch.setattr(client_module, "MAX_WAIT_S", 0.1)
     transport = Poisoned(index)
     with ScorerClient(transport, max_items_per_call=4, deadline_s=60) as client:
         with pytest.raises(ScorerRejected, match=f"item {index}: 2 scorers died while they scored it alone") as refused:
