@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from typing import Any
 
 import ray
@@ -31,13 +32,14 @@ class HandleTransport:
         self._app = app
         self._handle: Any = None
         self._process = os.getpid()
+        self._died_at: dict[str | None, float] = {}  # replicas of which this client knows, on the monotonic clock
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HandleTransport, (self._app,)
 
     async def ask(self, items: list[Item], values: bool, version: str | None, timeout_s: float) -> Scores:
         """See `rlhf_critic.scoring.client.Transport`."""
-        response = None
+        response, sent_at = None, time.monotonic()
         if os.getpid() != self._process:
             raise ScorerFailed("Ray does not work in a forked process: connect there anew, after ray.init()")
         try:
@@ -56,6 +58,9 @@ class HandleTransport:
         except BackPressureError as error:
             raise ScorerUnavailable("the pool's queue is full") from error
         except ActorDiedError as error:
+            # Serve sends calls to a dead replica for a while. Such a call did not kill it.
+            if self._died_at.setdefault(error.actor_id, time.monotonic()) < sent_at:
+                raise ScorerUnavailable("the call was sent to a replica that had died") from error
             raise ScorerLost(f"a replica died during the call: {str(error).splitlines()[0]}") from error
         except (RayError, RayServeException, TaskCancelledError) as error:
             raise ScorerUnavailable(f"{type(error).__name__}: {error}") from error

@@ -222,7 +222,6 @@ def test_a_worker_killed_while_workers_start_is_replaced_too(ray_address, option
     assert [record["step"] for record in history_of(run)] == [1, 2]
 
 
-@pytest.mark.slow
 def test_a_resumed_job_goes_on_from_its_last_checkpoint_and_changes_nothing(submitted, options):
     """The job ended behind a checkpoint: steps that follow it are in the history, and are made again."""
     run = storage_of(options) / "resumed"
