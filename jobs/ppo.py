@@ -69,6 +69,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
 
 
 def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PPOOutcome:
+    config = config.resolved()
     directory = Path(config.run.storage_path) / config.run.name
     validate_resume(config.run.storage_path, config.run.name, directory.exists(), config.resume)
     quarantine_damaged_checkpoints(directory)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from actors.runtime.environment import compute_environment
 from actors.runtime.session import init_ray
 from actors.runtime.storage import local_directory
 from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
@@ -221,7 +222,7 @@ def _run_chunks(
             fn_constructor_args=(job, scorer, config.use_gpu),
             num_cpus=config.cpus_per_worker,
             num_gpus=int(config.use_gpu),
-            runtime_env={"env_vars": {} if config.use_gpu else {"DS_ACCELERATOR": "cpu"}},
+            runtime_env={"env_vars": compute_environment(config.use_gpu)},
         )
         for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
             yield batch.to_dict("records")[0]

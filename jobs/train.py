@@ -19,6 +19,7 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Column, Table
 
+from actors.runtime.environment import compute_environment
 from actors.runtime.ray_internals import WorkerGroupStartupTimeoutError
 from actors.runtime.session import init_ray
 from actors.runtime.storage import remove_broken_list, resolve_run, run_exists
@@ -130,9 +131,12 @@ def _train(config: TrainJobConfig) -> ray.train.Result:
     # Ray Train's wrapper around print() would split the lines that carry the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
-    worker_environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}
+    worker_environment = {
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        **compute_environment(run.use_gpu, run.deterministic),
+    }
     if not run.use_gpu:
-        worker_environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if not ray.is_initialized():
         init_ray()
     if is_elastic:

@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, weights_hash
+from rlhf_critic.config.model import AutoDtype, resolve_dtype
 from rlhf_critic.config.serve import CallLimits, ScorerConfig
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.model.backbone import forward_micro_batches
+from rlhf_critic.model.device import configure_device, select_device
+from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, encode_items, finish_items
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
@@ -50,11 +52,13 @@ class LocalCritic:
         CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
     """
 
-    def __init__(self, directory: str | Path, token_budget: int, use_gpu: bool) -> None:
-        loaded = load_critic(directory, verify=False)
+    def __init__(self, directory: str | Path, token_budget: int, use_gpu: bool, dtype: AutoDtype = "auto") -> None:
+        torch_dtype = DTYPE_OF[resolve_dtype(dtype, use_gpu)]
+        loaded = load_critic(directory, verify=False, dtype=torch_dtype)
         self.card: CriticCard = loaded.card
         self.encoder: Encoder = loaded.encoder
-        self._device = torch.device("cuda" if use_gpu else "cpu")
+        self._device = select_device(use_gpu)
+        configure_device(self._device, torch_dtype)
         self._critic = loaded.critic.to(self._device)
         self.prefix_tree = self._critic.prefix_tree
         self.tokens_at_once = token_budget
@@ -274,12 +278,20 @@ class Scorer:
                     f"{str(config.digest)[:12]}): restore them, and publish a changed critic under another path"
                 )
             if self._shards == 1:
-                backend: LocalCritic | ShardedCritic = LocalCritic(directory, config.token_budget, self._use_gpu)
+                backend: LocalCritic | ShardedCritic = LocalCritic(
+                    directory, config.token_budget, self._use_gpu, config.dtype
+                )
             else:
                 from actors.serving.sharded_critic import ShardedCritic
 
                 backend = ShardedCritic(
-                    config.checkpoint, directory, config.token_budget, self._shards, self._cpus_per_shard, self._use_gpu
+                    config.checkpoint,
+                    directory,
+                    config.token_budget,
+                    self._shards,
+                    self._cpus_per_shard,
+                    self._use_gpu,
+                    config.dtype,
                 )
         try:
             return _Version(config, backend, digest, self._on_batch)
@@ -295,5 +307,6 @@ def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
 
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:
     """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
-    how = config.model_dump_json(include={"normalize", "components"})
+    chosen = {"dtype"} if config.dtype != "auto" else set()  # names from before the option stay
+    how = config.model_dump_json(include={"normalize", "components", *chosen})
     return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:8]}"

@@ -18,6 +18,7 @@ from actors.runtime.rank_group import Rank, RankGroup
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, load_encoder, read_card
+from rlhf_critic.config.model import AutoDtype, Dtype, resolve_dtype
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import RankLost, ScorerUnavailable
 from rlhf_critic.scoring.request_batcher import Computed
@@ -38,12 +39,13 @@ class ShardedCriticRank(Rank):
         self._opened = ExitStack()
         return str(self._opened.enter_context(local_directory(checkpoint))) if self.rank in ranks else None
 
-    def load(self, directories: Sequence[str], token_budget: int) -> bool:
+    def load(self, directories: Sequence[str], token_budget: int, dtype: Dtype) -> bool:
         """Loads this rank's shard from its node's directory; returns whether its batches are prefix trees."""
+        from rlhf_critic.model.factory import DTYPE_OF
         from rlhf_critic.training.inference_engine import InferenceEngine
 
         with self._opened:
-            self._engine = InferenceEngine.from_checkpoint(directories[self.rank], token_budget)
+            self._engine = InferenceEngine.from_checkpoint(directories[self.rank], token_budget, DTYPE_OF[dtype])
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:
@@ -62,6 +64,7 @@ class ShardedCritic:
         directory: The same directory on this machine, verified by the caller.
         token_budget: Maximum number of tokens that a shard computes at once.
         shards: Number of shards; each reserves ``cpus_per_shard`` and, with ``use_gpu``, a GPU.
+        dtype: Dtype of parameters and activations.
 
     Raises:
         CheckpointError: The critic cannot be loaded.
@@ -69,7 +72,14 @@ class ShardedCritic:
     """
 
     def __init__(
-        self, checkpoint: str, directory: Path, token_budget: int, shards: int, cpus_per_shard: float, use_gpu: bool
+        self,
+        checkpoint: str,
+        directory: Path,
+        token_budget: int,
+        shards: int,
+        cpus_per_shard: float,
+        use_gpu: bool,
+        dtype: AutoDtype = "auto",
     ) -> None:
         self.card: CriticCard = read_card(directory)
         self.encoder: Encoder = load_encoder(directory, self.card)
@@ -87,7 +97,12 @@ class ShardedCritic:
         try:
             directories = self._directories(checkpoint, directory)
             loaded = self._group.call_all(
-                "load the critic", "load", directories, token_budget, timeout_s=LOAD_TIMEOUT_S
+                "load the critic",
+                "load",
+                directories,
+                token_budget,
+                resolve_dtype(dtype, use_gpu),
+                timeout_s=LOAD_TIMEOUT_S,
             )
         except BaseException:
             self.close()

@@ -48,6 +48,8 @@ from rlhf_critic.errors import CheckpointError, ConfigError, CriticError
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
 from rlhf_critic.logs import configure_logging
+from rlhf_critic.model.device import configure_device
+from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.model.weights import WeightReader
 from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.process_group import init_distributed, raise_on_all_ranks
@@ -73,10 +75,11 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
         loop_config: A `TrainJobConfig` as plain values.
     """
     configure_logging()
-    config = TrainJobConfig.model_validate(loop_config)
+    config = TrainJobConfig.model_validate(loop_config).resolved()
     if config.run.use_gpu:
         # NCCL's collectives use the current device, which is the first one unless it is set.
         torch.cuda.set_device(ray.train.torch.get_device())
+        configure_device(torch.device("cuda"), DTYPE_OF[config.model.dtype], config.run.deterministic)
     else:
         torch.set_num_threads(config.run.cpus_per_worker)
     init_distributed("nccl" if config.run.use_gpu else "gloo")

@@ -152,8 +152,8 @@ def read_card(directory: str | Path) -> CriticCard:
         raise CheckpointError(f"{path}: not a valid critic card: {error}") from error
 
 
-def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
-    """Loads a critic directory in this process, in the dtype it was saved in and in evaluation mode.
+def load_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtype | None = None) -> LoadedCritic:
+    """Loads a critic directory in this process, in evaluation mode and by default in the dtype it was saved in.
 
     It compares the files with their manifests, unless the caller has done so and ``verify`` is False.
 
@@ -171,7 +171,7 @@ def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
         card.num_padding_at_beginning,
         rlhf_training=True,
         disable_dropout=True,
-        dtype=load_config(str(directory)).dtype,
+        dtype=dtype or load_config(str(directory)).dtype,
         weights=WeightReader(str(directory), safetensors_only=True),
     )
     return LoadedCritic(critic.eval(), encoder, card)

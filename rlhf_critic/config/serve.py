@@ -12,6 +12,7 @@ import tyro
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, StrictStr, field_validator, model_validator
 
 from rlhf_critic.config.base import NonNegativeFloat, NonNegativeInt, PathOrUri, Section, Source, load_config_file
+from rlhf_critic.config.model import AutoDtype
 
 COMPONENT_NAME = r"[A-Za-z_]\w*"
 
@@ -99,6 +100,9 @@ def load_components(path: str | None) -> tuple[Component, ...]:
 class ScoringOptions(Section):
     """Options of every scorer."""
 
+    dtype: AutoDtype = "auto"
+    """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU multiplies
+    in TF32. Rewards are always float32."""
     normalize: bool = False
     """Normalise rewards to mean 0 and deviation 1 over the critic's reference responses."""
     token_budget: PositiveInt = 4096

@@ -8,7 +8,7 @@ import tyro
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from rlhf_critic.config.base import NonNegativeInt, PathOrUri, Section
-from rlhf_critic.config.model import ChatTemplate, EncodingConfig, OptimizerConfig, ShardingConfig
+from rlhf_critic.config.model import AutoDtype, ChatTemplate, Dtype, EncodingConfig, OptimizerConfig, ShardingConfig
 
 SOURCE_KINDS = (
     "a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), "
@@ -47,6 +47,11 @@ class EvaluateJobConfig(Section):
     checkpoint: tyro.conf.Positional[PathOrUri]
     """Critic directory: a checkpoint of a run, or an export. A path or URI."""
     data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
+    use_gpu: bool = False
+    """Use one GPU."""
+    dtype: AutoDtype = "auto"
+    """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU multiplies
+    in TF32. Rewards are always float32."""
     token_budget: PositiveInt = 4096
     """Maximum number of tokens computed at once. Changes speed and memory only."""
     cache_dir: PathOrUri = ".cache"
@@ -87,7 +92,6 @@ class ExportJobConfig(Section):
     negative reward mean. The other system's score is the reward plus the bias. Only for another system's checkpoint."""
 
 
-Dtype = Literal["float32", "bfloat16"]
 GpuName = Literal["a10g", "l4", "l40s", "a100-40g", "a100-80g", "h100", "h200"]
 SizeNames = "0.1B, 0.5B, 1B, 3B, 8B, 14B, 32B, 70B"
 

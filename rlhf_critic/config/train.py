@@ -99,6 +99,8 @@ class RunConfig(Section):
     resources of a node as free. None keeps num_workers."""
     use_gpu: bool = False
     """Use one GPU per worker and NCCL, instead of CPUs and Gloo."""
+    deterministic: bool = False
+    """Use kernels and collectives that give the same weights in every run on the same GPUs; slower. CPUs always do."""
     cpus_per_worker: PositiveInt = 1
     """CPUs that Ray reserves per worker; also its number of torch threads without a GPU."""
     max_failures: NonNegativeInt = 3
@@ -144,6 +146,10 @@ class TrainJobConfig(Section):
         if len(set(seeds)) < len(seeds):
             raise ValueError("names a seed twice; both runs would be the same")
         return seeds
+
+    def resolved(self) -> TrainJobConfig:
+        """Returns these options with the dtype that auto stands for on the device of this run."""
+        return self.model_copy(update={"model": self.model.resolved(self.run.use_gpu)})
 
     def validate_complete(self) -> None:
         """Checks options that have no default.

@@ -24,7 +24,7 @@ from rlhf_critic.algorithms.response_tokens import ResponseTokens
 from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, save_critic
 from rlhf_critic.config.deepspeed import deepspeed_config
-from rlhf_critic.config.model import ModelConfig
+from rlhf_critic.config.model import ModelConfig, resolve_dtype
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.data.preference_dataset import EncodedPreferences
@@ -32,8 +32,9 @@ from rlhf_critic.errors import DataError, NonFiniteLossError
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
-from rlhf_critic.training.engine import Batch, MicroBatchLoss, StepResult, TrainingEngine
+from rlhf_critic.training.engine import PROBE_LENGTH, Batch, MicroBatchLoss, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
+from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.rollout_step import take_rollout_step
 
 
@@ -69,15 +70,18 @@ class CriticEngine(InferenceEngine):
         model: Options of the model.
         train: Options of loss and optimizer.
         total_steps: Optimizer steps of the whole run, at which the schedule ends.
+        longest: Maximum length of a sequence in tokens.
 
     Attributes:
         training: The training engine around the critic.
     """
 
-    def __init__(self, critic: Critic, model: ModelConfig, train: TrainConfig, total_steps: int) -> None:
+    def __init__(
+        self, critic: Critic, model: ModelConfig, train: TrainConfig, total_steps: int, longest: int = PROBE_LENGTH
+    ) -> None:
         self.options = train
         self.training = TrainingEngine(
-            critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum()
+            critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum(), longest
         )
         super().__init__(critic, self.training.engine, lambda: self.training.token_budget)
 
@@ -97,22 +101,23 @@ class CriticEngine(InferenceEngine):
         Raises:
             CheckpointError: See `rlhf_critic.model.factory.create_hf_model`.
         """
+        hardware = hardware_of_ranks()
         torch.manual_seed(train.seed)
         critic = create_critic_model(
             model.path,
             encoder.tokenizer,
-            deepspeed_config(model, train),
+            deepspeed_config(model, train, hardware),
             rlhf_training=rlhf_training,
             disable_dropout=model.disable_dropout,
             num_layers=model.num_layers,
             head_init=model.head_init,
-            dtype=DTYPE_OF[model.dtype],
+            dtype=DTYPE_OF[resolve_dtype(model.dtype, hardware.on_gpu)],
             attn_implementation=None if model.attn_implementation == "auto" else model.attn_implementation,
             prefix_tree=model.prefix_tree,
         )
         validate_positions(critic.model, encoder.max_length)
         limit_training(critic, model, train.seed)
-        return cls(critic, model, train, total_steps)
+        return cls(critic, model, train, total_steps, encoder.max_length)
 
     @property
     def step(self) -> int:

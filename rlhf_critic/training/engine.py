@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -36,8 +37,15 @@ from rlhf_critic.files import write_text_atomically
 from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.weights import full_shape
 from rlhf_critic.training.offload import Offloaded
+from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.reshard import load_resized
-from rlhf_critic.training.token_budget import ActivationMeter, probe_token_budget
+from rlhf_critic.training.token_budget import (
+    MAX_GPU_TOKENS,
+    ActivationMeter,
+    CudaMemory,
+    measure_on_device,
+    probe_token_budget,
+)
 
 ENGINE_STATE_NAME = "engine.json"
 STATE_TAG = "state"
@@ -91,6 +99,7 @@ class TrainingEngine:
         options: Options of the optimizer.
         total_steps: Optimizer steps of the whole run, at which the schedule ends.
         probe: Computes a scalar from a forward pass over a batch, as a training step would, to measure token budgets.
+        longest: Maximum length of a sequence in tokens, at which a probe on a GPU measures.
 
     Attributes:
         engine: DeepSpeed's engine around the model.
@@ -105,6 +114,7 @@ class TrainingEngine:
         options: OptimizerConfig,
         total_steps: int,
         probe: Callable[[Any, Batch], Tensor],
+        longest: int = PROBE_LENGTH,
     ) -> None:
         import deepspeed
 
@@ -112,7 +122,10 @@ class TrainingEngine:
         self.options = options
         self.step = 0
         self._probe = probe
+        self._longest = longest
         self._embedding_gradient: EmbeddingGradient | None = None
+        self.hardware = hardware_of_ranks()
+        model = model.resolved(self.hardware.on_gpu)
         if options.gradient_checkpointing:
             module.gradient_checkpointing_enable()
         optimizer = torch.optim.AdamW(
@@ -122,12 +135,16 @@ class TrainingEngine:
             eps=options.adam_epsilon,
             fused=True,  # one pass over memory instead of six
         )
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=lambda wrapped: _schedule(wrapped, options, total_steps),
-            config=deepspeed_config(model, options),
-        )
+        trained = sum(full_shape(parameter).numel() for parameter in module.parameters() if parameter.requires_grad)
+        with _zero_optimizer_at_stage_1():
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                lr_scheduler=lambda wrapped: _schedule(wrapped, options, total_steps),
+                config=deepspeed_config(model, options, self.hardware, trained),
+            )
+        if options.zero_stage == 0 and model.dtype == "bfloat16":
+            _undo_first_step(self.engine.optimizer)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = self.engine.device
@@ -148,8 +165,10 @@ class TrainingEngine:
             return self.options.token_budget
         from deepspeed.accelerator import get_accelerator
 
-        # Ranks of a node share its memory, but each has its own GPU.
-        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        if self.device.type == "cuda":
+            return self._probe_gpu()
+        # Ranks of a node share its memory.
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         free_bytes = get_accelerator().available_memory() // sharing
         return probe_token_budget(self._measure_micro_batch, int(self._agree(free_bytes, dist.ReduceOp.MIN)))
 
@@ -286,10 +305,7 @@ class TrainingEngine:
         """Measures a micro-batch of weight zero, which changes no gradient; returns the maxima over the ranks."""
         from deepspeed.accelerator import get_accelerator
 
-        config = self.module.model.config.get_text_config()
-        length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", PROBE_LENGTH))
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // length, length))
-        batch = self.module.batch_of(list(ids), self.device)
+        batch = self._probe_batch(tokens, PROBE_LENGTH)
         meter = ActivationMeter()
         self.engine.train()
         self.engine.set_gradient_accumulation_boundary(False)
@@ -299,6 +315,47 @@ class TrainingEngine:
         if self._embedding_gradient:
             self._embedding_gradient.collect(is_last=False)
         return self._agree(meter.seconds, dist.ReduceOp.MAX), int(self._agree(meter.bytes, dist.ReduceOp.MAX))
+
+    def _probe_gpu(self) -> int:
+        """Measures token budgets on GPUs by the memory that the allocator gives out."""
+        memory = CudaMemory()
+        trained = sum(full_shape(one).numel() for one in self.module.parameters() if one.requires_grad)
+        # AdamW's moments and the step's fp32 gradients come after the probe.
+        to_come = 12 * trained // (self.world_size if self.options.zero_stage else 1)
+        free_bytes = int(self._agree(memory.free() - to_come, dist.ReduceOp.MIN))
+
+        def measure(tokens: int) -> tuple[float, int] | None:
+            batch = self._probe_batch(tokens, self._longest)
+            measured = measure_on_device(
+                lambda: self._run_probe(batch), memory, lambda failed: bool(self._agree(failed, dist.ReduceOp.MAX))
+            )
+            if measured is None:
+                return None
+            seconds, peak = measured
+            return self._agree(seconds, dist.ReduceOp.MAX), int(self._agree(peak, dist.ReduceOp.MAX))
+
+        # At stage 3 ranks communicate in every layer, so none may run out of memory.
+        share = 0.6 if self.options.zero_stage == 3 else 0.85
+        return probe_token_budget(measure, free_bytes, MAX_GPU_TOKENS, share)
+
+    def _run_probe(self, batch: Batch) -> None:
+        """Runs a batch forward and backward and keeps no gradient. Communicates at stage 3 only."""
+        self.engine.train()
+        if self.options.zero_stage == 3:
+            self.engine.set_gradient_accumulation_boundary(False)
+            self.engine.backward(self._probe(self.engine, batch) * 0.0)
+            self.engine.step()
+            return
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        with torch.enable_grad():
+            torch.autograd.grad(self._probe(self.module, batch), trained, allow_unused=True)
+
+    def _probe_batch(self, tokens: int, longest: int) -> Batch:
+        """Returns a batch of random sequences of the same length, at most ``longest``."""
+        config = self.module.model.config.get_text_config()
+        length = min(longest, tokens, getattr(config, "max_position_embeddings", longest))
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // length, length))
+        return self.module.batch_of(list(ids), self.device)
 
     def _agree(self, number: float, how: Any) -> float:
         agreed = torch.tensor(float(number), dtype=torch.float64, device=self.device)
@@ -351,6 +408,36 @@ class EmbeddingGradient:
             self._weight.grad = None
         if is_last:
             self._weight.grad, self._used = self.dense, True
+
+
+@contextmanager
+def _zero_optimizer_at_stage_1() -> Iterator[None]:
+    """Makes DeepSpeed use its ZeRO optimizer for stage 1 in bf16 with gradients in fp32, as for all other options.
+
+    DeepSpeed 0.19 would choose its ``BF16_Optimizer``, which keeps gradients between steps and saves other files.
+    """
+    from deepspeed.runtime import engine
+
+    choose = engine.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(self: Any, optimizer: Any) -> Any:
+        chosen = choose(self, optimizer)
+        return engine.ZERO_OPTIMIZATION if chosen == engine.BFLOAT16 else chosen
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        engine.DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """Undoes the step on zero gradients that DeepSpeed's optimizer of stage 0 in bf16 takes to allocate its state.
+
+    AdamW would count it, decay its weights and correct the bias of the first real step as if it were the second.
+    """
+    optimizer.refresh_fp32_params()
+    optimizer.optimizer.state.clear()
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -21,10 +21,11 @@ from torch import Tensor
 from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import load_encoder, read_card
+from rlhf_critic.config.deepspeed import TIMERS_OFF
 from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.critic import Critic
+from rlhf_critic.model.device import configure_device
 from rlhf_critic.model.factory import create_critic_model
-from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.model.weights import WeightReader
 
 
@@ -50,10 +51,10 @@ class InferenceEngine:
         self._token_budget = token_budget
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path, token_budget: int) -> InferenceEngine:
-        """Loads a critic directory in the saved dtype, with its parameters sharded over the ranks (ZeRO stage 3).
-
-        float16 becomes float32, because DeepSpeed shards float16 only on devices that compute in it.
+    def from_checkpoint(
+        cls, directory: str | Path, token_budget: int, dtype: torch.dtype = torch.float32
+    ) -> InferenceEngine:
+        """Loads a critic directory in a dtype, with its parameters sharded over the ranks (ZeRO stage 3).
 
         Raises:
             CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
@@ -61,11 +62,11 @@ class InferenceEngine:
         import deepspeed
 
         card = read_card(directory)
-        dtype = load_config(str(directory)).dtype
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3},
             "bf16": {"enabled": dtype == torch.bfloat16},
+            "timers": TIMERS_OFF,
         }
         critic = create_critic_model(
             str(directory),
@@ -78,6 +79,7 @@ class InferenceEngine:
             weights=WeightReader(str(directory), safetensors_only=True),
         )
         engine, *_ = deepspeed.initialize(model=critic, config=config)
+        configure_device(engine.device, dtype)
         return cls(critic, engine, lambda: token_budget)
 
     def rewards(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]:

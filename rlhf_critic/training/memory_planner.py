@@ -10,8 +10,9 @@ from functools import cache, cached_property
 
 from transformers import PreTrainedConfig
 
-from rlhf_critic.config.model import ModelConfig
-from rlhf_critic.config.tools import Dtype, PlanJobConfig
+from rlhf_critic.config.deepspeed import Hardware
+from rlhf_critic.config.model import Dtype, ModelConfig
+from rlhf_critic.config.tools import PlanJobConfig
 from rlhf_critic.model.factory import critic_without_weights
 from rlhf_critic.training.memory_estimate import ModelCount, ShardMemory, activation_bytes, count_model, shard_memory
 
@@ -71,7 +72,8 @@ class Planner:
     def memory(self, setup: PlanJobConfig) -> ShardMemory:
         """Calculates the memory of a shard."""
         activations = self._activations(setup.dtype, setup.token_budget, setup.gradient_checkpointing)
-        return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, setup.world_size, activations)
+        hardware = Hardware(on_gpu=True, ranks=setup.world_size)
+        return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, hardware, activations)
 
     def fits(self, setup: PlanJobConfig) -> bool:
         """Returns true if a shard fits the GPU."""

@@ -30,6 +30,7 @@ from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.policy import SampledTokenStats, create_policy
 from rlhf_critic.model.weights import gathered, persistent_tensors, save_weights
 from rlhf_critic.training.engine import Batch, StepResult, TrainingEngine
+from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.rollout_step import take_rollout_step
 
 
@@ -76,7 +77,9 @@ class PolicyEngine:
         self.tokenizer = tokenizer
         self.seed = seed
         self.temperature = temperature
-        config = deepspeed_config(model, optimizer)
+        hardware = hardware_of_ranks()
+        model = model.resolved(hardware.on_gpu)
+        config = deepspeed_config(model, optimizer, hardware)
         self.policy = create_policy(model, tokenizer, config)
         self.training = TrainingEngine(self.policy, model, optimizer, total_steps, self._probe)
         self._reference = reference = create_policy(model, tokenizer, config).eval().requires_grad_(False)
@@ -84,7 +87,7 @@ class PolicyEngine:
         if optimizer.zero_stage == 3:  # its parameters are partitioned too, so DeepSpeed must gather them
             import deepspeed
 
-            inference = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16")}
+            inference = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "timers")}
             self._reference_module, *_ = deepspeed.initialize(
                 model=reference, config={**inference, "zero_optimization": {"stage": 3}}
             )

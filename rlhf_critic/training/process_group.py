@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 from torch.distributed.constants import default_pg_timeout
 
+from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.errors import CriticError
 
 LOOPBACK = "127.0.0.1"
@@ -73,6 +74,18 @@ def init_distributed(backend: str) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=default_pg_timeout)
+
+
+def hardware_of_ranks() -> Hardware:
+    """Returns the devices of all ranks, the same on every rank. Collective if they are GPUs."""
+    from deepspeed.accelerator import get_accelerator
+
+    ranks = dist.get_world_size()
+    if get_accelerator().device_name() != "cuda":
+        return Hardware(ranks=ranks)
+    of_ranks: list[int] = [0] * ranks
+    dist.all_gather_object(of_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return Hardware(on_gpu=True, ranks=ranks, ranks_per_node=of_ranks[0] if len(set(of_ranks)) == 1 else 0)
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:
