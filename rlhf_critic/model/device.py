@@ -37,5 +37,5 @@ def configure_device(device: torch.device, dtype: torch.dtype, deterministic: bo
     torch.set_float32_matmul_precision("high" if dtype == torch.float32 else "highest")
     if deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False

@@ -49,7 +49,7 @@ class _Fp32Product(torch.autograd.Function):
         return torch.mm(x_AD, weight_VD.T, out_dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Rounds the gradient to the operands' dtype, as a product in that dtype would."""
         x_AD, weight_VD = ctx.saved_tensors
         grad_AV = grads[0].to(x_AD.dtype)
@@ -60,11 +60,13 @@ def fp32_product(output: nn.Linear, x: Tensor) -> Tensor:
     """Computes the output layer without bias in fp32 from operands of any dtype, ``[..., D]`` to ``[..., V]``."""
     if x.dtype == torch.float32 or not x.is_cuda:
         return F.linear(x.float(), output.weight.float())
-    return _Fp32Product.apply(x.flatten(0, -2), output.weight).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+    return _Fp32Product.apply(x.flatten(0, -2), output.weight).view(*x.shape[:-1], -1)
 
 
 class Policy(Backbone):
     """A family's ``*ForCausalLM`` model with its sampling distribution, which excludes the ``suppressed`` ids."""
+
+    _suppressed_ids: Tensor
 
     def __init__(self, model: PreTrainedModel, suppressed: list[int], *, prefix_tree: bool = True) -> None:
         super().__init__(model, prefix_tree)
