@@ -17,7 +17,7 @@ import torch
 from actors.runtime.rank_group import Rank, RankGroup
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import CriticCard, load_encoder, read_card
+from rlhf_critic.checkpoint.critic_directory import CriticCard, load_encoder, open_critic, read_card
 from rlhf_critic.config.model import AutoDtype, Dtype, resolve_dtype
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import RankLost, ScorerUnavailable
@@ -45,7 +45,8 @@ class ShardedCriticRank(Rank):
         from rlhf_critic.training.inference_engine import InferenceEngine
 
         with self._opened:
-            self._engine = InferenceEngine.from_checkpoint(directories[self.rank], token_budget, DTYPE_OF[dtype])
+            opened = open_critic(directories[self.rank], verify=False, dtype=DTYPE_OF[dtype])
+            self._engine = InferenceEngine.from_checkpoint(opened, token_budget)
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:

@@ -15,23 +15,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig
 
-from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, save_critic
+from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, OpenedCritic, save_critic
 from rlhf_critic.checkpoint.export import add_auto_map
 from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import atomic_directory
-from rlhf_critic.model.factory import HEAD_NAME, create_critic_model, learned_positions, validate_positions
+from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, learned_positions, validate_positions
 from rlhf_critic.model.weights import WeightReader
 
 AUTO_FORMAT = "auto"
 NATIVE_FORMAT = "native"
 DEFAULT_MAX_LENGTH = 1024
+HeadBias: TypeAlias = Literal["refuse", "reward-mean"]
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,43 @@ def convert_checkpoint(
     base: str | None = None,
     max_length: int | None = None,
     chat_template: str | None = None,
-    head_bias: Literal["refuse", "reward-mean"] = "refuse",
+    head_bias: HeadBias = "refuse",
     auto_map: bool = False,
 ) -> CriticCard:
     """Converts another system's checkpoint to a critic directory, atomically, and returns the critic's card.
+
+    ``out`` must not exist. With ``auto_map``, a modeling file is added. See `open_foreign` for the other arguments.
+
+    Raises:
+        CheckpointError: See `open_foreign`; or ``out`` exists.
+        EncodingError: The tokenizer or template cannot be used.
+    """
+    opened = open_foreign(
+        source, source_format, base=base, max_length=max_length, chat_template=chat_template, head_bias=head_bias
+    )
+    with atomic_directory(out) as building:
+        save_critic(building, opened.build(), opened.encoder, opened.card)
+        if auto_map:
+            add_auto_map(building)
+    return opened.card
+
+
+def open_foreign(
+    source: str | Path,
+    source_format: str = AUTO_FORMAT,
+    *,
+    base: str | None = None,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    head_bias: HeadBias = "refuse",
+) -> OpenedCritic:
+    """Opens another system's checkpoint as a critic, in memory. `convert_checkpoint` saves what this opens.
 
     The critic keeps the dtype of the weights. If OpenRLHF wrote the scores' mean and standard deviation into
     ``config.json``, they become the card's ``reward_mean`` and ``reward_std``.
 
     Args:
         source: A directory with weights. ``base`` provides the config and the tokenizer if it lacks them.
-        out: The new directory; it must not exist.
         source_format: A key of `FORMATS`, or ``auto`` to detect the format.
         base: The base model, a directory or hub id.
         max_length: Maximum length of the encoder in tokens. Default: 1024, or the number of learned positions if less.
@@ -94,11 +121,10 @@ def convert_checkpoint(
             ``reward-mean`` records it in the card: ``training["head_bias"]`` is the bias, and ``reward_mean`` is the
             mean that the source measured (0 if none) minus the bias. The source's score is then
             ``reward + training["head_bias"]``, which is ``reward - reward_mean`` if no mean was measured.
-        auto_map: Whether to add a modeling file.
 
     Raises:
         CheckpointError: The weights are damaged, have no known format, do not match the config, or have a bias that is
-            rejected; the config or tokenizer is missing; or ``out`` exists.
+            rejected; or the config or tokenizer is missing.
         EncodingError: The tokenizer or template cannot be used.
     """
     source = Path(source)
@@ -112,12 +138,12 @@ def convert_checkpoint(
     # DeepSpeed-Chat saves the vocabulary only. A tokenizer loads from that, but with another BOS, EOS and pad token.
     tokenizer = load_tokenizer(_directory_with(source, "tokenizer_config.json", "tokenizer", base), chat_template)
     config = _directory_with(source, "config.json", "config", base)
-    critic = create_critic_model(config, tokenizer, None, rlhf_training=True, dtype=_dtype_of(reader), weights=reader)
+    model = check_critic_model(config, tokenizer, weights=reader)
     if max_length is None:
-        max_length = min(DEFAULT_MAX_LENGTH, learned_positions(critic.model) or DEFAULT_MAX_LENGTH)
-    validate_positions(critic.model, max_length)
+        max_length = min(DEFAULT_MAX_LENGTH, learned_positions(model) or DEFAULT_MAX_LENGTH)
+    validate_positions(model, max_length)
     encoder = Encoder(tokenizer, max_length)
-    mean, std = (_statistic(source, critic.model.config, name) for name in ("mean", "std"))
+    mean, std = (_statistic(source, model.config, name) for name in ("mean", "std"))
     reference = None if mean is None else "from the source's config.json, chosen by the system that trained it"
     if bias:
         reference = reference or "none: reward_mean is the reward of a text that the source scores 0"
@@ -130,11 +156,7 @@ def convert_checkpoint(
         reward_reference=reference,
         training={"converted_from": source_format, **({"head_bias": bias} if bias else {})},
     )
-    with atomic_directory(out) as building:
-        save_critic(building, critic, encoder, card)
-        if auto_map:
-            add_auto_map(building)
-    return card
+    return OpenedCritic(config, card, encoder, reader, _dtype_of(reader))
 
 
 def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
@@ -155,7 +177,7 @@ def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
     )
 
 
-def _pop_head_bias(reader: WeightReader, head_bias: Literal["refuse", "reward-mean"]) -> float:
+def _pop_head_bias(reader: WeightReader, head_bias: HeadBias) -> float:
     """Checks that the head has one output, removes its bias from the weights and returns it (0 if there is none)."""
     head_shape = reader.shape(HEAD_NAME)
     if len(head_shape) != 2 or head_shape[0] != 1:

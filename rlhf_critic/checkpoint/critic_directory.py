@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
+from transformers import PreTrainedModel
 
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
@@ -95,6 +96,61 @@ class LoadedCritic:
     card: CriticCard
 
 
+@dataclass(frozen=True)
+class OpenedCritic:
+    """A critic with its card and encoder, whose weights are not read yet.
+
+    Attributes:
+        directory: Directory with the config.
+        card: The card.
+        encoder: The encoder.
+        reader: Reader of the weights, under the names of the family's ``*ForSequenceClassification`` class.
+        dtype: Dtype of the weights.
+    """
+
+    directory: str
+    card: CriticCard
+    encoder: Encoder
+    reader: WeightReader
+    dtype: torch.dtype | None
+
+    def build(self, ds_config: dict[str, Any] | None = None) -> Critic:
+        """Builds the critic and reads its weights; see `rlhf_critic.model.factory.create_critic_model`.
+
+        Raises:
+            CheckpointError: The weights do not match the config.
+        """
+        return create_critic_model(
+            self.directory,
+            self.encoder.tokenizer,
+            ds_config,
+            self.card.num_padding_at_beginning,
+            rlhf_training=True,
+            disable_dropout=True,
+            dtype=self.dtype,
+            weights=self.reader,
+        )
+
+    def load(self) -> LoadedCritic:
+        """Builds the critic in this process, in evaluation mode. See `build` for the errors."""
+        return LoadedCritic(self.build().eval(), self.encoder, self.card)
+
+    def check(self) -> PreTrainedModel:
+        """Checks the weights against the config, and the head's numbers. Returns the model on the meta device.
+
+        Raises:
+            CheckpointError: The weights do not match the config, or the head is NaN or infinite.
+        """
+        model = check_critic_model(self.directory, self.encoder.tokenizer, weights=self.reader)
+        if HEAD_NAME not in self.reader.names:
+            raise CheckpointError(f"{self.directory}: no {HEAD_NAME}: the weights are those of another kind of model")
+        if not torch.isfinite(self.reader.read(HEAD_NAME)).all():
+            raise CheckpointError(
+                f"{self.directory}: the head ({HEAD_NAME}) is NaN or infinite: export another checkpoint"
+            )
+        return model
+
+
 def save_critic(
     directory: str | Path, critic: Critic, encoder: Encoder, card: CriticCard, is_main: bool = True
 ) -> None:
@@ -152,10 +208,10 @@ def read_card(directory: str | Path) -> CriticCard:
         raise CheckpointError(f"{path}: not a valid critic card: {error}") from error
 
 
-def load_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtype | None = None) -> LoadedCritic:
-    """Loads a critic directory in this process, in evaluation mode and by default in the dtype it was saved in.
+def open_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtype | None = None) -> OpenedCritic:
+    """Opens a critic directory, by default in the dtype it was saved in.
 
-    It compares the files with their manifests, unless the caller has done so and ``verify`` is False.
+    It compares the files with their manifests, unless the caller did: ``verify=False``.
 
     Raises:
         CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was trained with.
@@ -164,17 +220,17 @@ def load_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtyp
         verify_critic(directory)
     card = read_card(directory)
     encoder = load_encoder(directory, card)
-    critic = create_critic_model(
-        str(directory),
-        encoder.tokenizer,
-        None,
-        card.num_padding_at_beginning,
-        rlhf_training=True,
-        disable_dropout=True,
-        dtype=dtype or load_config(str(directory)).dtype,
-        weights=WeightReader(str(directory), safetensors_only=True),
-    )
-    return LoadedCritic(critic.eval(), encoder, card)
+    reader = WeightReader(str(directory), safetensors_only=True)
+    return OpenedCritic(str(directory), card, encoder, reader, dtype or load_config(str(directory)).dtype)
+
+
+def load_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtype | None = None) -> LoadedCritic:
+    """Loads a critic directory in this process, in evaluation mode and by default in the dtype it was saved in.
+
+    Raises:
+        CheckpointError: See `open_critic`.
+    """
+    return open_critic(directory, verify=verify, dtype=dtype).load()
 
 
 def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
@@ -187,15 +243,9 @@ def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
             tokenizer is not the one the critic was trained with, or the head is NaN or infinite.
     """
     hashed = weights_hash(directory)
-    card = read_card(directory)
-    encoder = load_encoder(directory, card)
-    reader = WeightReader(str(directory), safetensors_only=True)
-    check_critic_model(str(directory), encoder.tokenizer)
-    if HEAD_NAME not in reader.names:
-        raise CheckpointError(f"{directory}: no {HEAD_NAME}: the weights are those of another kind of model")
-    if not torch.isfinite(reader.read(HEAD_NAME)).all():
-        raise CheckpointError(f"{directory}: the head ({HEAD_NAME}) is NaN or infinite: export another checkpoint")
-    return card, hashed
+    opened = open_critic(directory, verify=False)
+    opened.check()
+    return opened.card, hashed
 
 
 def weights_hash(directory: str | Path, *, safetensors_only: bool = True) -> str:

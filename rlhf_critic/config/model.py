@@ -20,10 +20,20 @@ from rlhf_critic.config.base import (
 # Values of chat_template that are never file names, though there may be files of that name.
 AUTO_TEMPLATE = "auto"
 PLAIN_TEMPLATE_NAME = "plain"
+ARTICLE_TEMPLATE_NAME = "article"
+OPENRLHF_TEMPLATE_NAME = "openrlhf"
+OPENRLHF_PLAIN_TEMPLATE_NAME = "openrlhf-plain"
+SHIPPED_TEMPLATE_NAMES = (
+    AUTO_TEMPLATE,
+    PLAIN_TEMPLATE_NAME,
+    OPENRLHF_TEMPLATE_NAME,
+    OPENRLHF_PLAIN_TEMPLATE_NAME,
+    ARTICLE_TEMPLATE_NAME,
+)
 
 
 def _absolute_template(template: str) -> str:
-    return template if template in {AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME} else absolute_path(template)
+    return template if template in SHIPPED_TEMPLATE_NAMES else absolute_path(template)
 
 
 BodyT = TypeVar("BodyT", bound="BodyConfig")
@@ -86,8 +96,9 @@ class EncodingConfig(Section):
     """Conversion of a prompt and a response to token ids."""
 
     chat_template: ChatTemplate = "auto"
-    """Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS) or the path of a Jinja
-    file."""
+    """Chat template: 'auto' (the tokenizer's own, else plain), 'plain' (prompt, response, EOS), 'openrlhf' (the
+    tokenizer's own, ended as OpenRLHF does), 'openrlhf-plain' (joined as OpenRLHF does), 'article' (prompt, space,
+    response, <|im_end|>) or the path of a Jinja file."""
     max_length: PositiveInt = 1024
     """Maximum sequence length in tokens. Longer sequences are truncated from the left."""
 

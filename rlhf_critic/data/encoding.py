@@ -17,21 +17,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from jinja2 import TemplateError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
+from rlhf_critic.config.model import AUTO_TEMPLATE
 from rlhf_critic.data.conversation import Prompt
+from rlhf_critic.data.templates import resolve_template
 from rlhf_critic.errors import EncodingError
 
 PAD_TOKEN = "<|pad|>"
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}{{ eos_token }}"
 RESPONSE_MARK = "\u2402"  # a visible symbol, which no template strips
-# A template that reads the current date would give another reward tomorrow, so it always gets this date.
-PINNED_DATE_MACRO = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 
 
 def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> PreTrainedTokenizerBase:
@@ -43,7 +42,7 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
     Args:
         name_or_path: Directory or hub id.
         chat_template: ``auto`` (the tokenizer's template, else ``plain``), ``plain`` (prompt, response and EOS, without
-            separators) or the path of a Jinja file.
+            separators), another name of `rlhf_critic.data.templates`, or the path of a Jinja file.
 
     Returns:
         A fast tokenizer with the chat template. It pads on the right, truncates on the left and adds no special tokens.
@@ -55,7 +54,12 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, padding_side="right", truncation_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
+        if (Path(name_or_path) / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+            raise EncodingError(
+                f"{name_or_path}: the tokenizer is a SentencePiece model (tokenizer.model, without a tokenizer.json), "
+                "which needs an optional dependency: pip install 'rlhf-critic[sentencepiece]'"
+            ) from error
         raise EncodingError(f"no tokenizer could be loaded from {name_or_path!r}: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise EncodingError(f"the tokenizer of {name_or_path!r} has no fast (Rust) implementation, which is required")
@@ -65,32 +69,12 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
     if tokenizer.pad_token is None or tokenizer.pad_token_id in begin_or_end:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = resolve_template(tokenizer, chat_template, begins_with_bos)
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
         # The template adds all special tokens. A tokenizer that also adds BOS would double it for callers that omit
         # add_special_tokens=False.
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
-    tokenizer.chat_template = _resolve_template(tokenizer, chat_template, begins_with_bos)
     return tokenizer
-
-
-def _resolve_template(tokenizer: PreTrainedTokenizerBase, choice: str, begins_with_bos: bool) -> str:
-    plain = ("{{ bos_token }}" if begins_with_bos else "") + PLAIN_TEMPLATE
-    if choice == PLAIN_TEMPLATE_NAME:
-        return plain
-    if choice == AUTO_TEMPLATE:
-        template = tokenizer.chat_template or plain
-    else:
-        try:
-            template = Path(choice).read_text(encoding="utf-8")
-        except OSError as error:
-            raise EncodingError(
-                f"chat_template {choice!r} is not 'auto', 'plain' or a readable file: {error}"
-            ) from error
-    if not isinstance(template, str):
-        raise EncodingError("the tokenizer has several chat templates; pass one of them as a file in chat_template")
-    if "strftime_now" in template and not template.startswith(PINNED_DATE_MACRO):
-        template = PINNED_DATE_MACRO + template
-    return template
 
 
 @dataclass(frozen=True)

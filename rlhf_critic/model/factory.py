@@ -89,7 +89,10 @@ def create_hf_model(
 
 
 def check_critic_model(
-    model_name_or_path: str, tokenizer: PreTrainedTokenizerBase, num_layers: int | None = None
+    model_name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    num_layers: int | None = None,
+    weights: WeightReader | None = None,
 ) -> PreTrainedModel:
     """Checks that a critic can be built from a base model, using its config and the shapes in its files.
 
@@ -103,7 +106,7 @@ def check_critic_model(
         model = _construct(
             AutoModelForSequenceClassification, model_name_or_path, tokenizer, {}, True, num_layers, torch.float32, None
         )
-    match_weights(model, WeightReader(model_name_or_path), **_tolerances(model, False, num_layers))
+    match_weights(model, weights or WeightReader(model_name_or_path), **_tolerances(model, False, num_layers))
     return model
 
 

@@ -9,7 +9,6 @@ Shape legend: S sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,11 @@ from torch import Tensor
 
 from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import load_encoder, read_card
+from rlhf_critic.checkpoint.critic_directory import OpenedCritic
 from rlhf_critic.config.deepspeed import TIMERS_OFF
 from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.device import configure_device
-from rlhf_critic.model.factory import create_critic_model
-from rlhf_critic.model.weights import WeightReader
 
 
 class InferenceEngine:
@@ -51,35 +48,25 @@ class InferenceEngine:
         self._token_budget = token_budget
 
     @classmethod
-    def from_checkpoint(
-        cls, directory: str | Path, token_budget: int, dtype: torch.dtype = torch.float32
-    ) -> InferenceEngine:
-        """Loads a critic directory in a dtype, with its parameters sharded over the ranks (ZeRO stage 3).
+    def from_checkpoint(cls, opened: OpenedCritic, token_budget: int) -> InferenceEngine:
+        """Loads a critic in the dtype it was opened with, and its parameters sharded over the ranks (ZeRO stage 3).
+
+        float16 becomes float32, because DeepSpeed shards float16 only on devices that compute in it.
 
         Raises:
-            CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
+            CheckpointError: See `rlhf_critic.checkpoint.critic_directory.OpenedCritic.build`.
         """
         import deepspeed
 
-        card = read_card(directory)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3},
-            "bf16": {"enabled": dtype == torch.bfloat16},
+            "bf16": {"enabled": opened.dtype == torch.bfloat16},
             "timers": TIMERS_OFF,
         }
-        critic = create_critic_model(
-            str(directory),
-            load_encoder(directory, card).tokenizer,
-            config,
-            card.num_padding_at_beginning,
-            rlhf_training=True,
-            disable_dropout=True,
-            dtype=dtype,
-            weights=WeightReader(str(directory), safetensors_only=True),
-        )
+        critic = opened.build(config)
         engine, *_ = deepspeed.initialize(model=critic, config=config)
-        configure_device(engine.device, dtype)
+        configure_device(engine.device, next(critic.parameters()).dtype)
         return cls(critic, engine, lambda: token_budget)
 
     def rewards(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]:

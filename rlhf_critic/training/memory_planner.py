@@ -85,6 +85,15 @@ class Planner:
         setups = (setup.model_copy(update={"zero_stage": stage}) for stage in range(lowest, 4))
         return next((setup.zero_stage for setup in setups if self.fits(setup)), None)
 
+    def recommended_stage(self, setup: PlanJobConfig) -> int | None:
+        """Returns the ZeRO stage to use: 1 if it fits, otherwise the lowest that does.
+
+        Stage 1 reduces gradients once a step. Stages 2 and 3 do in every micro-batch. Stage 0 adds gradients of bf16
+        models up in bf16.
+        """
+        smallest = self.smallest_stage(setup)
+        return 1 if smallest == 0 and self.fits(setup.model_copy(update={"zero_stage": 1})) else smallest
+
     def fitting_setup(self) -> PlanJobConfig | None:
         """Returns the first setup that fits, with one more change each; those that cost the least time come first."""
         setup = self.setup
