@@ -14,7 +14,8 @@ from rich.table import Table
 from actors.runtime.storage import local_directory
 from jobs.cli import command, run_job
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import LoadedCritic, load_critic
+from rlhf_critic.checkpoint.critic_directory import LoadedCritic
+from rlhf_critic.checkpoint.reward_model import open_reward_model
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import resolve_dtype
 from rlhf_critic.config.tools import EvaluateJobConfig
@@ -76,7 +77,7 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
     device, dtype = select_device(config.use_gpu), DTYPE_OF[resolve_dtype(config.dtype, config.use_gpu)]
     configure_device(device, dtype)
     with local_directory(config.checkpoint) as directory:
-        loaded = load_critic(directory, dtype=dtype)
+        loaded = open_reward_model(directory, config.checkpoint, config.encoding).in_dtype(dtype).load()
     loaded.critic.to(device)
     _, first_row = next(read_rows(config.data))
     return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)

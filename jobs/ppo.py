@@ -164,6 +164,8 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         port = probe.getsockname()[1]
     options = ServeJobConfig(
         checkpoint=reward.checkpoint,
+        chat_template=reward.chat_template,
+        max_length=reward.max_length,
         app=reward.app,
         components=reward.components,
         normalize=reward.normalize,

@@ -30,7 +30,7 @@ from actors.runtime.storage import local_directory
 from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
 from actors.serving.scorer import version_name
 from jobs.cli import command, run_job, validate_outside_package
-from rlhf_critic.checkpoint.critic_directory import check_critic
+from rlhf_critic.checkpoint.reward_model import check_reward_model
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
 from rlhf_critic.data.sources import fingerprint_of, read_rows
@@ -68,12 +68,13 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         raise ConfigError(f"OUT {config.out!r} must be a path, because workers write files there; mount the store")
     validate_outside_package("OUT", config.out)
     with local_directory(config.checkpoint) as directory:
-        card, digest = check_critic(directory)
+        model = check_reward_model(directory, config.checkpoint, config.encoding)
+        card = model.opened.card
         if config.normalize:
             card.reward_scale()
-    scorer = config.scorer_config(config.checkpoint, digest)
+    scorer = config.scorer_config(config.checkpoint, model.digest)
     data = config.data
-    version = version_name(card.version, digest, scorer)
+    version = version_name(card.version, model.digest, scorer)
     fingerprint = fingerprint_of(data)
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)

@@ -41,7 +41,9 @@ def main() -> None:
         return
     with console.status("checking the critic") as status:
         if config.publish:
-            version = control.publish(config.app, str(config.checkpoint), config.start_timeout_s, status.update)
+            version = control.publish(
+                config.app, str(config.checkpoint), config.start_timeout_s, status.update, config.encoding
+            )
             console.print(f"published: every replica of {config.app!r} serves {version}", highlight=False)
             return
         url, version, authenticated = run_pool(config, status.update)

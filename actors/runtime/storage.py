@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 COPY_EVERY_S = 30.0
 HISTORY_FOLDER = "history"
 REWRITTEN_SUFFIX = "-again"  # follows the name of a checkpoint that replaces a damaged one
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # of config and tokenizer
 CHECKPOINT = re.compile(rf"step-(\d+)(?:{REWRITTEN_SUFFIX})*")
 
 
@@ -150,10 +152,12 @@ class HistoryDirectory:
 
 @contextmanager
 def local_directory(path_or_uri: str) -> Iterator[Path]:
-    """Yields a directory on this machine: the one at a path, or, within the block, a copy of the one at a URI.
+    """Yields a directory on this machine: the one at a path, or a copy of the one at a URI or of a hub id.
+
+    The copy of a URI lives within the block. That of a hub id stays in the cache of Hugging Face.
 
     Raises:
-        CheckpointError: There is no directory at the path.
+        CheckpointError: There is no directory at the path, or the model of a hub id cannot be downloaded.
     """
     if "://" in path_or_uri:
         from ray.train import Checkpoint  # seconds of import, needed for URIs only
@@ -162,5 +166,24 @@ def local_directory(path_or_uri: str) -> Iterator[Path]:
             yield Path(copy)
     elif Path(path_or_uri).is_dir():
         yield Path(path_or_uri)
+    elif HUB_ID.fullmatch(path_or_uri):
+        yield _download_from_hub(path_or_uri)
     else:
         raise CheckpointError(f"{path_or_uri}: no such directory; check the path, or give a URI (s3://, gs://)")
+
+
+def _download_from_hub(hub_id: str) -> Path:
+    """Downloads a model, weights as safetensors if it has them. Offline, it finds what was downloaded before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(hub_id, allow_patterns=[*MODEL_FILES, "*.safetensors"]))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(snapshot_download(hub_id, allow_patterns=[*MODEL_FILES, "*.bin"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{hub_id}: no such directory, and it could not be downloaded as the hub id of a model: "
+            f"{str(error).strip().splitlines()[0]} Check the path or the id"
+        ) from error
+    return directory

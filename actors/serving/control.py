@@ -26,6 +26,7 @@ from actors.runtime.storage import local_directory
 from actors.serving.deployment import deployment_hash
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
 from actors.serving.replica_status import read_status, status_of
+from rlhf_critic.config.model import AssumedEncoding
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 
@@ -128,8 +129,12 @@ def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str 
     }
 
 
-def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> str:
+def publish(
+    app: str, checkpoint: str, timeout_s: float, progress: Progress, encoding: AssumedEncoding | None = None
+) -> str:
     """Swaps the critic of a running pool, keeps its other options, and returns the version that every replica serves.
+
+    ``encoding`` is for a reward model without ``critic.json``.
 
     Raises:
         ConfigError: There is no such pool, it runs another version of this package, or another process changed it
@@ -147,7 +152,8 @@ def publish(app: str, checkpoint: str, timeout_s: float, progress: Progress) -> 
         )
     after = copy.deepcopy(before)
     user_config = _replicas(after)["user_config"]
-    scorer = ScorerConfig(**{**user_config["scorer"], "checkpoint": checkpoint})
+    of_checkpoint = {"checkpoint": checkpoint, **(encoding or AssumedEncoding()).model_dump()}
+    scorer = ScorerConfig(**{**user_config["scorer"], **of_checkpoint})
     user_config["scorer"] = _with_digest(scorer).model_dump(mode="json")
     return _change(app, before, after, timeout_s, progress)
 
@@ -245,13 +251,13 @@ def _published(app: str) -> str | None:
 
 
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
-    from rlhf_critic.checkpoint.critic_directory import check_critic  # imports torch and transformers
+    from rlhf_critic.checkpoint.reward_model import check_reward_model  # imports torch and transformers
 
     with local_directory(scorer.checkpoint) as directory:
-        card, digest = check_critic(directory)
+        model = check_reward_model(directory, scorer.checkpoint, scorer.encoding)
         if scorer.normalize:
-            card.reward_scale()
-    return scorer.model_copy(update={"digest": digest})
+            model.opened.card.reward_scale()
+    return scorer.model_copy(update={"digest": model.digest})
 
 
 def _runtime_environment(use_gpu: bool) -> dict[str, Any]:

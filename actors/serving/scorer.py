@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +24,8 @@ import numpy as np
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import CriticCard, load_critic, weights_hash
+from rlhf_critic.checkpoint.critic_directory import CriticCard, OpenedCritic
+from rlhf_critic.checkpoint.reward_model import verify_reward_model
 from rlhf_critic.config.model import AutoDtype, resolve_dtype
 from rlhf_critic.config.serve import CallLimits, ScorerConfig
 from rlhf_critic.data.encoding import Encoded, Encoder
@@ -46,15 +46,15 @@ DRAIN_TIMEOUT_S = 600.0
 
 
 class LocalCritic:
-    """A critic on this process's device, of a verified directory; computes at most ``token_budget`` tokens at once.
+    """An opened critic on this process's device; computes at most ``token_budget`` tokens at once.
 
     Raises:
-        CheckpointError: See `rlhf_critic.checkpoint.critic_directory.load_critic`.
+        CheckpointError: See `rlhf_critic.checkpoint.critic_directory.OpenedCritic.build`.
     """
 
-    def __init__(self, directory: str | Path, token_budget: int, use_gpu: bool, dtype: AutoDtype = "auto") -> None:
+    def __init__(self, opened: OpenedCritic, token_budget: int, use_gpu: bool, dtype: AutoDtype = "auto") -> None:
         torch_dtype = DTYPE_OF[resolve_dtype(dtype, use_gpu)]
-        loaded = load_critic(directory, verify=False, dtype=torch_dtype)
+        loaded = opened.in_dtype(torch_dtype).load()
         self.card: CriticCard = loaded.card
         self.encoder: Encoder = loaded.encoder
         self._device = select_device(use_gpu)
@@ -271,30 +271,25 @@ class Scorer:
     def _load(self, config: ScorerConfig) -> _Version:
         # One download and one verification; the backend reads the weights from this directory.
         with local_directory(config.checkpoint) as directory:
-            digest = weights_hash(directory)
-            if config.digest not in {None, digest}:
+            model = verify_reward_model(directory, config.checkpoint, config.encoding)
+            if config.digest not in {None, model.digest}:
                 raise CheckpointError(
-                    f"{config.checkpoint}: these files are not the published ones (SHA-256 {digest[:12]}, expected "
-                    f"{str(config.digest)[:12]}): restore them, and publish a changed critic under another path"
+                    f"{config.checkpoint}: these files are not the published ones (SHA-256 {model.digest[:12]}, "
+                    f"expected {str(config.digest)[:12]}): restore them, and publish a changed critic under another "
+                    "path"
                 )
             if self._shards == 1:
                 backend: LocalCritic | ShardedCritic = LocalCritic(
-                    directory, config.token_budget, self._use_gpu, config.dtype
+                    model.opened, config.token_budget, self._use_gpu, config.dtype
                 )
             else:
                 from actors.serving.sharded_critic import ShardedCritic
 
                 backend = ShardedCritic(
-                    config.checkpoint,
-                    directory,
-                    config.token_budget,
-                    self._shards,
-                    self._cpus_per_shard,
-                    self._use_gpu,
-                    config.dtype,
+                    config, directory, model.opened, self._shards, self._cpus_per_shard, self._use_gpu
                 )
         try:
-            return _Version(config, backend, digest, self._on_batch)
+            return _Version(config, backend, model.digest, self._on_batch)
         except BaseException:
             backend.close()
             raise
@@ -308,5 +303,5 @@ def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:
     """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
     chosen = {"dtype"} if config.dtype != "auto" else set()  # names from before the option stay
-    how = config.model_dump_json(include={"normalize", "components", *chosen})
+    how = config.model_dump_json(include={*chosen, "normalize", "components"})
     return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:8]}"

@@ -17,8 +17,10 @@ import torch
 from actors.runtime.rank_group import Rank, RankGroup
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.checkpoint.critic_directory import CriticCard, load_encoder, open_critic, read_card
-from rlhf_critic.config.model import AutoDtype, Dtype, resolve_dtype
+from rlhf_critic.checkpoint.critic_directory import CriticCard, OpenedCritic
+from rlhf_critic.checkpoint.reward_model import open_reward_model
+from rlhf_critic.config.model import Dtype, resolve_dtype
+from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import RankLost, ScorerUnavailable
 from rlhf_critic.scoring.request_batcher import Computed
@@ -39,14 +41,14 @@ class ShardedCriticRank(Rank):
         self._opened = ExitStack()
         return str(self._opened.enter_context(local_directory(checkpoint))) if self.rank in ranks else None
 
-    def load(self, directories: Sequence[str], token_budget: int, dtype: Dtype) -> bool:
+    def load(self, directories: Sequence[str], config: ScorerConfig, dtype: Dtype) -> bool:
         """Loads this rank's shard from its node's directory; returns whether its batches are prefix trees."""
         from rlhf_critic.model.factory import DTYPE_OF
         from rlhf_critic.training.inference_engine import InferenceEngine
 
         with self._opened:
-            opened = open_critic(directories[self.rank], verify=False, dtype=DTYPE_OF[dtype])
-            self._engine = InferenceEngine.from_checkpoint(opened, token_budget)
+            opened = open_reward_model(directories[self.rank], config.checkpoint, config.encoding, verify=False)
+            self._engine = InferenceEngine.from_checkpoint(opened.in_dtype(DTYPE_OF[dtype]), config.token_budget)
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:
@@ -61,11 +63,10 @@ class ShardedCritic:
     """The handle of a critic's shards, used as an `actors.serving.scorer.LocalCritic` is.
 
     Args:
-        checkpoint: A critic directory, path or URI, reachable from the node of every shard.
-        directory: The same directory on this machine, verified by the caller.
-        token_budget: Maximum number of tokens that a shard computes at once.
+        config: Options of the scorer. The node of every shard must reach its checkpoint.
+        directory: Directory of the checkpoint on this machine, verified by the caller.
+        opened: The critic of that directory.
         shards: Number of shards; each reserves ``cpus_per_shard`` and, with ``use_gpu``, a GPU.
-        dtype: Dtype of parameters and activations.
 
     Raises:
         CheckpointError: The critic cannot be loaded.
@@ -74,17 +75,16 @@ class ShardedCritic:
 
     def __init__(
         self,
-        checkpoint: str,
+        config: ScorerConfig,
         directory: Path,
-        token_budget: int,
+        opened: OpenedCritic,
         shards: int,
         cpus_per_shard: float,
         use_gpu: bool,
-        dtype: AutoDtype = "auto",
     ) -> None:
-        self.card: CriticCard = read_card(directory)
-        self.encoder: Encoder = load_encoder(directory, self.card)
-        self.tokens_at_once = token_budget * shards
+        self.card: CriticCard = opened.card
+        self.encoder: Encoder = opened.encoder
+        self.tokens_at_once = config.token_budget * shards
         self._is_lost = False
         self._group = RankGroup(
             "scorer",
@@ -96,15 +96,9 @@ class ShardedCritic:
             in_own_bundles=True,  # the replica reserves bundles that hold a served critic and its successor
         )
         try:
-            directories = self._directories(checkpoint, directory)
-            loaded = self._group.call_all(
-                "load the critic",
-                "load",
-                directories,
-                token_budget,
-                resolve_dtype(dtype, use_gpu),
-                timeout_s=LOAD_TIMEOUT_S,
-            )
+            directories = self._directories(config.checkpoint, directory)
+            arguments = (directories, config, resolve_dtype(config.dtype, use_gpu))
+            loaded = self._group.call_all("load the critic", "load", *arguments, timeout_s=LOAD_TIMEOUT_S)
         except BaseException:
             self.close()
             raise

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, OpenedCritic, save_critic
 from rlhf_critic.checkpoint.export import add_auto_map
@@ -32,7 +32,8 @@ from rlhf_critic.model.weights import WeightReader
 AUTO_FORMAT = "auto"
 NATIVE_FORMAT = "native"
 DEFAULT_MAX_LENGTH = 1024
-HeadBias: TypeAlias = Literal["refuse", "reward-mean"]
+NO_LIMIT = 10**9  # a tokenizer without a limit has a larger model_max_length
+HeadBias: TypeAlias = Literal["refuse", "reward-mean", "keep"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def open_foreign(
     max_length: int | None = None,
     chat_template: str | None = None,
     head_bias: HeadBias = "refuse",
+    safetensors_only: bool = False,
 ) -> OpenedCritic:
     """Opens another system's checkpoint as a critic, in memory. `convert_checkpoint` saves what this opens.
 
@@ -114,13 +116,16 @@ def open_foreign(
         source: A directory with weights. ``base`` provides the config and the tokenizer if it lacks them.
         source_format: A key of `FORMATS`, or ``auto`` to detect the format.
         base: The base model, a directory or hub id.
-        max_length: Maximum length of the encoder in tokens. Default: 1024, or the number of learned positions if less.
+        max_length: Maximum length of the encoder in tokens. Default: the native model's own limit, and 1024 for the
+            other formats, or the number of learned positions if less.
         chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: ``auto`` for native, ``plain`` for the
             other formats, because those systems concatenate texts.
         head_bias: Treatment of a head bias that is not 0, which a critic's head cannot have. ``refuse`` raises.
             ``reward-mean`` records it in the card: ``training["head_bias"]`` is the bias, and ``reward_mean`` is the
             mean that the source measured (0 if none) minus the bias. The source's score is then
-            ``reward + training["head_bias"]``, which is ``reward - reward_mean`` if no mean was measured.
+            ``reward + training["head_bias"]``, which is ``reward - reward_mean`` if no mean was measured. ``keep``
+            adds it to every reward, as long as the critic is in memory: it cannot be saved.
+        safetensors_only: Whether to reject weights in pickle files.
 
     Raises:
         CheckpointError: The weights are damaged, have no known format, do not match the config, or have a bias that is
@@ -128,7 +133,7 @@ def open_foreign(
         EncodingError: The tokenizer or template cannot be used.
     """
     source = Path(source)
-    reader = WeightReader(str(source))
+    reader = WeightReader(str(source), safetensors_only=safetensors_only)
     source_format = detect_format(reader, source_format)
     reader.rename(FORMATS[source_format].native_name)
     bias = _pop_head_bias(reader, head_bias)
@@ -140,12 +145,13 @@ def open_foreign(
     config = _directory_with(source, "config.json", "config", base)
     model = check_critic_model(config, tokenizer, weights=reader)
     if max_length is None:
-        max_length = min(DEFAULT_MAX_LENGTH, learned_positions(model) or DEFAULT_MAX_LENGTH)
+        max_length = _own_limit(tokenizer, model) if source_format == NATIVE_FORMAT else DEFAULT_MAX_LENGTH
+        max_length = min(max_length, learned_positions(model) or max_length)
     validate_positions(model, max_length)
     encoder = Encoder(tokenizer, max_length)
     mean, std = (_statistic(source, model.config, name) for name in ("mean", "std"))
     reference = None if mean is None else "from the source's config.json, chosen by the system that trained it"
-    if bias:
+    if bias and head_bias != "keep":
         reference = reference or "none: reward_mean is the reward of a text that the source scores 0"
         mean = (mean or 0.0) - bias
     card = CriticCard(
@@ -156,7 +162,7 @@ def open_foreign(
         reward_reference=reference,
         training={"converted_from": source_format, **({"head_bias": bias} if bias else {})},
     )
-    return OpenedCritic(config, card, encoder, reader, _dtype_of(reader))
+    return OpenedCritic(config, card, encoder, reader, _dtype_of(reader), bias if head_bias == "keep" else 0.0)
 
 
 def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
@@ -182,8 +188,8 @@ def _pop_head_bias(reader: WeightReader, head_bias: HeadBias) -> float:
     head_shape = reader.shape(HEAD_NAME)
     if len(head_shape) != 2 or head_shape[0] != 1:
         raise CheckpointError(
-            f"{reader.source}: the head's weight has shape {tuple(head_shape)}, with {head_shape[0]} outputs, expected "
-            "1: convert a model that was trained with num_labels=1"
+            f"{reader.source}: the head's weight has shape {tuple(head_shape)}, with {head_shape[0]} outputs (labels), "
+            "expected 1: use a model that was trained with num_labels=1"
         )
     if "score.bias" not in reader.names:
         return 0.0
@@ -212,8 +218,15 @@ def _directory_with(source: Path, file: str, what: str, base: str | None) -> str
 
 def _dtype_of(reader: WeightReader) -> torch.dtype:
     """Returns the smallest dtype that holds every matrix of the file. Configs often name the base model's dtype."""
-    matrices = (reader.read(name) for name in reader.names if len(reader.shape(name)) == 2)
-    return functools.reduce(torch.promote_types, (matrix.dtype for matrix in matrices if matrix.is_floating_point()))
+    dtypes = (reader.dtype(name) for name in reader.names if len(reader.shape(name)) == 2)
+    return functools.reduce(torch.promote_types, (dtype for dtype in dtypes if dtype.is_floating_point))
+
+
+def _own_limit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """Returns the longest sequence that a model's tokenizer and config allow, 1024 if they name no limit."""
+    limits = (tokenizer.model_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    known = [int(limit) for limit in limits if limit and limit < NO_LIMIT]
+    return min(known, default=DEFAULT_MAX_LENGTH)
 
 
 def _statistic(source: Path, config: PreTrainedConfig, name: str) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 from transformers import PreTrainedModel
 
+from rlhf_critic.config.model import SpecialTokensInText
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import FileRecord, file_blocks, read_manifests, verify_files, write_text_atomically
+from rlhf_critic.files import FileRecord, file_blocks, read_manifests, read_text, verify_files, write_text_atomically
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, create_critic_model
 from rlhf_critic.model.hf_config import load_config
@@ -30,7 +31,7 @@ from rlhf_critic.model.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
-FORMAT_VERSION = 1  # of critic.json; raise it when an older reader would misread the file
+FORMAT_VERSION = 2  # of critic.json; raise it when an older reader would misread the file
 
 
 class EncoderCard(BaseModel):
@@ -39,6 +40,16 @@ class EncoderCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     fingerprint: str
     max_length: int
+    special_tokens_in_text: SpecialTokensInText = "token"  # of critics that were saved before the option
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> EncoderCard:
+        """Describes an encoder."""
+        return cls(
+            fingerprint=encoder.fingerprint,
+            max_length=encoder.max_length,
+            special_tokens_in_text=encoder.special_tokens_in_text,
+        )
 
 
 class CriticCard(BaseModel):
@@ -106,6 +117,7 @@ class OpenedCritic:
         encoder: The encoder.
         reader: Reader of the weights, under the names of the family's ``*ForSequenceClassification`` class.
         dtype: Dtype of the weights.
+        head_bias: See `rlhf_critic.model.critic.ScalarHead`.
     """
 
     directory: str
@@ -113,9 +125,20 @@ class OpenedCritic:
     encoder: Encoder
     reader: WeightReader
     dtype: torch.dtype | None
+    head_bias: float = 0.0
 
-    def build(self, ds_config: dict[str, Any] | None = None) -> Critic:
+    def named(self, version: str) -> OpenedCritic:
+        """Returns the same critic with another version in its card."""
+        return replace(self, card=self.card.model_copy(update={"version": version}))
+
+    def in_dtype(self, dtype: torch.dtype) -> OpenedCritic:
+        """Returns the same critic, to be built in another dtype."""
+        return replace(self, dtype=dtype)
+
+    def build(self, ds_config: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Critic:
         """Builds the critic and reads its weights; see `rlhf_critic.model.factory.create_critic_model`.
+
+        ``dtype`` is that of the parameters, by default that of the weights.
 
         Raises:
             CheckpointError: The weights do not match the config.
@@ -127,13 +150,14 @@ class OpenedCritic:
             self.card.num_padding_at_beginning,
             rlhf_training=True,
             disable_dropout=True,
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             weights=self.reader,
+            head_bias=self.head_bias,
         )
 
-    def load(self) -> LoadedCritic:
-        """Builds the critic in this process, in evaluation mode. See `build` for the errors."""
-        return LoadedCritic(self.build().eval(), self.encoder, self.card)
+    def load(self, dtype: torch.dtype | None = None) -> LoadedCritic:
+        """Builds the critic in this process, in evaluation mode. See `build`."""
+        return LoadedCritic(self.build(dtype=dtype).eval(), self.encoder, self.card)
 
     def check(self) -> PreTrainedModel:
         """Checks the weights against the config, and the head's numbers. Returns the model on the meta device.
@@ -192,7 +216,7 @@ def read_card(directory: str | Path) -> CriticCard:
     """
     path = Path(directory) / CARD_NAME
     try:
-        content = from_json(path.read_text(encoding="utf-8"))
+        content = from_json(read_text(path))
         version = content.get("format_version", FORMAT_VERSION)
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
@@ -208,10 +232,8 @@ def read_card(directory: str | Path) -> CriticCard:
         raise CheckpointError(f"{path}: not a valid critic card: {error}") from error
 
 
-def open_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtype | None = None) -> OpenedCritic:
-    """Opens a critic directory, by default in the dtype it was saved in.
-
-    It compares the files with their manifests, unless the caller did: ``verify=False``.
+def open_critic(directory: str | Path, *, verify: bool = True) -> OpenedCritic:
+    """Opens a critic directory. It compares the files with their manifests, unless the caller did: ``verify=False``.
 
     Raises:
         CheckpointError: The directory is incomplete or damaged, or its tokenizer is not the one it was trained with.
@@ -221,16 +243,16 @@ def open_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtyp
     card = read_card(directory)
     encoder = load_encoder(directory, card)
     reader = WeightReader(str(directory), safetensors_only=True)
-    return OpenedCritic(str(directory), card, encoder, reader, dtype or load_config(str(directory)).dtype)
+    return OpenedCritic(str(directory), card, encoder, reader, load_config(str(directory)).dtype)
 
 
-def load_critic(directory: str | Path, *, verify: bool = True, dtype: torch.dtype | None = None) -> LoadedCritic:
-    """Loads a critic directory in this process, in evaluation mode and by default in the dtype it was saved in.
+def load_critic(directory: str | Path, *, verify: bool = True) -> LoadedCritic:
+    """Loads a critic directory in this process, in the dtype it was saved in and in evaluation mode.
 
     Raises:
         CheckpointError: See `open_critic`.
     """
-    return open_critic(directory, verify=verify, dtype=dtype).load()
+    return open_critic(directory, verify=verify).load()
 
 
 def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
@@ -286,7 +308,8 @@ def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
     Raises:
         CheckpointError: Its fingerprint differs from the card's.
     """
-    encoder = Encoder(load_tokenizer(str(directory)), card.encoder.max_length)
+    tokenizer = load_tokenizer(str(directory), keeps_template=True)
+    encoder = Encoder(tokenizer, card.encoder.max_length, card.encoder.special_tokens_in_text)
     if encoder.fingerprint != card.encoder.fingerprint:
         raise CheckpointError(
             f"{directory}: the tokenizer or chat template is not the one this critic was trained with: fingerprint "

@@ -103,6 +103,22 @@ class EncodingConfig(Section):
     """Maximum sequence length in tokens. Longer sequences are truncated from the left."""
 
 
+class AssumedEncoding(Section):
+    """The encoding that is assumed for a reward model without critic.json. None takes the model's own."""
+
+    chat_template: ChatTemplate | None = None
+    """Chat template of a reward model without critic.json: a name or path as in training. None uses its tokenizer's
+    own, else plain. Every scorer must reach the file."""
+    max_length: PositiveInt | None = None
+    """Maximum sequence length in tokens of a reward model without critic.json. None takes the limit of its tokenizer
+    and config."""
+
+    @property
+    def encoding(self) -> AssumedEncoding:
+        """These options alone."""
+        return AssumedEncoding(**self.model_dump(include=set(AssumedEncoding.model_fields)))
+
+
 class ShardingConfig(Section):
     """The options that decide the memory of a shard in training."""
 

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from rlhf_critic.config.base import (
     Decay,
     Fraction,
+    ModelPath,
     NonNegativeFloat,
     NonNegativeInt,
     PathOrUri,
@@ -16,7 +17,7 @@ from rlhf_critic.config.base import (
     Section,
     Sources,
 )
-from rlhf_critic.config.model import BodyConfig, ChatTemplate, ModelConfig, OptimizerConfig
+from rlhf_critic.config.model import AssumedEncoding, BodyConfig, ChatTemplate, ModelConfig, OptimizerConfig
 from rlhf_critic.errors import ConfigError
 
 
@@ -101,13 +102,14 @@ class RolloutConfig(Section):
     """Seconds to wait for the rollouts of an iteration."""
 
 
-class RewardConfig(Section):
+class RewardConfig(AssumedEncoding):
     """The scorers of responses, and the treatment of their rewards."""
 
     app: str = "scorers"
     """Name of the scorer pool, as in rlhf-critic serve --app."""
-    checkpoint: PathOrUri | None = None
-    """Critic directory for a scorer pool that lives as long as the job; None uses a running pool."""
+    checkpoint: ModelPath | None = None
+    """Critic directory or another reward model, as in rlhf-critic serve, for a scorer pool that lives as long as the
+    job; None uses a running pool."""
     components: PathOrUri | None = None
     """YAML file with the components of a reward, as in rlhf-critic serve (only with reward.checkpoint)."""
     normalize: bool = False
@@ -243,10 +245,10 @@ class PPOJobConfig(Section):
                 f"reward.max_replicas {self.reward.max_replicas} is below reward.min_replicas "
                 f"{self.reward.min_replicas}"
             )
-        if self.reward.checkpoint is None and (self.reward.components or self.reward.normalize):
-            raise ValueError(
-                "reward.components and reward.normalize need reward.checkpoint, because they configure its pool"
-            )
+        of_a_pool = ("components", "normalize", "chat_template", "max_length")
+        given = [f"reward.{name}" for name in of_a_pool if getattr(self.reward, name)]
+        if self.reward.checkpoint is None and given:
+            raise ValueError(f"{given[0]} needs reward.checkpoint, because it configures the pool of that checkpoint")
         return self
 
     def resolved(self) -> PPOJobConfig:

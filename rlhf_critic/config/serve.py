@@ -11,8 +11,16 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, StrictStr, field_validator, model_validator
 
-from rlhf_critic.config.base import NonNegativeFloat, NonNegativeInt, PathOrUri, Section, Source, load_config_file
-from rlhf_critic.config.model import AutoDtype
+from rlhf_critic.config.base import (
+    ModelPath,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathOrUri,
+    Section,
+    Source,
+    load_config_file,
+)
+from rlhf_critic.config.model import AssumedEncoding, AutoDtype
 
 COMPONENT_NAME = r"[A-Za-z_]\w*"
 
@@ -97,7 +105,7 @@ def load_components(path: str | None) -> tuple[Component, ...]:
     return (load_config_file(Components, path) if path else Components()).components
 
 
-class ScoringOptions(Section):
+class ScoringOptions(AssumedEncoding):
     """Options of every scorer."""
 
     dtype: AutoDtype = "auto"
@@ -145,8 +153,8 @@ class CallLimits(Section):
 class ScorerConfig(ScoringOptions, CallLimits, Components):
     """The critic and the options of one scorer."""
 
-    checkpoint: PathOrUri
-    """Critic directory: a path or URI that every replica reaches."""
+    checkpoint: ModelPath
+    """Critic directory, or another reward model: a path, URI or hub id that every replica reaches."""
     digest: str | None = None
     """Expected SHA-256 of the critic's files; None accepts any."""
 
@@ -160,10 +168,11 @@ class ServeJobConfig(ScoringJobOptions, CallLimits):
     To publish a new critic: rlhf-critic serve NEW --publish. To stop the pool: rlhf-critic serve --stop
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri | None] = None
-    """Critic directory: a checkpoint of a run, or an export. A path or URI."""
+    checkpoint: tyro.conf.Positional[ModelPath | None] = None
+    """Critic directory (a checkpoint of a run, or an export), or another reward model with one label, as transformers
+    saves it. A path, URI or hub id."""
     publish: bool = False
-    """Replace the critic of the running pool by CHECKPOINT and keep its other options."""
+    """Replace the critic of the running pool by CHECKPOINT and its encoding, and keep the pool's other options."""
     stop: bool = False
     """Stop the running pool."""
     app: str = "scorers"
@@ -224,8 +233,9 @@ class ScoreJobConfig(ScoringJobOptions):
     are passed through.
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri]
-    """Critic directory: a checkpoint of a run, or an export. A path or URI."""
+    checkpoint: tyro.conf.Positional[ModelPath]
+    """Critic directory (a checkpoint of a run, or an export), or another reward model with one label, as transformers
+    saves it. A path, URI or hub id."""
     data: tyro.conf.Positional[Source]
     """Data to score: a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), a directory from
     datasets' save_to_disk, or a hub id."""

@@ -7,8 +7,16 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rlhf_critic.config.base import NonNegativeInt, PathOrUri, Section
-from rlhf_critic.config.model import AutoDtype, ChatTemplate, Dtype, EncodingConfig, OptimizerConfig, ShardingConfig
+from rlhf_critic.config.base import ModelPath, NonNegativeInt, PathOrUri, Section
+from rlhf_critic.config.model import (
+    AssumedEncoding,
+    AutoDtype,
+    ChatTemplate,
+    Dtype,
+    EncodingConfig,
+    OptimizerConfig,
+    ShardingConfig,
+)
 
 SOURCE_KINDS = (
     "a file (.jsonl, .json, .parquet, .csv, each also .gz; path or URI), "
@@ -38,14 +46,15 @@ class InspectJobConfig(Section):
     """Local cache directory for encoded data. Safe to delete."""
 
 
-class EvaluateJobConfig(Section):
+class EvaluateJobConfig(AssumedEncoding):
     """Scores preferences or best-of-n rows with a critic and measures its accuracy. Runs locally, without Ray.
 
     For example: rlhf-critic evaluate runs/first/step-000100 heldout.jsonl --report report
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri]
-    """Critic directory: a checkpoint of a run, or an export. A path or URI."""
+    checkpoint: tyro.conf.Positional[ModelPath]
+    """Critic directory (a checkpoint of a run, or an export), or another reward model with one label, as transformers
+    saves it. A path, URI or hub id."""
     data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
     use_gpu: bool = False
     """Use one GPU."""

@@ -21,15 +21,18 @@ class ScalarHead(nn.Module):
     """The ``score`` head, computed in fp32 for any dtype of the body.
 
     It uses the weight of the family's own head, so its name in a checkpoint and its partitioning by ZeRO do not change.
+    ``bias``, of another system's head, is a constant: it is neither trained nor saved.
     """
 
-    def __init__(self, weight_1D: nn.Parameter) -> None:
+    def __init__(self, weight_1D: nn.Parameter, bias: float = 0.0) -> None:
         super().__init__()
         self.weight = weight_1D
+        self.bias = bias
 
     def forward(self, hidden_D: Tensor) -> Tensor:
         """Computes values fp32 ``[..., 1]`` from hidden states ``[..., D]``."""
-        return F.linear(hidden_D.float(), self.weight.float())
+        values_1 = F.linear(hidden_D.float(), self.weight.float())
+        return values_1 + self.bias if self.bias else values_1
 
 
 class Critic(Backbone):
@@ -40,18 +43,26 @@ class Critic(Backbone):
         num_padding_at_beginning: Number of tokens that a tokenizer puts before every text (OPT: 1), as in
             DeepSpeed-Chat. Kept for code that reads it. It has no effect, because ends are found from lengths.
         prefix_tree: See `Backbone`.
+        head_bias: A number that is added to every value and reward; see `ScalarHead`.
 
     Raises:
         ValueError: The model has no single-output ``score`` head.
     """
 
-    def __init__(self, model: PreTrainedModel, num_padding_at_beginning: int = 0, *, prefix_tree: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_padding_at_beginning: int = 0,
+        *,
+        prefix_tree: bool = True,
+        head_bias: float = 0.0,
+    ) -> None:
         head = getattr(model, "score", None)
         if model.config.num_labels != 1 or head is None or getattr(head, "bias", None) is not None:
             raise ValueError(f"{type(model).__name__} has no bias-free 'score' head with one output")
         super().__init__(model, prefix_tree)
         if not isinstance(head, ScalarHead):
-            model.score = ScalarHead(head.weight)
+            model.score = ScalarHead(head.weight, head_bias)
         self.num_padding_at_beginning = num_padding_at_beginning
         self.config = model.config  # for code that saves DeepSpeed-Chat's models
 

@@ -219,10 +219,12 @@ def create_critic_model(
     attn_implementation: str | None = None,
     prefix_tree: bool = True,
     weights: WeightReader | None = None,
+    head_bias: float = 0.0,
 ) -> Critic:
     """Builds a `Critic` around the family's sequence-classification model.
 
-    See `create_hf_model` for the arguments, and `Critic` for ``num_padding_at_beginning`` and ``prefix_tree``.
+    See `create_hf_model` for the arguments, and `Critic` for ``num_padding_at_beginning``, ``prefix_tree`` and
+    ``head_bias``.
 
     Raises:
         CheckpointError: See `create_hf_model`.
@@ -240,7 +242,7 @@ def create_critic_model(
         attn_implementation=attn_implementation,
         weights=weights,
     )
-    return Critic(model, num_padding_at_beginning, prefix_tree=prefix_tree)
+    return Critic(model, num_padding_at_beginning, prefix_tree=prefix_tree, head_bias=head_bias)
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:

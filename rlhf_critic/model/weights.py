@@ -108,6 +108,14 @@ class WeightReader:
         opened = self._open_files[path]
         return opened[key].shape if isinstance(opened, dict) else torch.Size(opened.get_slice(key).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the dtype of a tensor without reading it."""
+        path, key = self._place_of[name]
+        opened = self._open_files[path]
+        if isinstance(opened, dict):
+            return opened[key].dtype
+        return opened.get_slice(key)[:0].dtype  # an empty part
+
     def read(self, name: str) -> Tensor:
         """Reads one tensor to the CPU."""
         path, key = self._place_of[name]
