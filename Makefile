@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart ppo-demo test test-all soak audit docs docs-site lint format clean
+.PHONY: help install quickstart ppo-demo test test-all peers soak audit docs docs-site lint format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,12 +39,19 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 DURATIONS := benchmarks/test_durations.txt
 
 test: lint ## Lint, types, and every test that is not slow.
-	$(PYTEST) -m "not slow and not cluster" $(PYTEST_OPTIONS)
+	$(PYTEST) -m "not slow and not cluster and not peers" $(PYTEST_OPTIONS)
 
 test-all: $(VENV)/.installed ## `make test`, then the slow tests and those with clusters; writes the durations of all.
 	rm -f $(DURATIONS)
 	$(MAKE) test PYTEST_OPTIONS=--durations-file=$(DURATIONS)
 	$(PYTEST) -m "slow or cluster" --durations-file=$(DURATIONS)
+
+# Each peer is installed into an environment of its own (RLHF_CRITIC_PEERS, by default .cache/peers); what is there stays.
+# One peer: python -m tests.peers.install NAME, then pytest tests/peers/test_NAME.py.
+peers: $(VENV)/.installed ## Contracts with other projects' real code (docs/compatibility.md); installs gigabytes once.
+	-$(BIN)/python -m tests.peers.install
+	$(BIN)/python -m pytest -m peers tests/peers
+	$(BIN)/python -m docs.generate
 
 soak: $(VENV)/.installed ## Ten minutes of training, serving and publishing together, with a kill every 15 s.
 	$(BIN)/python -m tests.soak
@@ -57,7 +64,7 @@ audit: $(VENV)/.installed ## Known vulnerabilities of the installed packages; as
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > .cache/audit/requirements.txt
 	.cache/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .cache/audit/requirements.txt
 
-docs: $(VENV)/.installed ## Generate docs/options.md and the file list of docs/architecture.md.
+docs: $(VENV)/.installed ## Generate docs/options.md, docs/compatibility.md and the file list of docs/architecture.md.
 	$(BIN)/python -m docs.generate
 
 # In an environment of its own, so that the test environment stays small.

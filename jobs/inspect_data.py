@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from jobs.cli import command, run_job
 from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.tools import InspectJobConfig
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.encoding import create_encoder
 from rlhf_critic.data.preference_dataset import EncodedPreferences, count_leaked
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.evaluation.preferences import wins
@@ -23,20 +24,21 @@ PERCENTILES = (5, 25, 50, 75, 95, 100)
 def main() -> None:
     """Reads each source and prints its statistics and examples."""
     config = parse_command_line(InspectJobConfig, prog=command("inspect"))
-    encoder = Encoder(load_tokenizer(config.model, config.encoding.chat_template), config.encoding.max_length)
+    encoder = create_encoder(config.model, config.encoding)
     tables = [
         load_preferences(source, encoder, config.cache_dir, fields=config.fields, overlong=config.overlong)
         for source in config.data
     ]
     console = Console()
     for number, table in enumerate(tables):
-        console.print(summary(table, tables[:number], encoder.max_length))
+        console.print(summary(table, tables[:number], config.encoding))
         for row in np.unique(np.linspace(0, len(table) - 1, config.examples).round().astype(int)):
             console.print(example(table, int(row), encoder.tokenizer))
 
 
-def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], max_length: int) -> Table:
+def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], encoding: EncodingConfig) -> Table:
     """Returns a table with the statistics of one source, among them the prompts it shares with those ``before`` it."""
+    max_length, special_tokens_in_text = encoding.max_length, encoding.special_tokens_in_text
     ((source, report),) = preferences.reports.items()
     pairs = preferences.comparisons()
     longer = wins((pairs.lengths_P2[:, 0] - pairs.lengths_P2[:, 1]).astype(np.float64))
@@ -51,6 +53,10 @@ def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], m
         (f"truncated (over {max_length} tokens)", report.truncated),
         (f"skipped (over {max_length} tokens)", report.skipped_overlong),
         ("skipped (identical responses)", report.identical),
+        ("responses that the template drops or changes (kept whole)", report.kept_whole),
+        ("responses whose white space the template changes", report.white_space),
+        (f"special tokens inside texts (read as {special_tokens_in_text})", report.special_tokens),
+        ("responses that begin with their prompt (read as an answer)", report.begin_with_prompt),
         ("duplicates", report.duplicates),
         ("contradictions (same responses, opposite order)", report.contradictions),
         ("the longer response is preferred", f"{longer.mean():.3f} of comparisons (a tie counts half)"),

@@ -107,7 +107,7 @@ def plan_table(planner: Planner, groups: list[NodeGroup]) -> Table:
     table.add_row("fits", f"{'yes' if planner.fits(setup) else 'NO'}: usable are {usable}")
     table.add_row("lowest ZeRO stage that fits", "none" if stage is None else str(stage))
     if (recommended := planner.recommended_stage(setup)) == 1:
-        table.add_row("recommended ZeRO stage", "1: it reduces gradients once a step and adds them up in fp32")
+        table.add_row("recommended ZeRO stage", "1: it reduces gradients once a step")
     elif recommended is not None:
         table.add_row("recommended ZeRO stage", str(recommended))
     for way in changes_that_fit(planner):

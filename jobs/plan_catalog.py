@@ -6,12 +6,12 @@ Knows nothing about memory or plans.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from rlhf_critic.errors import ConfigError
+from rlhf_critic.files import read_text
 from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.training.memory_planner import Gpu
 
@@ -75,7 +75,7 @@ def node_groups(path: str) -> list[NodeGroup]:
         ConfigError: The file cannot be read, or no node type has a GPU.
     """
     try:
-        cluster = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        cluster = yaml.safe_load(read_text(path))
         types = cluster["available_node_types"]
         most = cluster.get("max_workers", 2)  # Ray's default
         groups = [

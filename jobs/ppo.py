@@ -126,7 +126,7 @@ def read_prompts(config: PPOJobConfig) -> tuple[Prompts, Prompts | None]:
     """
     options = config.prompts
     tokenizer = load_tokenizer(config.policy.model.path, config.policy.chat_template)
-    encoder = Encoder(tokenizer, options.max_tokens + config.rollout.max_new_tokens)
+    encoder = Encoder(tokenizer, options.max_tokens + config.rollout.max_new_tokens, "text")
     train = load_prompts(options.train, encoder, options.max_tokens, options.fields)
     held_out = None
     logger.info("prompts %s", train)

@@ -24,6 +24,7 @@ from jobs.cli import command, run_job
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.errors import ConfigError
+from rlhf_critic.files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def read_token(path: str) -> str:
                 created.write(secrets.token_urlsafe(32) + "\n")
         if file.stat().st_mode & 0o077:
             raise ConfigError(f"{file}: other users can read this token: run chmod 600 {file}")
-        token = file.read_text(encoding="utf-8").strip()
+        token = read_text(file).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot read or create the token: {error}; use another --token-file") from error
     if len(token) < MIN_TOKEN_LENGTH:

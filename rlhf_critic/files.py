@@ -26,6 +26,16 @@ class FileRecord(NamedTuple):
     checksum: str | int
 
 
+def read_text(path: str | Path) -> str:
+    """Reads a text file in UTF-8, without the byte order mark that some editors write at its start.
+
+    Raises:
+        OSError: The file cannot be read.
+        UnicodeDecodeError: The file is not UTF-8.
+    """
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
 @contextmanager
 def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yields a temporary directory that becomes ``path`` when the block ends without an error.

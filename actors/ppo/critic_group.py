@@ -23,7 +23,7 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, load_encoder, read_card
 from rlhf_critic.config.model import EncodingConfig, ModelConfig
 from rlhf_critic.config.train import TrainConfig
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.encoding import Encoder, create_encoder
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import verify_manifest
 from rlhf_critic.training.critic_engine import CriticEngine, ValueMetrics
@@ -62,7 +62,7 @@ class CriticOptions:
         """
         if self.is_trained:
             return load_encoder(self.model.path, read_card(self.model.path))
-        return Encoder(load_tokenizer(self.model.path, self.encoding.chat_template), self.encoding.max_length)
+        return create_encoder(self.model.path, self.encoding)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class CriticRank(Rank):
         card = CriticCard(
             # The step is read here, because another thread may take one between two calls of the group.
             version=f"{name}@{engine.step}",
-            encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length),
+            encoder=EncoderCard.of(encoder),
             training={"step": engine.step, OPTIONS: OPTIONS_FORMAT.dump_python(self._options, mode="json")},
         )
         engine.save(directory, encoder, card)

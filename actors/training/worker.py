@@ -150,8 +150,10 @@ class _TrainingRun:
         validate_same_options(run, TrainJobConfig.model_validate(trained["options"]), self.config, FREE_OPTIONS)
         if trained["train_data"]["fingerprint"] != self.data.train.fingerprint:
             raise ConfigError(
-                f"the run {run!r} cannot continue with {self.config.data.train}: its preferences, tokenizer, template "
-                "or length limit are not those it began with. Restore them, or start a run with another --run.name"
+                f"the run {run!r} cannot continue with {self.config.data.train}: its preferences, tokenizer, template, "
+                "length limit or special tokens in texts are not those it began with. Restore them (a run that began "
+                "before --encoding.special-tokens-in-text needs the value token), or start a run with another "
+                "--run.name"
             )
 
     def run(self) -> TrainOutcome:
@@ -205,7 +207,7 @@ class _TrainingRun:
         step, name, node = self.engine.step, self.config.run.name, self.context.get_node_rank()
         card = CriticCard(
             version=f"{name}@{step}",
-            encoder=EncoderCard(fingerprint=self.data.encoder.fingerprint, max_length=self.data.encoder.max_length),
+            encoder=EncoderCard.of(self.data.encoder),
             **self._reference(evaluation, is_last),
             training={
                 "step": step,

@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import os
 import tempfile
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ STEPS = 20
 TINY_STAGES = (0, 2)
 PAIRS = 16
 LOSS_TOLERANCE = 0.03  # mean relative difference of the losses of 20 steps in bf16
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "schedule": "constant",
     "warmup_fraction": 0.0,
@@ -44,7 +45,7 @@ def run(context: Context) -> None:
         return
     expected = plain_losses(context)
     for stage in TINY_STAGES if context.tiny else (1, 0, 2, 3):
-        context.case(f"bf16 stage {stage}", 20, lambda stage=stage: steps(context, stage, expected))
+        context.case(f"bf16 stage {stage}", 20, partial(steps, context, stage, expected))
 
 
 def start(context: Context) -> str:
@@ -146,7 +147,7 @@ def calculated_peak(context: Context, stage: int) -> int:
     config = family_configs(context.tiny)["llama"]
     critic = build_critic(config, torch.device("meta"), torch.bfloat16)
     pairs = pairs_of(context)
-    tokens = min(OPTIONS["token_budget"], pairs.tokens)  # type: ignore[type-var]
+    tokens = min(OPTIONS["token_budget"], pairs.tokens)
     longest = max(len(ids) for unit in pairs.units for ids in unit)
     activations = activation_bytes(critic, int(tokens), longest, gradient_checkpointing=False)
     options = TrainConfig(zero_stage=stage, **OPTIONS)

@@ -139,7 +139,9 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a table in Markdown."""
     lines = ["| part | case | result | values |", "|---|---|---|---|"]
     for row in rows:
-        state = "skipped" if "skipped" in row else {True: "ok", False: "FAILED"}.get(row.get("ok", None), "measured")
+        state = (
+            "skipped" if "skipped" in row else "measured" if row.get("ok") is None else "ok" if row["ok"] else "FAILED"
+        )
         hidden = {"part", "case", "ok", "largest"}
         values = ", ".join(f"{name} {shown(value)}" for name, value in row.items() if name not in hidden)
         lines.append(f"| {row['part']} | {row['case']} | {state} | {values} |")

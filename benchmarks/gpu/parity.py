@@ -7,8 +7,10 @@ twice as large and above the floor of the dtype.
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,29 +29,28 @@ def run(context: Context) -> None:
     """Compares whole critics: rewards, values and gradients."""
     torch.backends.cuda.matmul.allow_tf32 = False
     configs = family_configs(context.tiny)
+    others = ("llama",) if context.tiny else ("llama", "mistral-window")
     for dtype in (torch.bfloat16, torch.float32):
         for tree, sequences in trees(context.tiny).items():
-            others = ("llama",) if context.tiny else ("llama", "mistral-window")
             for family in configs if tree == "pair" else others:
                 for way in ways() if family == "llama" else ("chosen",):
-                    context.case(
-                        f"{family} {NAMES[dtype]} {tree} {way}",
-                        8,
-                        lambda config=configs[family], sequences=sequences, dtype=dtype, way=way: compare(
-                            context, config, sequences, dtype, way
-                        ),
-                    )
+                    run_case = partial(compare, context, configs[family], sequences, dtype, way)
+                    context.case(f"{family} {NAMES[dtype]} {tree} {way}", 8, run_case)
     for way in ways():
-        context.case(f"llama bf16 long tree {way}", 15, lambda way=way: compare_long(context, configs["llama"], way))
+        context.case(f"llama bf16 long tree {way}", 15, partial(compare_long, context, configs["llama"], way))
+
+
+def varlen_plan() -> Any:
+    """Returns the library's module of attention plans; None if it has none."""
+    try:
+        return importlib.import_module("rlhf_critic.batching.varlen_plan")
+    except ImportError:
+        return None
 
 
 def ways() -> tuple[str, ...]:
     """Returns the plans of attention to force; ``chosen`` leaves the choice to the library."""
-    try:
-        from rlhf_critic.batching import varlen_plan
-    except ImportError:
-        return ("chosen",)
-    return ("chosen", "paths", "levels") if hasattr(varlen_plan, "LEVELS_FROM") else ("chosen",)
+    return ("chosen", "paths", "levels") if hasattr(varlen_plan(), "LEVELS_FROM") else ("chosen",)
 
 
 @contextmanager
@@ -58,14 +59,13 @@ def forced(way: str) -> Iterator[None]:
     if way == "chosen":
         yield
         return
-    from rlhf_critic.batching import varlen_plan
-
-    before = varlen_plan.LEVELS_FROM
-    varlen_plan.LEVELS_FROM = 0 if way == "levels" else 10**9
+    module = varlen_plan()
+    before = module.LEVELS_FROM
+    module.LEVELS_FROM = 0 if way == "levels" else 10**9
     try:
         yield
     finally:
-        varlen_plan.LEVELS_FROM = before
+        module.LEVELS_FROM = before
 
 
 def compare(
@@ -128,7 +128,7 @@ def plain(
     kinds = (("rewards", "reward gradient"), ("values", "value gradient"))
     for name, gradient in kinds:
         model.zero_grad()
-        rows = []
+        rows: list[Tensor] = []
         for ids in sequences:
             with torch.set_grad_enabled(with_gradients):
                 hidden = model.base_model(torch.as_tensor(ids, device=context.device)[None]).last_hidden_state[0]

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,11 @@ def run(context: Context) -> None:
             context.case(
                 f"train {name} {size} {profile}",
                 seconds,
-                lambda name=name, size=size, profile=profile: train(context, name, size, profile),
+                partial(train, context, name, size, profile),
             )
         if index == 0:
             for responses in (8, 1, 64):
-                context.case(f"score n={responses}", 10, lambda responses=responses: score(context, responses))
+                context.case(f"score n={responses}", 10, partial(score, context, responses))
 
 
 class PlainSteps:
@@ -282,7 +283,7 @@ def score(context: Context, responses: int) -> dict[str, Any]:
 
     expected, plain_seconds = by_transformers(8), {}
     for size in (2,) if context.tiny else (16, 64, 128):
-        plain_seconds[size] = timed(context, lambda size=size: by_transformers(size))
+        plain_seconds[size] = timed(context, partial(by_transformers, size))
     best = min(plain_seconds, key=plain_seconds.__getitem__)
     spread = float(expected.std()) or 1.0
     return {

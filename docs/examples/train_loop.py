@@ -33,7 +33,7 @@ def main(base: str, data: str, out: str) -> float:
     # 1. The tokenizer and its chat template. One encoder serves training, evaluation and serving, so that a text
     #    always becomes the same token ids.
     tokenizer = load_tokenizer(base, chat_template="plain")
-    encoder = Encoder(tokenizer, MAX_LENGTH)
+    encoder = Encoder(tokenizer, MAX_LENGTH, special_tokens_in_text="text")
 
     # 2. The data: validated row by row, encoded once, memory-mapped from .cache. Counts what was truncated or skipped.
     preferences = load_preferences(data, encoder, cache_dir=".cache")
@@ -74,9 +74,7 @@ def main(base: str, data: str, out: str) -> float:
         print(f"step {step + 1}/{steps} loss {step_loss:.4f}")
 
     # 9. The critic directory: weights and tokenizer for transformers, and critic.json with the encoder's fingerprint.
-    card = CriticCard(
-        version=f"train-loop@{steps}", encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=MAX_LENGTH)
-    )
+    card = CriticCard(version=f"train-loop@{steps}", encoder=EncoderCard.of(encoder))
     save_critic(out, critic, encoder, card)
 
     # 10. Scoring: load what was saved and compare both sides of every preference.

@@ -156,7 +156,7 @@ def open_foreign(
         mean = (mean or 0.0) - bias
     card = CriticCard(
         version=f"{source.resolve().name}@{source_format}",
-        encoder=EncoderCard(fingerprint=encoder.fingerprint, max_length=encoder.max_length),
+        encoder=EncoderCard.of(encoder),
         reward_mean=mean,
         reward_std=std,
         reward_reference=reference,

@@ -29,6 +29,7 @@ from pydantic import (
 from tyro.constructors import PrimitiveConstructorSpec
 
 from rlhf_critic.errors import ConfigError
+from rlhf_critic.files import read_text
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -209,7 +210,7 @@ def load_config_file(config_class: type[ConfigT], path: str) -> ConfigT:
         ConfigError: The file is wrong; the message names file, line and option.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text) or {}
     except OSError as error:

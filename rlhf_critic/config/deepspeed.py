@@ -85,7 +85,7 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu"}
     if options.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    config = {
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": options.max_grad_norm,
@@ -96,7 +96,3 @@ def deepspeed_config(
         "timers": TIMERS_OFF,
         "steps_per_print": 10**9,
     }
-    if in_bf16 and options.zero_stage > 0:
-        # Sums in bf16 would lose small gradients and depend on the number of micro-batches. Stage 0 refuses the mix.
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config

@@ -17,6 +17,7 @@ from rlhf_critic.config.base import (
     absolute_path,
 )
 
+SpecialTokensInText = Literal["text", "token"]
 # Values of chat_template that are never file names, though there may be files of that name.
 AUTO_TEMPLATE = "auto"
 PLAIN_TEMPLATE_NAME = "plain"
@@ -101,6 +102,9 @@ class EncodingConfig(Section):
     response, <|im_end|>) or the path of a Jinja file."""
     max_length: PositiveInt = 1024
     """Maximum sequence length in tokens. Longer sequences are truncated from the left."""
+    special_tokens_in_text: SpecialTokensInText = "text"
+    """How to read a special token, such as <|im_end|>, that is written inside a text. text: as ordinary text, so that
+    an answer cannot end its own turn. token: as the token, as plain transformers does."""
 
 
 class AssumedEncoding(Section):

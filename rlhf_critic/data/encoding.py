@@ -6,6 +6,9 @@ and keeps the last ``max_length`` tokens. Two public Hugging Face calls reproduc
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer(text, truncation=True)["input_ids"]
 
+They differ from it in two cases, which `rlhf-critic inspect` counts. A response that the template drops or changes is
+kept whole. A special token inside a text is read as text, unless `special_tokens_in_text` is ``token``.
+
 Each checkpoint holds a fingerprint over everything that can change the ids. So a critic is never served with another
 encoding than the one it was trained with. Knows nothing about models, batches or preference files.
 """
@@ -14,26 +17,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from jinja2 import TemplateError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_critic.config.model import AUTO_TEMPLATE
-from rlhf_critic.data.conversation import Prompt
+from rlhf_critic.config.model import AUTO_TEMPLATE, EncodingConfig, SpecialTokensInText
+from rlhf_critic.data.chat_template import Change, ChatTemplate
+from rlhf_critic.data.conversation import Message, Prompt
+from rlhf_critic.data.special_tokens import LiteralTokens
 from rlhf_critic.data.templates import resolve_template
 from rlhf_critic.errors import EncodingError
 
 PAD_TOKEN = "<|pad|>"
-RESPONSE_MARK = "\u2402"  # a visible symbol, which no template strips
+BYTE_ORDER_MARK = "\ufeff"
 
 
-def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> PreTrainedTokenizerBase:
+def create_encoder(model: str, options: EncodingConfig) -> Encoder:
+    """Creates the encoder of a base model; see `load_tokenizer`."""
+    tokenizer = load_tokenizer(model, options.chat_template)
+    return Encoder(tokenizer, options.max_length, options.special_tokens_in_text)
+
+
+def load_tokenizer(
+    name_or_path: str, chat_template: str = AUTO_TEMPLATE, *, keeps_template: bool = False
+) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and sets its pad token and chat template; removes an implicit BOS.
 
     Plain transformers finds the end of a sequence by the pad token, so the pad token must not be able to end one.
@@ -43,6 +56,8 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
         name_or_path: Directory or hub id.
         chat_template: ``auto`` (the tokenizer's template, else ``plain``), ``plain`` (prompt, response and EOS, without
             separators), another name of `rlhf_critic.data.templates`, or the path of a Jinja file.
+        keeps_template: Whether to keep the tokenizer's template to the character, as a saved critic needs. Otherwise
+            the template loses a byte order mark at its start.
 
     Returns:
         A fast tokenizer with the chat template. It pads on the right, truncates on the left and adds no special tokens.
@@ -69,6 +84,8 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
     if tokenizer.pad_token is None or tokenizer.pad_token_id in begin_or_end:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if isinstance(tokenizer.chat_template, str) and not keeps_template:
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)
     tokenizer.chat_template = resolve_template(tokenizer, chat_template, begins_with_bos)
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
         # The template adds all special tokens. A tokenizer that also adds BOS would double it for callers that omit
@@ -78,11 +95,30 @@ def load_tokenizer(name_or_path: str, chat_template: str = AUTO_TEMPLATE) -> Pre
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """A text as the critic reads it.
+
+    Attributes:
+        text: The text.
+        change: What the chat template did to the response: nothing (empty), it changed ``white space``, or it dropped
+            or changed more. In the last case the response was ``kept whole`` in spite of the template.
+        has_special_tokens: Whether a text of the conversation holds a special token.
+        hidden: The text with placeholders for the special tokens that are read as text; None if there are none.
+    """
+
+    text: str
+    change: Change = ""
+    has_special_tokens: bool = False
+    hidden: str | None = None
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text, and whether it was truncated from the left."""
+    """Token ids of one text, whether it was truncated from the left, and how it was rendered, if it was."""
 
     ids: list[int]
     truncated: bool
+    rendered: Rendered | None = field(default=None, compare=False, repr=False)
 
 
 class Encoder:
@@ -92,12 +128,16 @@ class Encoder:
         tokenizer: Tokenizer that `load_tokenizer` returned.
         max_length: Maximum sequence length in tokens. Longer sequences are truncated from the left, because the reward
             is read at the end.
+        special_tokens_in_text: How to read a special token inside a text: as ``token``, as plain transformers does, or
+            as ordinary ``text``. See `special_tokens`.
 
     Raises:
         EncodingError: The tokenizer has no chat template, no pad token, or the EOS token as pad token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, special_tokens_in_text: SpecialTokensInText = "token"
+    ) -> None:
         if tokenizer.chat_template is None:
             raise EncodingError(
                 "the tokenizer has no chat template; load it with rlhf_critic.data.encoding.load_tokenizer"
@@ -109,20 +149,67 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.special_tokens_in_text = special_tokens_in_text
+        self._template = ChatTemplate(tokenizer)
 
     def render(self, prompt: Prompt, response: str) -> str:
-        """Renders the conversation, with ``response`` as the last turn, of the assistant.
+        """Renders the conversation, with ``response`` as the last turn, of the assistant; see `render_conversation`."""
+        return self.render_conversation(prompt, response).text
+
+    def render_conversation(self, prompt: Prompt, response: str) -> Rendered:
+        """Renders the conversation, and checks that the response stands in the text.
+
+        Some templates drop or rewrite parts of a response, such as the reasoning before ``</think>``. Then the text
+        consists of the generation prompt, the whole response and the ending. White space that a template strips or
+        adds stays as the template leaves it.
 
         Raises:
-            EncodingError: The template rejects the conversation.
+            EncodingError: The template rejects the conversation, or leaves out every response.
         """
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        messages = [*turns, {"role": "assistant", "content": response}]
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            roles = [message.get("role") for message in messages]
-            raise EncodingError(f"the chat template failed on the roles {roles}: {error}") from error
+        turns, answer, found = self._hide(prompt, response)
+        text, change = self._template.render(turns, answer)
+        if not found:
+            return Rendered(text, change)
+        return Rendered(self._literal.reveal(text), change, True, text if self._reads_text else None)
+
+    def render_finished(self, text: str, response: str | None) -> Rendered:
+        """Returns a finished text. Special tokens in its response, if that is known, are read as in a conversation."""
+        if response and self._reads_text and self._literal.are_in(response):
+            for end in (self.ending, ""):
+                if text.endswith(response + end):
+                    before = text.removesuffix(response + end)
+                    return Rendered(text, "", True, before + self._literal.hide(response) + end)
+        return Rendered(text)
+
+    @property
+    def _reads_text(self) -> bool:
+        return self.special_tokens_in_text == "text"
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Tokens that a text must not write: all special tokens, and others with which the template ends a turn.
+
+        Tokens that a tokenizer adds without calling them special, such as ``<think>`` of Qwen3, are none of them.
+        """
+        added = self.tokenizer.added_tokens_decoder.values()
+        ending = self._template.known_ending or ""
+        markup = [token for token in added if token.content.strip()]  # white space may be an added token
+        return frozenset(token.content for token in markup if token.special or token.content in ending)
+
+    @cached_property
+    def _literal(self) -> LiteralTokens:
+        return LiteralTokens(self.tokenizer, self.special_tokens)
+
+    def _hide(self, prompt: Prompt, response: str) -> tuple[list[Message], str, bool]:
+        """Returns turns and response with placeholders for their special tokens, and whether there are any."""
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        if not (self._literal.are_in(response) or any(self._literal.are_in(turn) for turn in turns)):
+            return turns, response, False
+        if self._reads_text:
+            response = self._literal.hide(response)
+            if self._template.separates_turns:  # otherwise special tokens of the prompt do
+                turns = self._literal.hide(turns)
+        return turns, response, True
 
     def encode(self, prompt: Prompt, response: str) -> Encoded:
         """Encodes one prompt and response; see `encode_batch`."""
@@ -134,43 +221,69 @@ class Encoder:
         Raises:
             EncodingError: A text has no tokens, or ends with the pad token.
         """
-        return [self.truncate(ids) for ids in self.tokenize([self.render(*pair) for pair in pairs])]
+        rendered = [self.render_conversation(*pair) for pair in pairs]
+        return [self.truncate(ids, one) for ids, one in zip(self.tokenize(rendered), rendered, strict=True)]
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str | Rendered]) -> list[list[int]]:
         """Tokenises rendered texts without truncation.
 
         Raises:
             EncodingError: A text has no tokens, ends with the pad token, or contains half of a surrogate pair.
         """
-        if not texts:
-            return []
-        for index, text in enumerate(texts):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:  # JSON may contain it, but tokenizers fail on it
-                raise EncodingError(f"half of a surrogate pair is not valid text: {error}", index) from error
-        all_ids: list[list[int]] = self.tokenizer(
-            list(texts), add_special_tokens=False, truncation=False, verbose=False
-        )["input_ids"]
+        all_ids = self._ids_of([one if isinstance(one, Rendered) else Rendered(one) for one in texts])
         for index, (text, ids) in enumerate(zip(texts, all_ids, strict=True)):
             if not ids or ids[-1] == self.tokenizer.pad_token_id:
+                shown = text.text if isinstance(text, Rendered) else text
                 raise EncodingError(
-                    f"a text must have tokens and must not end with the pad token: {text[-80:]!r}", index
+                    f"a text must have tokens and must not end with the pad token: {shown[-80:]!r}", index
                 )
         return all_ids
+
+    def _ids_of(self, texts: Sequence[Rendered]) -> list[list[int]]:
+        for index, rendered in enumerate(texts):
+            try:
+                rendered.text.encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON may contain it, but tokenizers fail on it
+                raise EncodingError(f"half of a surrogate pair is not valid text: {error}", index) from error
+        plain = [rendered.text for rendered in texts if rendered.hidden is None]
+        ids_of_plain = iter(
+            self.tokenizer(plain, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+            if plain
+            else []
+        )
+        return [
+            next(ids_of_plain) if rendered.hidden is None else self._literal.encode(rendered.hidden)
+            for rendered in texts
+        ]
 
     @cached_property
     def ending(self) -> str:
         """Text that the chat template adds after the last response, such as the EOS token."""
-        return self.render("", RESPONSE_MARK).rpartition(RESPONSE_MARK)[2]
+        return self._template.ending
 
     def open(self, prompt: Prompt) -> str:
-        """Renders the text before a response, from which a policy generates, so that its tokens equal the critic's.
+        """Renders the text from which a policy generates a response.
+
+        It is the prompt with the template's generation prompt (``add_generation_prompt=True``). A template without one
+        gives the text that it writes before a response.
 
         Raises:
             EncodingError: The template rejects the prompt.
         """
-        return self.render(prompt, RESPONSE_MARK).rpartition(RESPONSE_MARK)[0]
+        return self._open(prompt).text
+
+    def encode_opening(self, prompt: Prompt) -> list[int]:
+        """Returns the token ids of `open`, which may be none.
+
+        Raises:
+            EncodingError: The template rejects the prompt, or it contains half of a surrogate pair.
+        """
+        return self._ids_of([self._open(prompt)])[0]
+
+    def _open(self, prompt: Prompt) -> Rendered:
+        turns, _, found = self._hide(prompt, "")
+        text = self._template.open(turns)
+        return Rendered(self._literal.reveal(text), "", found, text if found and self._reads_text else None)
 
     def without_ending(self, text: str) -> str:
         """Removes trailing pad tokens, EOS tokens and template endings from a text.
@@ -178,20 +291,59 @@ class Encoder:
         The text of a policy may be padded, cut before its EOS, or end with another token than this critic was trained
         with. The reward is read at the end, so callers that score such a text append `ending` instead.
         """
-        endings = {self.ending, self.ending.strip(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {""}
-        longest_first = sorted(endings, key=len, reverse=True)  # otherwise " </s>" would leave a space
+        endings = self._endings
         end = len(text)
-        while ending := next((ending for ending in longest_first if text.endswith(ending, 0, end)), ""):
+        while ending := next((ending for ending in endings if text.endswith(ending, 0, end)), ""):
             end -= len(ending)
         return text[:end]
+
+    @cached_property
+    def _endings(self) -> list[str]:
+        endings = {self.ending, self.ending.strip(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {""}
+        return sorted(endings, key=len, reverse=True)  # otherwise " </s>" would leave a space
+
+    def without_padding(self, text: str) -> str:
+        """Removes the tokens with which a policy's batch was padded, at both ends.
+
+        At the start pad, EOS and UNK tokens go, because some systems pad with EOS or UNK. A BOS token stays once; where
+        the BOS token is also the EOS token, it stays if the template begins with it. At the end the first EOS token or
+        template ending stays, and what repeats or pads it goes.
+        """
+        text = self._without_left_padding(text)
+        body = self.without_ending(text)
+        rest = text[len(body) :]
+        last = next((end for end in self._endings if rest.startswith(end) and end != self.tokenizer.pad_token), "")
+        return body + last
+
+    def _without_left_padding(self, text: str) -> str:
+        found = self._left_padding.match(text)
+        if not found:
+            return text
+        if found.end() == len(text):  # the end of an empty text, which is no padding
+            return re.sub(rf"^(?:{re.escape(self.tokenizer.pad_token)})+", "", text)
+        bos, pads = self.tokenizer.bos_token, self._pads
+        begins = bool(bos) and found[0].endswith(bos)
+        keeps = begins and (bos not in pads or self._template.begins_with(bos))
+        return (bos if keeps else "") + text[found.end() :]
+
+    @cached_property
+    def _pads(self) -> set[str]:
+        tokens = (self.tokenizer.pad_token, self.tokenizer.eos_token, self.tokenizer.unk_token)
+        return {token for token in tokens if token}
+
+    @cached_property
+    def _left_padding(self) -> re.Pattern[str]:
+        tokens = sorted(self._pads | {self.tokenizer.bos_token or ""} - {""}, key=len, reverse=True)
+        padding = "|".join(map(re.escape, tokens))
+        return re.compile(rf"(?:{padding})(?:\s*(?:{padding}))*")
 
     def count_tokens(self, text: str) -> int:
         """Counts the tokens of a text, which may be empty."""
         return len(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
-    def truncate(self, ids: list[int]) -> Encoded:
+    def truncate(self, ids: list[int], rendered: Rendered | None = None) -> Encoded:
         """Keeps the last ``max_length`` token ids, because the reward is read at the end."""
-        return Encoded(ids[-self.max_length :], truncated=len(ids) > self.max_length)
+        return Encoded(ids[-self.max_length :], len(ids) > self.max_length, rendered)
 
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer, with template and length limit, for `load_tokenizer` and transformers."""
@@ -210,6 +362,8 @@ class Encoder:
             "chat_template": self.tokenizer.chat_template,
             "max_length": self.max_length,
             "truncation_side": "left",
+            # Absent for "token", so that critics that were saved before this option keep their fingerprint.
+            **({"special_tokens_in_text": "text"} if self._reads_text else {}),
         }
         canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()

@@ -48,6 +48,11 @@ class EncodingReport:
         tokens: Tokens of all responses with their prompts.
         longest: Tokens of the longest response with its prompt.
         shapes: Number of rows of each shape.
+        kept_whole: Number of preferences with a response that the chat template drops or changes, and that was kept
+            whole in spite of it.
+        white_space: Number of preferences with a response whose white space the chat template changes.
+        special_tokens: Number of preferences with a special token inside a text.
+        begin_with_prompt: Number of rows with a text that begins with its prompt, read as a part of the answer.
     """
 
     rows: int
@@ -60,13 +65,23 @@ class EncodingReport:
     tokens: int
     longest: int
     shapes: dict[str, int]
+    kept_whole: int = 0
+    white_space: int = 0
+    special_tokens: int = 0
+    begin_with_prompt: int = 0
 
     def __str__(self) -> str:
+        rare = (
+            (self.kept_whole, "with a response that the chat template drops or changes (kept whole)"),
+            (self.white_space, "with a response whose white space the chat template changes"),
+            (self.special_tokens, "with a special token inside a text"),
+            (self.begin_with_prompt, "with a response that begins with its prompt"),
+        )
         return (
             f"{self.preferences} preferences, {self.tokens} tokens (longest side {self.longest}); "
             f"{self.truncated} truncated, {self.skipped_overlong} skipped as too long, "
             f"{self.identical} skipped with identical sides, {self.duplicates} duplicates, "
-            f"{self.contradictions} contradictions"
+            f"{self.contradictions} contradictions" + "".join(f", {count} {what}" for count, what in rare if count)
         )
 
 

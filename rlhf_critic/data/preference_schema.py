@@ -14,11 +14,14 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictStr
 
 from rlhf_critic.data.conversation import NonEmptyText, Prompt, Turn, Turns, to_prompt
+from rlhf_critic.data.repeated_prompts import Rejection, separate_turns
 from rlhf_critic.data.rows import validate_row
 from rlhf_critic.errors import DataError
 
 TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF_SPEAKER = {"Human": "user", "Assistant": "assistant"}
+STANDARD_EXPLICIT = "standard, explicit prompt"
+WHOLE_TEXTS = "standard, explicit prompt that the responses repeat"
 Response: TypeAlias = NonEmptyText | Annotated[Turns, Field(min_length=1)]
 
 
@@ -94,12 +97,17 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
         raise invalid("ranked", "given together with 'chosen' or 'rejected'; remove one of them")
     responses = parsed.ranked or (parsed.chosen, parsed.rejected)
     names = [f"ranked.{position}" for position in range(len(responses))] if parsed.ranked else ["chosen", "rejected"]
-    prompt, responses, shape = _separate_prompt(parsed.prompt, responses)
-    for name, response in zip(names, responses, strict=True):
-        if not isinstance(response, str) and response[-1].role != "assistant":
-            raise invalid(name, f"must end with a turn of the assistant, not of {response[-1].role!r}")
-        if not isinstance(response, str) and not response[-1].content:
-            raise invalid(name, "the last turn is empty; give the response a text or remove this row")
+
+    def validate(responses: Sequence[Any]) -> None:
+        for name, response in zip(names, responses, strict=True):
+            if not isinstance(response, str) and response[-1].role != "assistant":
+                raise invalid(name, f"must end with a turn of the assistant, not of {response[-1].role!r}")
+            if not isinstance(response, str) and not response[-1].content:
+                raise invalid(name, "the last turn is empty; give the response a text or remove this row")
+
+    validate(responses)
+    prompt, responses, shape = _separate_prompt(parsed.prompt, responses, names, invalid)
+    validate(responses)  # transcripts have turns only now
     margin = parsed.margin
     if margin is None and parsed.chosen_score is not None and parsed.rejected_score is not None:
         margin = parsed.chosen_score - parsed.rejected_score
@@ -112,17 +120,14 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
 
 
 def _separate_prompt(
-    prompt: str | Turns | None, responses: Sequence[Any]
+    prompt: str | Turns | None, responses: Sequence[Any], names: Sequence[str], reject: Rejection
 ) -> tuple[str | Turns, tuple[str | Turns, ...], str]:
     """Separates a prompt from the responses that contain it, and returns the name of the shape."""
     texts = all(isinstance(response, str) for response in responses)
+    if isinstance(prompt, str) and not prompt.strip() and not any(map(_begins_with_answer, responses)):
+        prompt = None  # whole conversations beside an empty field
     if prompt is not None:
-        opening = (Turn(role="user", content=prompt),) if isinstance(prompt, str) else prompt
-        if all(len(response) > len(opening) and response[: len(opening)] == opening for response in responses):
-            # Many data sets repeat the prompt in the turns of each response.
-            responses = [response[len(opening) :] for response in responses]
-        kind = "standard" if texts and isinstance(prompt, str) else "conversational"
-        return prompt, tuple(responses), f"{kind}, explicit prompt"
+        return _separate_explicit_prompt(prompt, responses, names, reject)
     if texts and all(TRANSCRIPT_TURN.match(response) for response in responses):
         responses, shape = [_turns_of(response) for response in responses], "transcript (Human, Assistant)"
     elif texts:
@@ -139,6 +144,34 @@ def _separate_prompt(
     while any(turns[:shared] != responses[0][:shared] for turns in responses):
         shared -= 1
     return responses[0][:shared], tuple(tuple(turns[shared:]) for turns in responses), shape
+
+
+def _separate_explicit_prompt(
+    prompt: str | Turns, responses: Sequence[Any], names: Sequence[str], reject: Rejection
+) -> tuple[str | Turns, tuple[str | Turns, ...], str]:
+    opening = (Turn(role="user", content=prompt),) if isinstance(prompt, str) else prompt
+    shape = "conversational, explicit prompt"
+    if all(isinstance(response, str) for response in responses):
+        speakers = [TRANSCRIPT_TURN.match(response) for response in responses]
+        if not all(speakers) or not any(speaker and speaker[1] == "Human" for speaker in speakers):
+            is_text = isinstance(prompt, str)
+            return prompt, tuple(responses), STANDARD_EXPLICIT if is_text else shape
+        # Whole transcripts. The prompt may end with the name of the next speaker.
+        if isinstance(prompt, str) and TRANSCRIPT_TURN.match(prompt):
+            opening = tuple(turn for turn in _turns_of(prompt) if turn.content)
+        responses, shape = (
+            [_turns_of(response) for response in responses],
+            "transcript (Human, Assistant), explicit prompt",
+        )
+    elif not opening:
+        return prompt, tuple(responses), shape
+    turns = [(Turn(role="assistant", content=each),) if isinstance(each, str) else each for each in responses]
+    shared, added = separate_turns(opening, turns, names, reject)
+    return prompt if shared == opening and shape.startswith("conv") else shared, added, shape
+
+
+def _begins_with_answer(response: str | Turns) -> bool:
+    return isinstance(response, str) or response[0].role == "assistant"
 
 
 def _turns_of(transcript: str) -> Turns:

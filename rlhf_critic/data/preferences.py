@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,26 @@ from tqdm import tqdm
 
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.data.preference_dataset import FEATURES, EncodedPreferences, EncodingReport, digest
-from rlhf_critic.data.preference_schema import FIELDS, Preference, parse_row
+from rlhf_critic.data.preference_schema import FIELDS, STANDARD_EXPLICIT, WHOLE_TEXTS, Preference, parse_row
+from rlhf_critic.data.repeated_prompts import TextRow, count_repeats
 from rlhf_critic.data.sources import fingerprint_of, read_rows
 from rlhf_critic.errors import ConfigError, DataError, EncodingError
 from rlhf_critic.files import atomic_directory
 
-CACHE_FORMAT = 4  # increase it when the cached columns change their meaning
+CACHE_FORMAT = 5  # increase it when the cached columns change their meaning, or rows are read in another way
+DATA_FORMAT = 4  # increase it when a run that began before must not continue
 ENCODE_CHUNK = 512
+
+COUNTS = (
+    "truncated",
+    "skipped_overlong",
+    "identical",
+    "duplicates",
+    "contradictions",
+    "kept_whole",
+    "white_space",
+    "special_tokens",
+)
 
 Overlong = Literal["truncate", "skip"]
 
@@ -62,21 +75,24 @@ def load_preferences(
     if unknown:
         raise ConfigError(f"data.fields: unknown field {', '.join(unknown)}; preferences have {', '.join(FIELDS)}")
     contents = fingerprint_of(source)
-    key = digest(str(CACHE_FORMAT), contents, encoder.fingerprint, overlong, json.dumps(sorted(fields.items())))
+    data = (contents, encoder.fingerprint, overlong, json.dumps(sorted(fields.items())))
+    key = digest(str(CACHE_FORMAT), *data)
     entry = Path(cache_dir) / "preferences" / key
     if not entry.is_dir():
         # Another process may write the same entry first.
         with atomic_directory(entry, keep_existing=True) as building:
             _encode_source(source, contents, encoder, fields, overlong, building)
     report = EncodingReport(**json.loads((entry / "report.json").read_text()))
-    return EncodedPreferences(datasets.load_from_disk(str(entry), keep_in_memory=False), {source: report}, key)
+    table = datasets.load_from_disk(str(entry), keep_in_memory=False)
+    return EncodedPreferences(table, {source: report}, digest(str(DATA_FORMAT), *data))
 
 
 def _encode_source(
     source: str, contents: str, encoder: Encoder, fields: Mapping[str, str], overlong: Overlong, directory: Path
 ) -> None:
     parsed = [(line, parse_row(f"{source}:{line}", row, fields)) for line, row in read_rows(source)]
-    counts: Counter[str] = Counter(truncated=0, skipped_overlong=0, identical=0, duplicates=0, contradictions=0)
+    parsed, begin_with_prompt = _separate_whole_texts(source, parsed)
+    counts = Counter(dict.fromkeys(COUNTS, 0))
     records: list[dict[str, Any]] = []
     seen: Counter[tuple[bytes, ...]] = Counter()
     for start in tqdm(range(0, len(parsed), ENCODE_CHUNK), desc=f"encoding {source}", unit="chunk", disable=None):
@@ -85,6 +101,10 @@ def _encode_source(
             responses = [one.ids for one in encoded]
             is_overlong = any(one.truncated for one in encoded)
             ids_of_row = tuple(np.asarray(ids, dtype=np.int32).tobytes() for ids in responses)
+            rendered = [one.rendered for one in encoded if one.rendered]
+            counts["kept_whole"] += any(one.change == "kept whole" for one in rendered)
+            counts["white_space"] += any(one.change == "white space" for one in rendered)
+            counts["special_tokens"] += any(one.has_special_tokens for one in rendered)
             if is_overlong and overlong == "skip":
                 counts["skipped_overlong"] += 1
                 continue
@@ -119,6 +139,7 @@ def _encode_source(
         tokens=sum(lengths),
         longest=max(lengths),
         shapes=dict(Counter(preference.shape for _, preference in parsed)),
+        begin_with_prompt=begin_with_prompt,
     )
     showed_bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # which would be a second bar for the same work
@@ -128,6 +149,32 @@ def _encode_source(
         if showed_bars:
             datasets.enable_progress_bars()
     (directory / "report.json").write_text(json.dumps(asdict(report)))
+
+
+def _separate_whole_texts(
+    source: str, parsed: list[tuple[int, Preference]]
+) -> tuple[list[tuple[int, Preference]], int]:
+    """Separates texts from the prompt that they repeat, if those of most rows do.
+
+    Returns the number of rows whose texts begin with their prompt as a part of the answer.
+    """
+    texts = {
+        line: TextRow(f"{source}:{line}", str(row.prompt), tuple(map(str, row.responses)), row.fields)
+        for line, row in parsed
+        if row.shape.startswith(STANDARD_EXPLICIT)
+    }
+    count, are_whole = count_repeats(list(texts.values()))
+    if not are_whole:
+        return parsed, count
+
+    def separated(line: int, row: Preference) -> Preference:
+        if line not in texts:
+            return row
+        prompt, responses = texts[line].separated()
+        shape = row.shape.replace(STANDARD_EXPLICIT, WHOLE_TEXTS)
+        return replace(row, prompt=prompt, responses=responses, shape=shape)
+
+    return [(line, separated(line, row)) for line, row in parsed], 0
 
 
 def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Preference]]) -> Iterator[list[Encoded]]:

@@ -92,11 +92,9 @@ def load_prompts(
             place = f"{source}:{number}"
             prompt = to_prompt(validate_row(PromptRow, row, place, fields or {}).prompt)
             try:
-                opening = encoder.open(prompt)
-                opening.encode("utf-8")  # fails on half of a surrogate pair, which JSON may contain
-            except (EncodingError, UnicodeEncodeError) as error:
+                ids = encoder.encode_opening(prompt)
+            except EncodingError as error:
                 raise DataError(f"{place}: field {name!r}: {error}") from error
-            ids = encoder.tokenizer(opening, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
                 raise DataError(
                     f"{place}: field {name!r}: has no token, but a policy must read one before it samples; "

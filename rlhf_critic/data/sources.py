@@ -12,6 +12,7 @@ meaning of a row.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -96,7 +97,7 @@ def _read_file(source: str) -> Iterator[tuple[int, Row]]:
 
 def _read_json_lines(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(file, start=1):
-        if line.strip():
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, _parse_json(f"{source}:{number}", line)
 
 
@@ -109,7 +110,7 @@ def _read_json(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
 
 def _parse_json(place: str, text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8-sig"))  # a byte order mark, of a file or of joined files, is no text
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8: {error}; save it as UTF-8") from error
     except json.JSONDecodeError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rlhf_critic.batching.sampler import steps_in
 from rlhf_critic.config.train import TrainConfig, TrainJobConfig
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.encoding import Encoder, create_encoder
 from rlhf_critic.data.preference_dataset import (
     EncodedPreferences,
     concatenate,
@@ -48,8 +48,7 @@ def load_data(config: TrainJobConfig) -> TrainingData:
         CriticError: See `rlhf_critic.data.encoding.load_tokenizer` and `rlhf_critic.data.preferences.load_preferences`.
     """
     options = config.data
-    tokenizer = load_tokenizer(config.model.path, config.encoding.chat_template)
-    encoder = Encoder(tokenizer, config.encoding.max_length)
+    encoder = create_encoder(config.model.path, config.encoding)
 
     def load(sources: Sequence[str]) -> EncodedPreferences:
         tables = [

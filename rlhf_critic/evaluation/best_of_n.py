@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from rlhf_critic.data.conversation import NonEmptyText, Turns, to_prompt
 from rlhf_critic.data.encoding import Encoder
+from rlhf_critic.data.repeated_prompts import TextRow, count_repeats
 from rlhf_critic.data.rows import validate_row
 from rlhf_critic.data.sources import read_rows
 from rlhf_critic.errors import DataError, EncodingError, NonFiniteRewardError
@@ -148,10 +149,25 @@ def load_best_of_n(source: str, encoder: Encoder) -> list[BestOfN]:
     Raises:
         DataError: See `rlhf_critic.data.sources.read_rows`. Or a row lacks a field or cannot be encoded.
     """
-    return [_encode(f"{source}:{number}", row, encoder) for number, row in read_rows(source)]
+    rows = [(f"{source}:{number}", fields) for number, fields in read_rows(source)]
+    parsed = [_parse(origin, fields) for origin, fields in rows]
+    texts = [row.texts for row in parsed if isinstance(row.prompt, str)]
+    _, are_whole = count_repeats(texts)
+    return [_encode(row, encoder, are_whole) for row in parsed]
 
 
-def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN:
+@dataclass(frozen=True)
+class _Parsed:
+    """A validated row. The texts are its responses, the correct ones first."""
+
+    prompt: str | Turns
+    texts: TextRow
+    right: int
+    subset: str
+    id: str
+
+
+def _parse(origin: str, fields: Mapping[str, Any]) -> _Parsed:
     row = validate_row(BestOfNRow, fields, origin, {})
     if row.best is not None and row.responses:
         if not 0 <= row.best < len(row.responses):
@@ -174,15 +190,27 @@ def _encode(origin: str, fields: Mapping[str, Any], encoder: Encoder) -> BestOfN
         raise DataError(
             f"{origin}: field 'id': {row.id!r} needs at least two responses in 'chosen'; fix or remove this row"
         )
-    prompt = to_prompt(row.prompt)
+    texts = TextRow(
+        origin,
+        row.prompt if isinstance(row.prompt, str) else "",
+        tuple(text for _, text in named),
+        tuple(field for field, _ in named),
+    )
+    return _Parsed(row.prompt, texts, right, row.subset or "", "" if row.id is None else str(row.id))
+
+
+def _encode(row: _Parsed, encoder: Encoder, are_whole: bool) -> BestOfN:
+    prompt, responses = to_prompt(row.prompt), row.texts.responses
+    if are_whole and isinstance(prompt, str):  # the responses repeat the prompt, which is read once
+        prompt, responses = row.texts.separated()
     encoded = []
-    for field, text in named:
+    for field, text in zip(row.texts.names, responses, strict=True):
         try:
             encoded.append(encoder.encode(prompt, text))
         except EncodingError as error:
-            raise DataError(f"{origin}: field {field!r}: {error}") from error
+            raise DataError(f"{row.texts.place}: field {field!r}: {error}") from error
     sequences, truncated = tuple(tuple(one.ids) for one in encoded), any(one.truncated for one in encoded)
-    return BestOfN(origin, sequences, right, truncated, row.subset or "", "" if row.id is None else str(row.id))
+    return BestOfN(row.texts.place, sequences, row.right, truncated, row.subset, row.id)
 
 
 def evaluate_best_of_n(rows: Sequence[BestOfN], rewards: FloatArray) -> BestOfNEvaluation:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rlhf_critic.errors import ConfigError
+from rlhf_critic.files import read_text
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.http_client import connect_http
 
@@ -37,7 +38,7 @@ def client_from_environment() -> ScorerClient:
 def _client(url: str, token_file: str | None, process: int) -> ScorerClient:
     """Connects once per process. ``process`` is a cache key, because a fork copies the client without its thread."""
     try:
-        token = Path(token_file).expanduser().read_text(encoding="utf-8").strip() if token_file else None
+        token = read_text(Path(token_file).expanduser()).strip() if token_file else None
     except OSError as error:
         raise ConfigError(f"{TOKEN_FILE}: {token_file} cannot be read: {error}") from error
     return connect_http(url, token)

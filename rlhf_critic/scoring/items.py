@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # clients need neither torch nor transformers
     from rlhf_critic.batching.prefix_tree import TokenIds
     from rlhf_critic.config.serve import CallLimits
     from rlhf_critic.data.conversation import Prompt
-    from rlhf_critic.data.encoding import Encoded, Encoder
+    from rlhf_critic.data.encoding import Encoded, Encoder, Rendered
 
 
 class Conversation(NamedTuple):
@@ -36,7 +36,9 @@ class Conversation(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A finished text, tokenised unchanged, in the form that `Encoder.render` gives a conversation.
+    """A finished text, in the form that `Encoder.render` gives a conversation.
+
+    It is tokenised unchanged, without the tokens that pad it; see `Encoder.without_padding`.
 
     Attributes:
         text: The whole text.
@@ -116,19 +118,24 @@ def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[C
 
 
 def finish_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) -> list[Item]:
-    """Replaces the ends of texts with ``finish`` by the critic's ending.
+    """Removes the padding of texts, and replaces the ends of texts with ``finish`` by the critic's ending.
 
     Other items stay unchanged. So do texts beyond the size limit, which `encode_items` rejects.
     """
 
     def finish(item: Item) -> Item:
-        if not (isinstance(item, Text) and item.finish and isinstance(item.text, str)):
+        if not (isinstance(item, Text) and isinstance(item.text, str)):
             return item
         if max(len(part) for part in (item.text, item.response) if isinstance(part, str)) > limits.max_text_bytes:
             return item
-        text = encoder.without_ending(item.text)
-        response = encoder.without_ending(item.response) if isinstance(item.response, str) else item.response
-        return Text(text + encoder.ending if text else "", response)
+        text, response = encoder.without_padding(item.text), item.response
+        if text != item.text or item.finish:
+            # The response has the same end as its text, and is compared without it.
+            response = encoder.without_ending(response) if isinstance(response, str) else response
+        if item.finish:
+            body = encoder.without_ending(text)
+            text = body + encoder.ending if body else ""
+        return Text(text, response)
 
     return [finish(item) for item in items]
 
@@ -148,7 +155,7 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) ->
         raise ScorerRejected(
             "too_many_items", f"{len(items)} items in one call, maximum {limits.max_items}: split the call"
         )
-    texts: dict[int, str] = {}
+    texts: dict[int, str | Rendered] = {}
     encoded: dict[int, Encoded] = {}
     for index, item in enumerate(items):
         if isinstance(item, Conversation):
@@ -159,7 +166,7 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) ->
                 raise _rejected("not_text", index, f": a response must be a text, not {_kind(item.response)}")
             if item.response:
                 _check_text(index, item.response, limits)
-            texts[index] = item.text
+            texts[index] = encoder.render_finished(item.text, item.response)
         else:
             encoded[index] = Encoded(_check_ids(index, item, encoder), truncated=False)
     try:
@@ -178,17 +185,17 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) ->
     return [encoded[index] for index in range(len(items))]
 
 
-def _render(index: int, item: Conversation, encoder: Encoder, limits: CallLimits) -> str:
+def _render(index: int, item: Conversation, encoder: Encoder, limits: CallLimits) -> Rendered:
     prompt = item.prompt if isinstance(item.prompt, str) else "".join(_contents(index, item.prompt))
     if not isinstance(item.response, str):
         raise _rejected("not_text", index, f": a response must be a text, not {_kind(item.response)}")
     _check_text(index, prompt + item.response, limits)
     try:
-        text = encoder.render(item.prompt, item.response)
+        rendered = encoder.render_conversation(item.prompt, item.response)
     except EncodingError as error:
         raise _rejected("template_refused", index, f": {error}") from error
-    _check_text(index, text, limits)  # counts roles and other fields that the template renders
-    return text
+    _check_text(index, rendered.text, limits)  # counts roles and other fields that the template renders
+    return rendered
 
 
 def _contents(index: int, turns: Any) -> list[str]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -136,13 +135,12 @@ class TrainingEngine:
             fused=True,  # one pass over memory instead of six
         )
         trained = sum(full_shape(parameter).numel() for parameter in module.parameters() if parameter.requires_grad)
-        with _zero_optimizer_at_stage_1():
-            self.engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                lr_scheduler=lambda wrapped: _schedule(wrapped, options, total_steps),
-                config=deepspeed_config(model, options, self.hardware, trained),
-            )
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: _schedule(wrapped, options, total_steps),
+            config=deepspeed_config(model, options, self.hardware, trained),
+        )
         if options.zero_stage == 0 and model.dtype == "bfloat16":
             _undo_first_step(self.engine.optimizer)
         self.rank = dist.get_rank()
@@ -408,27 +406,6 @@ class EmbeddingGradient:
             self._weight.grad = None
         if is_last:
             self._weight.grad, self._used = self.dense, True
-
-
-@contextmanager
-def _zero_optimizer_at_stage_1() -> Iterator[None]:
-    """Makes DeepSpeed use its ZeRO optimizer for stage 1 in bf16 with gradients in fp32, as for all other options.
-
-    DeepSpeed 0.19 would choose its ``BF16_Optimizer``, which keeps gradients between steps and saves other files.
-    """
-    from deepspeed.runtime import engine
-
-    choose = engine.DeepSpeedEngine._do_optimizer_sanity_check
-
-    def choose_zero(self: Any, optimizer: Any) -> Any:
-        chosen = choose(self, optimizer)
-        return engine.ZERO_OPTIMIZATION if chosen == engine.BFLOAT16 else chosen
-
-    engine.DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
-    try:
-        yield
-    finally:
-        engine.DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def _undo_first_step(optimizer: Any) -> None:

@@ -218,17 +218,16 @@ def shard_memory(
     bucket = bucket_elements(trained, hardware)
     filled = min(bucket, trained)
     in_flight = 2 if hardware.on_gpu and world_size > 1 and stage < 3 else 1  # one is filled while one is reduced
-    reduced = FP32_BYTES if stage == 1 else working  # stage 1 reduces what all micro-batches added up to
     memory = ShardMemory(
         parameters=working * count.parameters,
         # Stage 1 reduces them after the last micro-batch. Stage 2 adds each micro-batch's part to its shard.
-        gradients=FP32_BYTES * (trained if stage == 1 else shard),
+        gradients=working * (trained if stage == 1 else shard),
         masters=FP32_BYTES * shard,
         moments=ADAM_BYTES * shard,
         # The bucket's contents are copied into a flat buffer for reduction; so is a gradient larger than a bucket.
-        buckets=reduced * (in_flight * bucket if stage == 1 else in_flight * bucket + max(filled, count.largest)),
+        buckets=working * (in_flight * bucket if stage == 1 else in_flight * bucket + max(filled, count.largest)),
         activations=activations,
-        reduction=reduced * (in_flight * bucket + max(filled, largest) + (largest if largest > bucket else 0)),
+        reduction=working * (in_flight * bucket + max(filled, largest) + (largest if largest > bucket else 0)),
         step=shard * (2 * working + fp32_copy),  # accumulated gradients, their flat copy and its fp32 copy
     )
     if stage == 3:

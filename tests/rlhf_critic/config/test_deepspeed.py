@@ -30,14 +30,6 @@ def test_no_timer_waits_for_the_device(stage):
         assert not get_timers_config(config(stage, hardware)).enabled
 
 
-def test_gradients_of_bf16_models_add_up_in_fp32_where_a_stage_allows_it():
-    assert "data_types" not in config(2)
-    assert "data_types" not in config(0, TWO_NODES)
-    for stage in (1, 2, 3):
-        assert config(stage, TWO_NODES)["data_types"] == {"grad_accum_dtype": "fp32"}
-        assert config(stage, dtype="bfloat16")["data_types"] == {"grad_accum_dtype": "fp32"}
-
-
 def test_gpus_overlap_communication_and_cpus_keep_deepspeeds_choice():
     assert config(2, TWO_NODES)["zero_optimization"]["overlap_comm"] is True
     assert config(2, Hardware(on_gpu=True))["zero_optimization"]["overlap_comm"] is False
