@@ -1,7 +1,7 @@
 """Fixtures that tests share: a small tokenizer, tiny models, one Ray for a session, and groups of ranks on it.
 
-Two processes of pytest-xdist share the files (``-n 2 --dist loadfile``). Fixtures decide which files stay together:
-those of scorers, those of ranks, the others that need Ray, and each file of pure tests.
+Processes of pytest-xdist share the files (``-n 4 --dist loadfile``). Fixtures decide which files stay together: those
+of scorers, those of each folder that need Ray, and each file of pure tests.
 """
 
 from __future__ import annotations
@@ -74,7 +74,17 @@ def group_of(root: Path, file: str) -> str:
     fixtures = set(re.findall(r"\w+", signatures))
     if fixtures & {"serving", "serve_port"}:
         return "scorers"
-    return next((name for name in ("ranks", "ray_address") if name in fixtures), file)
+    return "/".join(Path(file).parts[:2]) if fixtures & {"ranks", "ray_address"} else file
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the groups that need Ray first, because they take longest; files of pure tests fill the gaps."""
+
+    def is_pure(item: pytest.Item) -> bool:
+        file = item.nodeid.partition("::")[0]
+        return group_of(config.rootpath, file) == file
+
+    items.sort(key=is_pure)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,19 @@
 """Conversion of other systems' reward models to critic directories: mostly a table of their weights' names.
 
 All of them are a transformer and a linear head, read at the last token before the padding. On the same token ids, the
-critic's reward is therefore the other system's score. Sources of the names: DeepSpeed-Chat (``reward_model.py``, also
-in an older, misspelt form), trlx (``examples/summarize_rlhf/reward_model``), Cong Chen's "Reward Modeling Practice"
-(``modeling_llama_rw.py``, the article), and the ``*ForSequenceClassification`` classes of transformers, which TRL and
-OpenRLHF train. Knows nothing about how those systems were trained, nor about their state for resuming.
+critic's reward is therefore the other system's score. If the source pads with the token that ends its texts (EOS), it
+reads the score before that token, so the converted encoding leaves the token out.
+
+Sources of the names: DeepSpeed-Chat (``reward_model.py``, also in an older, misspelt form), trlx
+(``examples/summarize_rlhf/reward_model``), Cong Chen's "Reward Modeling Practice" (``modeling_llama_rw.py``, the
+article), and the ``*ForSequenceClassification`` classes of transformers, which TRL and OpenRLHF train. Knows nothing
+about how those systems were trained, nor about their state for resuming.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -22,26 +26,47 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, OpenedCritic, save_critic
 from rlhf_critic.checkpoint.export import add_auto_map
-from rlhf_critic.config.model import AUTO_TEMPLATE, PLAIN_TEMPLATE_NAME
+from rlhf_critic.config.model import (
+    ARTICLE_TEMPLATE_NAME,
+    AUTO_TEMPLATE,
+    OPENRLHF_PLAIN_TEMPLATE_NAME,
+    OPENRLHF_TEMPLATE_NAME,
+    PLAIN_TEMPLATE_NAME,
+)
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.templates import without_trailing
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import atomic_directory
 from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, learned_positions, validate_positions
+from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.model.weights import WeightReader
+
+logger = logging.getLogger(__name__)
 
 AUTO_FORMAT = "auto"
 NATIVE_FORMAT = "native"
 DEFAULT_MAX_LENGTH = 1024
+# Texts whose ends show whether an encoding ends with a token.
+PROBES = (("please explain", " of course"), ("", "no."))
 NO_LIMIT = 10**9  # a tokenizer without a limit has a larger model_max_length
 HeadBias: TypeAlias = Literal["refuse", "reward-mean", "keep"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A system's names of weights: prefixes of the transformer (a file uses one), and the name of the scalar head."""
+    """A system's names of weights, and its encoding.
+
+    Attributes:
+        backbones: Prefixes of the transformer's weights; a file uses one.
+        head: Name of the scalar head.
+        chat_template: Name of the template that encodes texts as the system does.
+        pads_with_eos: Whether the system pads with EOS, whatever the config says.
+    """
 
     backbones: tuple[str, ...]
     head: str
+    chat_template: str = PLAIN_TEMPLATE_NAME
+    pads_with_eos: bool = False
 
     def fits(self, keys: Sequence[str]) -> bool:
         """Returns whether the keys of a file have these names."""
@@ -61,10 +86,10 @@ class Format:
 
 # DeepSpeed-Chat's names come before trlx's, which have the same head.
 FORMATS = {
-    "deepspeed-chat": Format(("rwtransformer.", "rwtranrsformer."), "v_head"),
-    "trlx": Format(("transformer.",), "v_head"),
-    "article": Format(("model.", "transformer."), "value_head"),
-    NATIVE_FORMAT: Format(("",), "score"),
+    "deepspeed-chat": Format(("rwtransformer.", "rwtranrsformer."), "v_head", pads_with_eos=True),
+    "trlx": Format(("transformer.",), "v_head", pads_with_eos=True),
+    "article": Format(("model.", "transformer."), "value_head", ARTICLE_TEMPLATE_NAME),
+    NATIVE_FORMAT: Format(("",), "score", AUTO_TEMPLATE),
 }
 
 
@@ -118,8 +143,8 @@ def open_foreign(
         base: The base model, a directory or hub id.
         max_length: Maximum length of the encoder in tokens. Default: the native model's own limit, and 1024 for the
             other formats, or the number of learned positions if less.
-        chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: ``auto`` for native, ``plain`` for the
-            other formats, because those systems concatenate texts.
+        chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: that of the format, and ``openrlhf`` for
+            models of OpenRLHF. A token at the end of texts that the source reads as padding is left out.
         head_bias: Treatment of a head bias that is not 0, which a critic's head cannot have. ``refuse`` raises.
             ``reward-mean`` records it in the card: ``training["head_bias"]`` is the bias, and ``reward_mean`` is the
             mean that the source measured (0 if none) minus the bias. The source's score is then
@@ -138,11 +163,18 @@ def open_foreign(
     reader.rename(FORMATS[source_format].native_name)
     bias = _pop_head_bias(reader, head_bias)
 
-    if chat_template is None:
-        chat_template = AUTO_TEMPLATE if source_format == NATIVE_FORMAT else PLAIN_TEMPLATE_NAME
     # DeepSpeed-Chat saves the vocabulary only. A tokenizer loads from that, but with another BOS, EOS and pad token.
-    tokenizer = load_tokenizer(_directory_with(source, "tokenizer_config.json", "tokenizer", base), chat_template)
+    of_tokenizer = _directory_with(source, "tokenizer_config.json", "tokenizer", base)
     config = _directory_with(source, "config.json", "config", base)
+    source_config = load_config(config)
+    reads_end = hasattr(source_config, "value_head_prefix")  # OpenRLHF's scores are read at the last token, EOS or not
+    if chat_template is None:
+        chat_template = OPENRLHF_TEMPLATE_NAME if reads_end else FORMATS[source_format].chat_template
+    tokenizer = load_tokenizer(of_tokenizer, chat_template)
+    if not reads_end and chat_template not in (OPENRLHF_TEMPLATE_NAME, OPENRLHF_PLAIN_TEMPLATE_NAME):
+        pad = getattr(source_config.get_text_config(), "pad_token_id", None)
+        pad = tokenizer.eos_token_id if FORMATS[source_format].pads_with_eos else pad
+        _leave_out_padding(source, tokenizer, pad)
     model = check_critic_model(config, tokenizer, weights=reader)
     if max_length is None:
         max_length = _own_limit(tokenizer, model) if source_format == NATIVE_FORMAT else DEFAULT_MAX_LENGTH
@@ -180,6 +212,43 @@ def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
         f"{reader.source}: no {CARD_NAME}: not a critic directory, or writing it was interrupted; and the "
         f"names of its weights ({found}) do not match --from {expected} ({wanted}). Use another --from, or, if this "
         "is a base model, train a critic on preferences first: python -m jobs.train"
+    )
+
+
+def _leave_out_padding(source: Path, tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None) -> None:
+    """Changes the chat template so that no text ends with the source's pad token, if its texts do.
+
+    The source takes that token for padding and reads the score before it. A critic reads its reward at the last token.
+
+    Raises:
+        CheckpointError: Without the token at the end, the other ids would change.
+    """
+
+    def ids_of_probes() -> list[list[int]]:
+        encoder = Encoder(tokenizer, DEFAULT_MAX_LENGTH)
+        return encoder.tokenize([encoder.render(*probe) for probe in PROBES])
+
+    if pad_token_id is None or pad_token_id == tokenizer.pad_token_id:  # an encoder rejects texts that end with its pad
+        return
+    before, template = ids_of_probes(), tokenizer.chat_template
+    if not any(ids[-1] == pad_token_id for ids in before):
+        return
+    token = tokenizer.convert_ids_to_tokens(pad_token_id)
+    if pad_token_id in tokenizer.added_tokens_decoder:  # others may join with the characters beside them
+        tokenizer.chat_template = without_trailing(template, token)
+    for ids, shorter in zip(before, ids_of_probes(), strict=True):
+        while ids[-1] == pad_token_id:
+            ids.pop()
+        if ids != shorter:
+            raise CheckpointError(
+                f"{source}: config.json: pad_token_id: the token {token!r} ends the texts of this chat template and is "
+                "the pad token of the source, which reads its score before it, and leaving it out changes other "
+                "tokens: pass a --chat-template without it"
+            )
+    logger.warning(
+        "encoding_changed left_out=%r reason=%s",
+        token,
+        "it is the source's pad token, so the source reads its score before it; the scores stay equal",
     )
 
 

@@ -94,8 +94,8 @@ class ExportJobConfig(Section):
     max_length: PositiveInt | None = None
     """Maximum sequence length in tokens, by default at most 1024. Only for another system's checkpoint."""
     chat_template: ChatTemplate | None = None
-    """Chat template: auto, plain or the path of a Jinja file; by default plain, and auto for native. Only for another
-    system's checkpoint."""
+    """Chat template: auto, plain, openrlhf, openrlhf-plain, article or the path of a Jinja file; by default that of the
+    other system. Only for another system's checkpoint."""
     head_bias: Literal["refuse", "reward-mean"] = "refuse"
     """Treatment of a head's bias, which a critic does not have: reject it, or store it in critic.json as bias and as
     negative reward mean. The other system's score is the reward plus the bias. Only for another system's checkpoint."""

@@ -181,7 +181,7 @@ def save_native(directory: Path, **config: Any) -> Path:
 
 
 def test_a_native_model_is_taken_as_it_is(tmp_path):
-    source = save_native(tmp_path / "source", mean=0.25, std=2.0)
+    source = save_native(tmp_path / "source", mean=0.25, std=2.0, pad_token_id=2)
     card = convert_checkpoint(source, tmp_path / "out", max_length=50)
     assert (card.reward_mean, card.reward_std) == (0.25, 2.0), "OpenRLHF's statistics"
     assert card.encoder.max_length == 50
@@ -191,6 +191,50 @@ def test_a_native_model_is_taken_as_it_is(tmp_path):
     with torch.no_grad():
         expected = [plain(torch.tensor([ids])).logits.item() for ids in text_ids()]
     np.testing.assert_allclose(rewards_of(tmp_path / "out", text_ids()), expected, rtol=0, atol=1e-5)
+
+
+PADDED_PAIRS = [("please explain", " of course"), ("", "no"), ("thank you", " 1</s>"), ("a", "</s></s>")]
+
+
+@pytest.mark.parametrize("chat_template", ["auto", "plain"])
+def test_a_score_that_is_read_before_a_padding_eos_is_kept(chat_template, tmp_path):
+    """The source reads its score before the EOS at the end, because EOS is its pad token."""
+    source = save_native(tmp_path / "source")  # pads with EOS
+    own, plain = AutoTokenizer.from_pretrained(source), AutoModelForSequenceClassification.from_pretrained(source)
+    convert_checkpoint(source, tmp_path / "out", chat_template=chat_template)
+    loaded = load_critic(tmp_path / "out")
+    for prompt, response in PADDED_PAIRS:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        joined = f"{prompt}{response}</s>"
+        text = own.apply_chat_template(messages, tokenize=False) if chat_template == "auto" else joined
+        ids = own(text)["input_ids"]
+        assert ids[-1] == EOS
+        with torch.no_grad():
+            score = plain.eval()(torch.tensor([ids])).logits.item()
+        encoded = loaded.encoder.encode(prompt, response).ids
+        assert encoded[-1] != EOS
+        rewards = score_sequences(loaded.critic, [encoded], 500)
+        np.testing.assert_allclose(rewards, [score], rtol=1e-6, atol=1e-6)
+
+
+def test_a_pad_token_that_cannot_be_left_out_is_refused(tmp_path):
+    source = save_native(tmp_path / "source")
+    pad = AutoTokenizer.from_pretrained(source)(" please")["input_ids"]
+    source = save_native(tmp_path / "source", pad_token_id=pad[-1])
+    (tmp_path / "own.jinja").write_text("{{ messages[-1]['content'] }} please")
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: pad_token_id: the token .* is the pad token of the source"
+    ):
+        convert_checkpoint(source, tmp_path / "out", chat_template=str(tmp_path / "own.jinja"))
+
+
+def test_openrlhf_reads_its_score_at_the_eos_even_if_it_pads_with_it(tmp_path):
+    source = save_native(tmp_path / "source", value_head_prefix="score")
+    convert_checkpoint(source, tmp_path / "out")
+    encoder = load_critic(tmp_path / "out").encoder
+    assert encoder.render("please", "no") == "<|user|>please</s><|assistant|>no</s>"
+    convert_checkpoint(save_native(tmp_path / "unnamed"), tmp_path / "plain", chat_template="openrlhf-plain")
+    assert load_critic(tmp_path / "plain").encoder.render("please ", "no\n") == "please no </s>"
 
 
 def save_article(directory: Path, bias: float) -> tuple[Path, PreTrainedModel, nn.Linear]:
@@ -265,7 +309,7 @@ def test_texts_are_joined_plainly_by_default(tmp_path):
     body, head = random_reward_model("gpt2")
     source = save_foreign(tmp_path / "source", body, "transformer.", {HEAD: head.weight.data})
     convert_checkpoint(source, tmp_path / "out")
-    assert load_critic(tmp_path / "out").encoder.render("please ", "go") == "please go</s>"
+    assert load_critic(tmp_path / "out").encoder.render("please ", "go") == "please go"  # EOS is the pad token
 
 
 def test_what_is_lacking_comes_from_the_base(tmp_path):
