@@ -72,7 +72,7 @@ class Planner:
     def memory(self, setup: PlanJobConfig) -> ShardMemory:
         """Calculates the memory of a shard."""
         activations = self._activations(setup.dtype, setup.token_budget, setup.gradient_checkpointing)
-        hardware = Hardware(on_gpu=True, ranks=setup.world_size)
+        hardware = Hardware(ranks=setup.world_size)
         return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, hardware, activations)
 
     def fits(self, setup: PlanJobConfig) -> bool:
