@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -102,9 +103,7 @@ def read_token(path: str) -> str:
     file = Path(path).expanduser()
     try:
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as created:
-                created.write(secrets.token_urlsafe(32) + "\n")
+            _create_token(file)
         if file.stat().st_mode & 0o077:
             raise ConfigError(f"{file}: other users can read this token: run chmod 600 {file}")
         token = read_text(file).strip()
@@ -117,9 +116,23 @@ def read_token(path: str) -> str:
     return token
 
 
+def _create_token(file: Path) -> None:
+    """Creates a token file. If two processes do so at once, both use the first one's token."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mine = file.with_name(f".{file.name}-{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as created:
+            created.write(secrets.token_urlsafe(32) + "\n")
+        with suppress(FileExistsError):
+            os.link(mine, file)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
 def how_to_call(config: ServeJobConfig, url: str, authenticated: bool) -> str:
     """Returns a command that calls the pool."""
-    token = f' -H "Authorization: Bearer $(cat {config.token_file})"' if authenticated else ""
+    # From a file, because a command line is readable by every user of this machine.
+    token = f' -H @<(echo "Authorization: Bearer $(cat {config.token_file})")' if authenticated else ""
     body = '{"items": [{"prompt": "Name a prime.", "response": "7 is prime."}]}'
     return f"try: curl {url}/score{token} -H 'Content-Type: application/json' -d '{body}'"
 

@@ -8,7 +8,6 @@ controller as ``serve run CONFIG`` does it. Knows nothing about command lines.
 from __future__ import annotations
 
 import copy
-import ipaddress
 import os
 import time
 import uuid
@@ -25,6 +24,7 @@ from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
 from actors.serving.deployment import deployment_hash
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
+from actors.serving.http_api import is_loopback
 from actors.serving.replica_status import read_status, status_of
 from rlhf_critic.config.model import AssumedEncoding
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
@@ -38,14 +38,6 @@ SCALING_OPTIONS = {"min_replicas", "max_replicas", "target_ongoing_requests", "u
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM")
 
 Progress = Callable[[str], None]
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether only this machine can connect to a server that listens on ``host``."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def route_of(app: str) -> str:
@@ -120,6 +112,8 @@ def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str 
         replicas["placement_group_bundles"] = [{"CPU": SEQUENCER_CPUS}] + [shard] * config.shards
         replicas["placement_group_strategy"] = "PACK"
     http = {"token_sha256": token_sha256, **config.model_dump(include={"max_body_bytes", "deadline_s"})}
+    if config.auth == "off":
+        http["auth"] = "off"
     gateway = {"name": "Gateway", "user_config": {"http": http, "max_items": config.max_items}}
     return {
         "name": config.app,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,25 +18,27 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
+from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.session import listen_at_node_address
 from actors.serving.handle import SCORER_DEPLOYMENT, HandleTransport
 from actors.serving.http_api import HttpSettings, build_app
 from actors.serving.metrics import ScorerMetrics, http_refusals
 from actors.serving.replica_status import ON_HEAD, ReplicaReport, status_of
+from actors.serving.swap import Swap
 from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.logs import configure_logging
 from rlhf_critic.scoring.client import ScorerClient
+from rlhf_critic.scoring.http_schema import ReplicaModel
 from rlhf_critic.scoring.items import Item, ScorerInfo, Scores
 
 if TYPE_CHECKING:
     from actors.serving.scorer import Scorer
 
-logger = logging.getLogger(__name__)
-
 INFO_TIMEOUT_S = 5.0
 REPORT_EVERY_S = 2.0
 SILENCE_S = 30.0  # a replica without a report for so long does not count as ready
+RESTART_AFTER_FAILURES = 4
 CONCURRENT_HTTP_CALLS = 1000
 
 
@@ -64,24 +65,23 @@ class ScorerReplica:
         self._metrics = ScorerMetrics(self._app, self._replica)
         self._status = status_of(self._app)
         self._scorer: Scorer | None = None
-        self._wanted: dict[str, Any] = {}
-        self._serving: dict[str, Any] = {}
-        self._error = ""
-        self._swapping: asyncio.Task[None] | None = None
+        self._swap: Swap | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Takes a configuration from Serve. The first one is loaded before any call is answered.
 
         A later one is loaded in the background while this method returns at once, because Serve sends no calls to a
-        replica that is being configured. If it cannot be loaded, the replica keeps the previous one and reports why.
+        replica that is being configured. If it cannot be loaded, the replica keeps the previous one, reports why and
+        tries again: see `actors.serving.swap`.
         """
-        self._wanted = user_config
-        if self._scorer is None:
-            self._scorer = await asyncio.to_thread(_make_scorer, user_config, self._metrics)
-            self._serving = user_config
+        if self._swap is None:
+            scorer = self._scorer = await asyncio.to_thread(_make_scorer, user_config, self._metrics)
+            self._swap = Swap(
+                user_config, lambda config: scorer.publish(ScorerConfig(**config["scorer"])), self._report
+            )
             self._report()
-        elif self._swapping is None or self._swapping.done():
-            self._swapping = asyncio.create_task(self._swap())
+        else:
+            self._swap.want(user_config)
 
     async def score(self, items: list[Item], values: bool, version: str | None) -> Scores | CriticError:
         """See `Scorer.score`. Errors are returned, because Serve would log a raised one as a failure of the replica."""
@@ -95,40 +95,48 @@ class ScorerReplica:
         self._metrics.on_scores(scores, time.perf_counter() - started)
         return scores
 
-    def check_health(self) -> None:
-        """Called by Serve periodically; Serve replaces a replica that raises."""
-        if self._scorer is not None:
-            self._scorer.check_healthy()
-            self._report()
+    async def check_health(self) -> None:
+        """Called by Serve periodically; Serve replaces a replica that raises.
 
-    async def _swap(self) -> None:
-        """Loads the latest configuration, until it is served or fails to load."""
-        assert self._scorer is not None
-        while self._wanted != self._serving:
-            wanted = self._wanted
-            try:
-                await asyncio.to_thread(self._scorer.publish, ScorerConfig(**wanted["scorer"]))
-                self._serving, self._error = wanted, ""
-            except Exception as error:
-                logger.exception("cannot serve the published critic; keeping the previous one")
-                self._error = str(error)
-                if self._wanted == wanted:
-                    break
-            finally:
-                self._report()
+        Raises:
+            ScorerUnavailable: A part of the scorer is lost, or this replica cannot swap although others could.
+        """
+        if self._scorer is None or self._swap is None:
+            return
+        self._scorer.check_healthy()
+        self._swap.proceed()
+        self._report()
+        # A new process needs memory for one critic only. A critic that no replica can serve must not end them all.
+        if self._swap.failures >= RESTART_AFTER_FAILURES and await self._others_are_current():
+            raise ScorerUnavailable(f"this replica alone cannot serve the published critic: {self._swap.error}")
+
+    async def _others_are_current(self) -> bool:
+        assert self._swap is not None
+        published = deployment_hash(self._swap.wanted)
+        reports = await _recent_reports(self._status)
+        return any(one.is_current and one.published == published for one in reports if one.replica != self._replica)
 
     def _report(self) -> None:
         assert self._scorer is not None
+        assert self._swap is not None
         report = ReplicaReport(
             replica=self._replica,
             pid=os.getpid(),
             info=self._scorer.info(),
-            published=deployment_hash(self._wanted),
-            is_current=self._wanted == self._serving,
-            error=self._error if self._wanted != self._serving else "",
+            published=deployment_hash(self._swap.wanted),
+            is_current=self._swap.is_current,
+            error="" if self._swap.is_current else self._swap.error,
         )
-        self._metrics.on_version(report.info.model_version)
+        self._metrics.on_version(report.info.model_version, report.is_current)
         self._status.report.remote(report)  # not awaited: the next health check reports again
+
+
+async def _recent_reports(status: Any) -> list[ReplicaReport]:
+    """Returns the reports of replicas that are not silent, the latest first; none while the status actor restarts."""
+    try:
+        return await asyncio.wait_for(status.reports.remote(SILENCE_S), INFO_TIMEOUT_S)
+    except (asyncio.TimeoutError, RayError):
+        return []
 
 
 def _make_scorer(user_config: dict[str, Any], metrics: ScorerMetrics) -> Scorer:
@@ -146,6 +154,7 @@ def _http_app() -> Any:
     name="Gateway",
     ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},
     max_ongoing_requests=CONCURRENT_HTTP_CALLS,
+    max_queued_requests=CONCURRENT_HTTP_CALLS,
     health_check_period_s=2,
     graceful_shutdown_wait_loop_s=0.5,
 )
@@ -160,20 +169,20 @@ class Gateway:
         self._status = status_of(app)
         self._refusals = http_refusals(app)
         self.settings = HttpSettings()
-        self._max_items = 0
         self._client = ScorerClient(HandleTransport(app), max_in_flight=CONCURRENT_HTTP_CALLS)
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes the limits from Serve's configuration."""
-        self._max_items = user_config["max_items"]
-        self.settings = HttpSettings(**user_config["http"])
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Takes the limits from Serve's configuration.
+
+        Raises:
+            ConfigError: Other machines could use the pool without a token. The gateway then does not start.
+        """
+        client = await asyncio.to_thread(get_serve_client)
+        host = client.http_config.host
+        self.settings = HttpSettings(**user_config["http"], max_items=user_config["max_items"], host=host)
 
     async def score(self, items: list[Item], values: bool, version: str | None) -> Scores:
         """See `actors.serving.http_api.ScoringService`."""
-        if len(items) > self._max_items:  # the client below would split the call
-            raise ScorerRejected(
-                "too_many_items", f"{len(items)} items in one call, the maximum is {self._max_items}: split the call"
-            )
         return await self._client.score_items_async(
             items, values=values, version=version, deadline_s=self.settings.deadline_s
         )
@@ -184,15 +193,19 @@ class Gateway:
         Reads the replicas' reports, because a call to a replica would wait behind its queue. An idle pool that has
         scaled to zero (``min_replicas: 0``) therefore counts as not ready until the next call.
         """
-        try:
-            reports = await asyncio.wait_for(self._status.reports.remote(SILENCE_S), INFO_TIMEOUT_S)
-        except (asyncio.TimeoutError, RayError):
-            reports = []
+        reports = await _recent_reports(self._status)
         # During a swap, the critic that is being published.
         report = next((one for one in reports if one.is_current), reports[0] if reports else None)
         if report is None:
             raise ScorerUnavailable("no scorer is ready: wait, or check the pool with `serve status`")
         return report.info
+
+    async def replicas(self) -> list[ReplicaModel]:
+        """See `actors.serving.http_api.ScoringService`."""
+        return [
+            ReplicaModel(replica=one.replica, model_version=one.info.model_version, is_current=one.is_current)
+            for one in sorted(await _recent_reports(self._status), key=lambda one: one.replica)
+        ]
 
     def on_refusal(self, kind: str) -> None:
         """See `actors.serving.http_api.ScoringService`."""

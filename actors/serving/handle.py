@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import Any
 
 import ray
@@ -26,6 +27,7 @@ class HandleTransport:
     def __init__(self, app: str) -> None:
         self._app = app
         self._handle: Any = None
+        self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HandleTransport, (self._app,)
@@ -33,6 +35,8 @@ class HandleTransport:
     async def ask(self, items: list[Item], values: bool, version: str | None, timeout_s: float) -> Scores:
         """See `rlhf_critic.scoring.client.Transport`."""
         response = None
+        if os.getpid() != self._process:
+            raise ScorerFailed("Ray does not work in a forked process: connect there anew, after ray.init()")
         try:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(serve.get_deployment_handle, SCORER_DEPLOYMENT, self._app)

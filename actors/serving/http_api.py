@@ -4,14 +4,18 @@
 `rlhf_critic.scoring.http_schema` defines requests and responses. Knows nothing about replicas or models.
 """
 
+import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -21,13 +25,36 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.errors import ConfigError, CriticError, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scoring import http_schema as schema
 from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, Text
 
 HEALTH = "/health"
 MAX_SHOWN = 200  # characters of a field name chosen by the caller
-KIND_OF_STATUS = {400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}
+KIND_OF_STATUS = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "body_too_slow",
+    413: "body_too_large",
+    422: "too_many_items",
+    503: "unavailable",
+}
+BODIES_AT_ONCE = 8  # bodies of the maximum size that may be in memory together
+BODY_TIMEOUT_S = 30.0  # time for a body to arrive, so that slow callers do not take up all places
+PARTS_PER_ITEM = 256  # texts, lists and objects in a body for each item that a call may have
+ITEM_FIELDS = ("items", "query", "prompts", "input")
+KNOWN_TOKENS = frozenset(hashlib.sha256(token).hexdigest() for token in (b"", b"change-me"))
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can connect to a server that listens on ``host``."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -35,14 +62,38 @@ class HttpSettings:
     """The limits of the endpoints.
 
     Attributes:
-        token_sha256: SHA-256 of the bearer token that callers must send, in hexadecimal; None disables authentication.
+        token_sha256: SHA-256 of the bearer token that callers must send, in hexadecimal; None requires no token.
+        auth: ``off`` allows ``host`` to be reachable from other machines without a token. YAML reads ``off`` as False.
+        host: Address on which HTTP listens.
+        max_items: Maximum number of items per call.
         max_body_bytes: Maximum size of a request's body in bytes.
         deadline_s: Maximum time that a request waits for its scores, in seconds.
+
+    Raises:
+        ConfigError: Strangers could use the endpoints, because a valid digest is missing.
     """
 
     token_sha256: str | None = None
+    auth: str | bool = "auto"
+    host: str = "127.0.0.1"
+    max_items: int = 1024
     max_body_bytes: int = 16 * 1024 * 1024
     deadline_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        digest = self.token_sha256
+        if self.auth not in ("auto", "off", False):
+            raise ConfigError(f"http.auth: expected auto or off, found {self.auth!r}")
+        if digest is None:
+            if self.auth == "auto" and not is_loopback(self.host):
+                raise ConfigError(
+                    f"http.token_sha256 is missing, and other machines can reach {self.host}: set the SHA-256 of a "
+                    "token, or auth: off if a proxy in front authenticates callers"
+                )
+        elif not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest) or digest in KNOWN_TOKENS:
+            raise ConfigError(
+                f"http.token_sha256: expected the SHA-256 of a secret token in hexadecimal, found {digest!r:.80}"
+            )
 
 
 class ScoringService(Protocol):
@@ -56,6 +107,9 @@ class ScoringService(Protocol):
     async def info(self) -> ScorerInfo:
         """Describes the served version; raises `ScorerUnavailable` if no scorer is ready."""
 
+    async def replicas(self) -> list[schema.ReplicaModel]:
+        """Lists the replicas that reported lately."""
+
     def on_refusal(self, kind: str) -> None:
         """Called for every request that gets no scores, with the kind of its error."""
 
@@ -65,11 +119,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "The body is not JSON.",
         401: "The bearer token is missing or wrong.",
+        403: "A web page of another site sent the request, or it names another host.",
+        408: "The body did not arrive in time.",
         409: "The pool serves another version than the requested one.",
         413: "The body is too large.",
         422: "The request has an invalid field, or an item that cannot be scored.",
         500: "A scorer failed.",
-        503: "No scorer answered in time. Try again.",
+        503: "No scorer answered in time, or too many bodies are being read. Try again.",
     }.items()
 }
 
@@ -78,10 +134,37 @@ class _StrictRequest(Request):
     """A request whose JSON follows the standard. Python's parser also accepts NaN and Infinity."""
 
     async def json(self) -> Any:
+        body = await self.body()
+        max_items = self.app.state.settings().max_items
+        if _has_more_parts(body, max_items * PARTS_PER_ITEM):  # before they take memory
+            raise HTTPException(
+                422, f"the body has too many texts, lists and objects for {max_items} items: split the call"
+            )
         try:
-            return json.loads(await self.body(), parse_constant=_reject_constant)
+            parsed = json.loads(body, parse_constant=_reject_constant)
         except (UnicodeDecodeError, RecursionError, ValueError) as error:
             raise HTTPException(400, f"the body is not JSON: {error}") from error
+        count = max(_item_count(parsed.get(name)) for name in ITEM_FIELDS) if isinstance(parsed, dict) else 0
+        if count > max_items:  # before each is validated
+            raise HTTPException(422, f"{count} items in one call, the maximum is {max_items}: split the call")
+        return parsed
+
+
+def _item_count(value: Any) -> int:
+    """Returns the number of items in a field of a request. A list of token ids is one item."""
+    return len(value) if isinstance(value, list) and value and not isinstance(value[0], int) else 1
+
+
+def _has_more_parts(body: bytes, limit: int) -> bool:
+    """Returns whether JSON has more than ``limit`` texts, lists and objects, without parsing it."""
+    if body.count(b'"') // 2 + body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    bare = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    texts = bare.count(b'"') // 2
+    if texts > limit:
+        return True
+    outside = b"".join(bare.split(b'"')[::2])
+    return texts + outside.count(b"[") + outside.count(b"{") > limit
 
 
 class _StrictRoute(APIRoute):
@@ -95,10 +178,15 @@ class _StrictRoute(APIRoute):
 
 
 class _Gate:
-    """Checks the token before reading the body, and stops reading a body that is too large, despite its headers."""
+    """Checks the caller before reading the body, and stops reading a body that is too large, despite its headers.
+
+    Without a token, web pages are callers too. A page of another site is rejected, and so is one whose own name was
+    made to point to this machine (DNS rebinding). All bodies in memory together have a limit too.
+    """
 
     def __init__(self, app: ASGIApp, service: Callable[[], ScoringService]) -> None:
         self._app, self._service = app, service
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,22 +195,43 @@ class _Gate:
         settings = self._service().settings
         request = Request(scope)
         is_open = scope["path"].removeprefix(scope.get("root_path", "")) == HEALTH
-        if settings.token_sha256 and not is_open and not _has_token(request, settings.token_sha256):
+        if settings.token_sha256 is None:
+            if reason := _foreign(request, is_loopback(settings.host)):
+                await _error(request, 403, KIND_OF_STATUS[403], reason)(scope, receive, send)
+                return
+        elif not is_open and not _has_token(request, settings.token_sha256):
             message = "the bearer token is missing or wrong: send the header Authorization: Bearer TOKEN"
             refusal = _error(request, 401, KIND_OF_STATUS[401], message, {"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
             return
         read = 0
+        more = True
+        ends = time.monotonic() + BODY_TIMEOUT_S
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
+            nonlocal read, more
+            if not more:
+                return await receive()  # waits for the caller to leave
+            try:
+                received = await asyncio.wait_for(receive(), ends - time.monotonic())
+            except asyncio.TimeoutError as error:
+                raise HTTPException(
+                    408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s: split the call"
+                ) from error
+            more = received.get("more_body", False)
+            size = len(received.get("body", b""))
+            read += size
+            self._held_bytes += size
             if read > settings.max_body_bytes:
                 raise HTTPException(413, f"the body is larger than {settings.max_body_bytes} bytes: split the call")
-            return message
+            if self._held_bytes > BODIES_AT_ONCE * settings.max_body_bytes:
+                raise HTTPException(503, "too many large bodies are being read: try again", {"Retry-After": "1"})
+            return received
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._held_bytes -= read
 
 
 def build_app(service: Callable[[], ScoringService]) -> FastAPI:
@@ -133,7 +242,9 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
+        strict_content_type=True,  # a web page of any site may send a body without one
     )
+    app.state.settings = lambda: service().settings
     app.state.on_refusal = lambda kind: service().on_refusal(kind)
     app.add_middleware(_Gate, service=service)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -193,7 +304,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
             usage=schema.Usage(prompt_tokens=tokens, total_tokens=tokens),
         )
 
-    @router.get("/info", responses={status: ERRORS[status] for status in (401, 500, 503)})
+    @router.get("/info", responses={status: ERRORS[status] for status in (401, 403, 500, 503)})
     async def info() -> schema.InfoResponse:
         """Describes the served critic and the limits of a call."""
         served = await service().info()
@@ -205,6 +316,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
             normalized=served.normalized,
             components=served.components,
             limits=limits,
+            replicas=await service().replicas(),
         )
 
     @router.get("/openapi.json", include_in_schema=False)
@@ -213,7 +325,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
 
     app.include_router(router)
 
-    @app.get(HEALTH, responses={status: ERRORS[status] for status in (500, 503)})
+    @app.get(HEALTH, responses={status: ERRORS[status] for status in (403, 500, 503)})
     async def health() -> schema.HealthResponse:
         """Reports whether a scorer is ready. This is the only endpoint that needs no token."""
         return schema.HealthResponse(model_version=(await service().info()).model_version)
@@ -249,6 +361,20 @@ def _has_token(request: Request, sha256: str) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(sent, sha256)
 
 
+def _foreign(request: Request, only_loopback: bool) -> str:
+    """Returns why a request comes from a web page that may not send it; empty if it does not."""
+    host = request.headers.get("Host", "")
+    origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
+    try:
+        hostname = urlsplit(f"//{host}").hostname or ""
+        own = (site in ("none", "same-origin")) if site else origin is None or urlsplit(origin).netloc == host
+    except ValueError:  # not an address
+        return "the header Host or Origin is not an address: leave Origin out and name the pool's host"
+    if only_loopback and not is_loopback(hostname):
+        return f"this pool answers only on loopback, not as {hostname[:MAX_SHOWN]!r}: call http://127.0.0.1:PORT"
+    return "" if own else "web pages of other sites may not call this pool without a token: start it with --auth on"
+
+
 def _error(
     request: Request,
     status: int,
@@ -270,7 +396,7 @@ async def _on_invalid(request: Request, error: Any) -> JSONResponse:
 
 
 async def _on_http_exception(request: Request, error: Any) -> JSONResponse:
-    kind = "body_too_large" if error.status_code == 413 else KIND_OF_STATUS.get(error.status_code, "bad_request")
+    kind = KIND_OF_STATUS.get(error.status_code, "bad_request")
     return _error(request, error.status_code, kind, str(error.detail), error.headers)
 
 

@@ -47,6 +47,7 @@ class ScorerMetrics:
         self._mean = gauge("reward_mean", "Mean reward in the last call.", "model_version")
         self._std = gauge("reward_std", "Standard deviation of rewards in the last call.", "model_version")
         self._version = gauge("version", "1 for the served version, 0 for a previous one.", "model_version")
+        self._is_current = gauge("is_current", "1 if a replica serves the critic that was published last, else 0.")
         self._served = ""
 
     def on_batch(self, batch: BatchRecord) -> None:
@@ -72,8 +73,12 @@ class ScorerMetrics:
         """Records a rejected or failed call."""
         self._refusals.inc(1, {"kind": kind})
 
-    def on_version(self, model_version: str) -> None:
-        """Records the version that is served. Ray exports a gauge for 20 s after it was set, so repeat the call."""
+    def on_version(self, model_version: str, is_current: bool) -> None:
+        """Records the version that is served, and whether it is the one that was published last.
+
+        Ray exports a gauge for 20 s after it was set, so repeat the call.
+        """
+        self._is_current.set(float(is_current))
         if self._served not in ("", model_version):
             self._version.set(0, {"model_version": self._served})
         self._version.set(1, {"model_version": model_version})

@@ -18,6 +18,7 @@ from rlhf_critic.scoring.items import ScorerInfo
 
 NAMESPACE = "rlhf-critic"
 CALL_TIMEOUT_S = 10.0
+FORGET_AFTER_S = 3600.0  # replicas come and go for months
 # Places a pool's long-lived actors on the head. An actor, even without CPUs, keeps the autoscaler off its node.
 ON_HEAD = {"node:__internal_head__": 0.001}
 
@@ -50,8 +51,10 @@ class ReplicaStatus:
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
 
     def report(self, report: ReplicaReport) -> None:
-        """Replaces a replica's previous report."""
-        self._reports[report.replica] = time.monotonic(), report
+        """Replaces a replica's previous report, and forgets replicas that are long gone."""
+        now = time.monotonic()
+        self._reports[report.replica] = now, report
+        self._reports = {name: entry for name, entry in self._reports.items() if now - entry[0] < FORGET_AFTER_S}
 
     def reports(self, within_s: float = math.inf) -> list[ReplicaReport]:
         """Returns each replica's last report within ``within_s``, the latest first, those of lost replicas included."""

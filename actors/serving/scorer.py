@@ -15,7 +15,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 600.0
+STUCK_S = 1800.0  # a micro-batch that takes longer hangs
+THREADS = 32
 
 
 class LocalCritic:
@@ -104,6 +106,8 @@ class _Version:
         self.name = version_name(backend.card.version, digest, config)
         self.limits = CallLimits(**config.model_dump(include=set(CallLimits.model_fields)))
         self._encoding = threading.Lock()  # two threads must not use a tokenizer at once
+        # For components, which may hang. Never shut down: the last calls finish after `close`.
+        self.finishing = ThreadPoolExecutor(THREADS, thread_name_prefix="finish")
         if config.normalize:
             backend.card.reward_scale()
         self._warm_up()
@@ -186,6 +190,7 @@ class Scorer:
         self._shards, self._cpus_per_shard, self._use_gpu = shards, cpus_per_shard, use_gpu
         self._on_batch = on_batch
         self._publishing = threading.Lock()
+        self._beginning = ThreadPoolExecutor(THREADS, thread_name_prefix="encode")
         self._version = self._load(config)
 
     def score(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
@@ -207,14 +212,17 @@ class Scorer:
 
     async def score_async(self, items: Sequence[Item], *, values: bool = False, version: str | None = None) -> Scores:
         """Scores like `score`, for an event loop. Cancelling it removes the items from the queue."""
-        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin, items, values, version))
+        loop = asyncio.get_running_loop()
+        beginning = loop.run_in_executor(self._beginning, self._begin, items, values, version)
         try:
             call = await asyncio.shield(beginning)
         except asyncio.CancelledError:
             beginning.add_done_callback(_cancel_call)  # the thread continues and queues the items
             raise
         outputs = await asyncio.wrap_future(call.outputs)
-        return await asyncio.to_thread(call.finish, outputs)
+        if call.served.components.is_critic_alone:
+            return call.finish(outputs)
+        return await loop.run_in_executor(call.served.finishing, call.finish, outputs)
 
     def publish(self, config: ScorerConfig) -> None:
         """Switches to ``config``. Returns when the previous version has answered the calls that it had accepted.
@@ -245,9 +253,13 @@ class Scorer:
         """Checks that the scorer can answer.
 
         Raises:
-            ScorerUnavailable: A shard was lost.
+            ScorerUnavailable: A shard was lost, the critic computes without end, or all calls of a component hang.
         """
-        self._version.backend.check_healthy()
+        served = self._version
+        served.backend.check_healthy()
+        served.components.check_healthy()
+        if served.batcher.busy_s > STUCK_S:
+            raise ScorerUnavailable(f"the critic has computed one micro-batch for more than {STUCK_S:g} s")
 
     def close(self) -> None:
         """Answers the waiting calls and frees the critic."""
@@ -303,5 +315,8 @@ def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
 def version_name(version: str, digest: str, config: ScorerConfig) -> str:
     """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
     chosen = {"dtype"} if config.dtype != "auto" else set()  # names from before the option stay
-    how = config.model_dump_json(include={*chosen, "normalize", "components"})
+    # Without time limits, which decide no reward.
+    how = config.model_dump_json(
+        include={*chosen, "normalize", "components"}, exclude={"components": {"__all__": {"timeout_s"}}}
+    )
     return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:8]}"

@@ -16,9 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 IntArray = NDArray[np.int64]
 TokenIds = Sequence[int] | NDArray[np.integer]
@@ -132,53 +130,6 @@ class PrefixTree:
             pieces.append(np.arange(self.run_starts_R[run], token + 1))
             token = self.run_parents_R[run]
         return np.concatenate(pieces[::-1])
-
-
-@dataclass(frozen=True, eq=False)
-class PrefixTreeBatch:
-    """Sequences as one packed row on a device. The padded counterpart is `rlhf_critic.batching.padded.PaddedBatch`.
-
-    Attributes:
-        tree: Prefix tree of the sequences.
-        input_ids_1T: Token ids, int64 ``[1, T]``.
-        position_ids_1T: Positions, int64 ``[1, T]``.
-    """
-
-    tree: PrefixTree
-    input_ids_1T: Tensor
-    position_ids_1T: Tensor
-
-    @classmethod
-    def from_sequences(cls, sequences: Sequence[TokenIds], device: torch.device | str = "cpu") -> PrefixTreeBatch:
-        """Builds the tree and copies it to a device.
-
-        Raises:
-            ValueError: There are no sequences, or one is empty.
-        """
-        tree = PrefixTree.build(sequences)
-        return cls(
-            tree,
-            torch.from_numpy(tree.input_ids_T)[None].to(device),
-            torch.from_numpy(tree.position_ids_T)[None].to(device),
-        )
-
-    @property
-    def computed_tokens(self) -> int:
-        """Number of tokens in a forward pass."""
-        return len(self.tree)
-
-    @property
-    def leaves_S(self) -> Tensor:
-        """Index in the row of the last token of each sequence, int64 ``[S]``."""
-        return torch.from_numpy(self.tree.leaves_S).to(self.input_ids_1T.device)
-
-    @cached_property
-    def tokens_SL(self) -> Tensor:
-        """Index in the row of each token of each sequence, int64 ``[S, L]``; 0 past the end of a sequence."""
-        tokens_SL = np.zeros((len(self.tree.lengths_S), int(self.tree.lengths_S.max())), dtype=np.int64)
-        for row, leaf in enumerate(self.tree.leaves_S):
-            tokens_SL[row, : self.tree.lengths_S[row]] = self.tree.path_tokens(int(leaf))
-        return torch.from_numpy(tokens_SL).to(self.input_ids_1T.device)
 
 
 def lexicographic_order(arrays: Sequence[IntArray]) -> list[int]:

@@ -71,7 +71,9 @@ class PythonComponent(_Component):
     kind: Literal["python"] = "python"
     function: Annotated[StrictStr, Field(pattern=rf"^{COMPONENT_NAME}(\.{COMPONENT_NAME})*:{COMPONENT_NAME}$")]
     """MODULE:FUNCTION, importable by replicas. It is called with lists of prompts and responses and returns one number
-    per response."""
+    per response. Several threads may call it at once."""
+    timeout_s: PositiveFloat = 60.0
+    """Maximum duration of a call in seconds. A call that takes longer fails."""
 
 
 Component: TypeAlias = Annotated[

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.planner import MicroBatch
-from rlhf_critic.batching.prefix_tree import PrefixTreeBatch, TokenIds
+from rlhf_critic.batching.prefix_tree import TokenIds
+from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
+from rlhf_critic.model.attention_plan import AttentionPlan
 from rlhf_critic.model.fused_ops import fuse_norms_and_activations
-from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, AttentionPlan, enable_prefix_trees
+from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, enable_prefix_trees
 
 logger = logging.getLogger(__name__)
 Batch: TypeAlias = PrefixTreeBatch | PaddedBatch
@@ -82,7 +84,8 @@ class Backbone(nn.Module):
             ValueError: There is no sequence, or one is empty.
         """
         if self.prefix_tree:
-            return PrefixTreeBatch.from_sequences(sequences, device)
+            # On a GPU, the kernel for fp32 computes only plans of this kind.
+            return PrefixTreeBatch.from_sequences(sequences, device, paths_only=self.model.dtype == torch.float32)
         return PaddedBatch.from_sequences(sequences, self.pad_token_id, device)
 
     def hidden(self, batch: Batch, leaves_only: bool = False) -> Tensor:
@@ -92,7 +95,7 @@ class Backbone(nn.Module):
         """
         if isinstance(batch, PaddedBatch):
             return self._run(batch.input_ids_SL, batch.attention_mask_SL, batch.position_ids_SL).flatten(0, 1)
-        plan = AttentionPlan(batch.tree, leaves_only, batch.input_ids_1T.device)
+        plan = AttentionPlan(batch, leaves_only)
         # transformers uses a 4-D mask as it is and builds none. This project's attention ignores it.
         no_mask = torch.zeros(1, 1, 1, 1, device=batch.input_ids_1T.device)
         return self._run(batch.input_ids_1T, no_mask, batch.position_ids_1T, prefix_tree=plan)[0]

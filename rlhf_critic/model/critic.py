@@ -58,7 +58,8 @@ class Critic(Backbone):
         head_bias: float = 0.0,
     ) -> None:
         head = getattr(model, "score", None)
-        if model.config.num_labels != 1 or head is None or getattr(head, "bias", None) is not None:
+        has_bias = not isinstance(head, ScalarHead) and getattr(head, "bias", None) is not None
+        if model.config.num_labels != 1 or head is None or has_bias:
             raise ValueError(f"{type(model).__name__} has no bias-free 'score' head with one output")
         super().__init__(model, prefix_tree)
         if not isinstance(head, ScalarHead):

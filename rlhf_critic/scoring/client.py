@@ -7,19 +7,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from rlhf_critic.errors import ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.errors import ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scoring.items import Item, Scores, conversations
 
 if TYPE_CHECKING:
@@ -47,8 +49,19 @@ class Transport(Protocol):
         """Closes connections."""
 
 
+class _Running(NamedTuple):
+    """The event loop of a client, its thread, and the places for parts that wait for an answer."""
+
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    in_flight: asyncio.Semaphore
+
+
 class ScorerClient:
     """Requests rewards from scorers, from any thread and any event loop. It can be sent to other processes.
+
+    Every answer is checked: one finite reward per item, and the version that was requested. A forked process continues
+    with connections of its own.
 
     Args:
         transport: Connection to the scorers.
@@ -67,8 +80,8 @@ class ScorerClient:
         self._max_in_flight = max_in_flight
         self._deadline_s = deadline_s
         self._starting = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.current_thread()  # replaced when the client starts its own thread
+        self._running: _Running | None = None
+        _clients.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild = partial(
@@ -137,9 +150,12 @@ class ScorerClient:
         Returns:
             A future with the scores or an error of `score_items`. Cancelling the future cancels the call.
         """
-        work = self._score(list(items), values, version, self._deadline_s if deadline_s is None else deadline_s)
+        deadline_s = self._deadline_s if deadline_s is None else deadline_s
         with self._starting:  # `close` either cancels this call or leaves it to the next loop
-            return asyncio.run_coroutine_threadsafe(work, self._running_loop())
+            if self._running is None:
+                self._running = _start(self._max_in_flight)
+            work = self._score(list(items), values, version, deadline_s, self._running.in_flight)
+            return asyncio.run_coroutine_threadsafe(work, self._running.loop)
 
     async def score_async(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, deadline_s: float | None = None
@@ -161,15 +177,14 @@ class ScorerClient:
     def close(self) -> None:
         """Cancels pending calls, closes connections and ends the client's thread."""
         with self._starting:
-            loop, self._loop = self._loop, None
-            thread = self._thread
-        if loop is None:
+            running, self._running = self._running, None
+        if running is None:
             return
         try:
-            asyncio.run_coroutine_threadsafe(self._wind_up(), loop).result(GRACE_S)
+            asyncio.run_coroutine_threadsafe(self._wind_up(), running.loop).result(GRACE_S)
         finally:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join(GRACE_S)
+            running.loop.call_soon_threadsafe(running.loop.stop)
+            running.thread.join(GRACE_S)
 
     def __enter__(self) -> ScorerClient:
         return self
@@ -184,15 +199,9 @@ class ScorerClient:
         await asyncio.gather(*others, return_exceptions=True)
         await self._transport.close()
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._in_flight = asyncio.Semaphore(self._max_in_flight)
-            self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="scorer-client", daemon=True)
-            self._thread.start()
-        return self._loop
-
-    async def _score(self, items: list[Item], values: bool, version: str | None, deadline_s: float) -> Scores:
+    async def _score(
+        self, items: list[Item], values: bool, version: str | None, deadline_s: float, in_flight: asyncio.Semaphore
+    ) -> Scores:
         """Scores all parts by one version. Parts that another version answered are scored again."""
         if not items:
             raise ScorerRejected("no_items", "there is nothing to score: give at least one item")
@@ -203,7 +212,7 @@ class ScorerClient:
         async def answer(index: int) -> None:
             answers.pop(index, None)
             try:
-                answers[index] = await self._ask(parts[index], values, version, deadline, deadline_s)
+                answers[index] = await self._ask(parts[index], values, version, deadline, deadline_s, in_flight)
             except ScorerRejected as error:
                 raise error.after(index * self._max_items) from error
 
@@ -228,11 +237,19 @@ class ScorerClient:
             await asyncio.sleep(FIRST_WAIT_S)
 
     async def _ask(
-        self, part: list[Item], values: bool, version: str | None, deadline: float, deadline_s: float
+        self,
+        part: list[Item],
+        values: bool,
+        version: str | None,
+        deadline: float,
+        deadline_s: float,
+        in_flight: asyncio.Semaphore,
     ) -> Scores:
         async def once() -> Scores:
-            async with self._in_flight:
-                return await self._transport.ask(part, values, version, _left(deadline))
+            async with in_flight:
+                scores = await self._transport.ask(part, values, version, _left(deadline))
+            _validate(scores, len(part), values, version)
+            return scores
 
         backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)
         reason = "they are all busy"
@@ -262,10 +279,40 @@ def _left(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
 
 
+def _validate(scores: Scores, items: int, values: bool, version: str | None) -> None:
+    """Checks that an answer belongs to its call, because the server may be anyone's.
+
+    Raises:
+        ScorerFailed: A list does not have one entry per item, or a number is not finite.
+        VersionMismatch: Another version than the requested one answered.
+    """
+    if version not in {None, scores.model_version}:
+        raise VersionMismatch(f"version {version} was requested, and {scores.model_version} answered")
+    told = {"rewards": scores.rewards_S, **{f"component {name}": value for name, value in scores.components.items()}}
+    shapes = {name: value.shape for name, value in told.items()}
+    shapes |= {"truncated": scores.truncated_S.shape, "tokens": scores.tokens_S.shape}
+    if values:
+        told |= {f"values of item {index}": value_T for index, value_T in enumerate(scores.values or ())}
+        shapes["values"] = (len(scores.values or ()),)
+    wrong = [f"{name} {shape}" for name, shape in shapes.items() if shape != (items,)]
+    wrong += [f"{name} is NaN or infinite" for name, value in told.items() if not np.isfinite(value).all()]
+    if values and not wrong:
+        assert scores.values is not None
+        lengths = [len(value_T) for value_T in scores.values]
+        wrong += [] if lengths == scores.tokens_S.tolist() else ["there is not one value per token"]
+    if wrong:
+        raise ScorerFailed(
+            f"the answer does not belong to a call of {items} items ({'; '.join(wrong[:3])}): check that a pool of "
+            "this version of rlhf-critic answers there"
+        )
+
+
 def _join(answers: list[Scores]) -> Scores:
     """Joins the answers to the parts of one call, in order."""
     if len(answers) == 1:
         return answers[0]
+    if len({frozenset(answer.components) for answer in answers}) > 1:
+        raise ScorerFailed(f"version {answers[0].model_version} answered with different components: check the pool")
     values = [answer.values for answer in answers]
     return Scores(
         rewards_S=np.concatenate([answer.rewards_S for answer in answers]),
@@ -279,9 +326,30 @@ def _join(answers: list[Scores]) -> Scores:
     )
 
 
+def _start(max_in_flight: int) -> _Running:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=_run_loop, args=(loop,), name="scorer-client", daemon=True)
+    thread.start()
+    return _Running(loop, thread, asyncio.Semaphore(max_in_flight))
+
+
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
     finally:
         loop.close()
+
+
+_clients: weakref.WeakSet[ScorerClient] = weakref.WeakSet()
+
+
+def _forget_threads() -> None:
+    """Makes clients start again in a forked process, which has none of its parent's threads."""
+    for client in _clients:
+        client._starting = threading.Lock()
+        client._running = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)

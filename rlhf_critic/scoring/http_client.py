@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from typing import Any
 
 import httpx
@@ -25,10 +27,12 @@ class HttpTransport:
         token: Bearer token, if the pool requires one. Surrounding white space is removed.
 
     Raises:
-        ConfigError: The URL is invalid, or the token has characters that a header cannot hold.
+        ConfigError: The URL is invalid or holds a password, or the token has characters that a header cannot hold.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
+        if "@" in url:  # errors and logs show the URL
+            raise ConfigError("the URL of a pool must not hold a user or password: write http://HOST:PORT")
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -38,19 +42,25 @@ class HttpTransport:
         self._url, self._token = url.rstrip("/"), token and token.strip()
         if self._token and not (self._token.isascii() and self._token.isprintable()):  # httpx's error would show it
             raise ConfigError("the bearer token has characters that an HTTP header cannot hold: give one line of ASCII")
-        self._client: httpx.AsyncClient | None = None
+        # Connections belong to the event loop that opened them.
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HttpTransport, (self._url, self._token)
 
     async def ask(self, items: list[Item], values: bool, version: str | None, timeout_s: float) -> Scores:
         """See `rlhf_critic.scoring.client.Transport`."""
-        if self._client is None:
+        loop = asyncio.get_running_loop()
+        client = self._clients.get(loop)
+        if client is None:
             headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-            self._client = httpx.AsyncClient(headers=headers, limits=httpx.Limits(max_connections=None))
+            client = httpx.AsyncClient(headers=headers, limits=httpx.Limits(max_connections=None))
+            self._clients[loop] = client
         try:
             body = ScoreRequest.of(items, values, version)
-            response = await self._client.post(f"{self._url}/score", json=body, timeout=timeout_s)
+            response = await client.post(f"{self._url}/score", json=body, timeout=timeout_s)
         except httpx.HTTPError as error:
             raise ScorerUnavailable(f"{self._url}: {type(error).__name__}: {error}") from error
         except (TypeError, ValueError) as error:
@@ -58,15 +68,15 @@ class HttpTransport:
         if response.status_code == httpx.codes.OK:
             try:
                 return ScoreResponse.model_validate_json(response.content).to_scores()
-            except ValidationError as error:
+            except (ValidationError, OverflowError) as error:
                 raise ScorerFailed(f"{self._url}: the answer holds no scores: {response.text[:200]!r}") from error
         raise _error_of(self._url, response)
 
     async def close(self) -> None:
-        """Closes connections."""
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        """Closes the connections of the running event loop."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
 
 
 def connect_http(url: str, token: str | None = None, **options: Any) -> ScorerClient:

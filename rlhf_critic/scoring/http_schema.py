@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from rlhf_critic.data.conversation import Turn, to_prompt
@@ -19,9 +20,13 @@ from rlhf_critic.scoring.items import Conversation, Item, Scores, Text
 Name: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 TokenId: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 T = TypeVar("T")
-# Validation of a list stops at its first error. A million errors would take seconds and half a gigabyte.
-ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
-Nonempty: TypeAlias = Annotated[list[T], Field(fail_fast=True, min_length=1)]
+# Validation of a list stops at its first error and at its maximum length. A million of either would take seconds and
+# half a gigabyte.
+MAX_ENTRIES, MAX_TOKENS = 2**16, 2**20
+ListOf: TypeAlias = Annotated[list[T], Field(fail_fast=True, max_length=MAX_ENTRIES)]
+Nonempty: TypeAlias = Annotated[list[T], Field(fail_fast=True, min_length=1, max_length=MAX_ENTRIES)]
+Ids: TypeAlias = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKENS)]
+SomeIds: TypeAlias = Annotated[Ids, Field(min_length=1)]
 
 
 class _Message(BaseModel):
@@ -81,7 +86,7 @@ class TextModel(_Message):
 class TokensModel(_Message):
     """Token ids of the critic's own tokenizer."""
 
-    token_ids: Nonempty[TokenId]
+    token_ids: SomeIds
 
     def to_item(self) -> Item:
         """Converts to the item of `rlhf_critic.scoring.items`."""
@@ -112,6 +117,7 @@ class ScoreRequest(_Message):
 class ScoreResponse(_Message):
     """Answer of ``POST /score``. Every list has one entry per item."""
 
+    model_config = ConfigDict(extra="forbid", strict=True)  # a number in quotes is no reward
     model_version: str
     rewards: list[float]
     truncated: list[bool] = Field(description="Whether the item was truncated from the left to the length limit.")
@@ -134,14 +140,19 @@ class ScoreResponse(_Message):
         )
 
     def to_scores(self) -> Scores:
-        """Converts the answer to scores. Numbers written from fp32 are restored exactly."""
+        """Converts the answer to scores. Numbers written from fp32 are restored exactly, others may overflow."""
+
+        def fp32(numbers: list[float]) -> NDArray[np.float32]:
+            with np.errstate(over="ignore"):  # infinity, which the client rejects
+                return np.array(numbers, dtype=np.float64).astype(np.float32)
+
         return Scores(
-            rewards_S=np.array(self.rewards, dtype=np.float32),
+            rewards_S=fp32(self.rewards),
             model_version=self.model_version,
             truncated_S=np.array(self.truncated, dtype=np.bool_),
             tokens_S=np.array(self.tokens, dtype=np.int64),
-            components={name: np.array(values, dtype=np.float32) for name, values in self.components.items()},
-            values=None if self.values is None else tuple(np.array(values, dtype=np.float32) for values in self.values),
+            components={name: fp32(values) for name, values in self.components.items()},
+            values=None if self.values is None else tuple(fp32(values) for values in self.values),
         )
 
 
@@ -168,7 +179,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     model: StrictStr | None = Field(None, description="If given, answer only if this version is served.")
-    input: StrictStr | ListOf[StrictStr] | Nonempty[TokenId] | ListOf[ListOf[TokenId]] | None = None
+    input: StrictStr | ListOf[StrictStr] | SomeIds | ListOf[Ids] | None = None
     messages: Nonempty[Turn] | None = None
 
 
@@ -230,6 +241,14 @@ class LimitsModel(_Message):
     max_body_bytes: int
 
 
+class ReplicaModel(_Message):
+    """One replica of the pool, by its last report."""
+
+    replica: str
+    model_version: str
+    is_current: bool = Field(description="Whether it serves the critic that was published last.")
+
+
 class InfoResponse(_Message):
     """Answer of ``GET /info``."""
 
@@ -239,3 +258,4 @@ class InfoResponse(_Message):
     normalized: bool
     components: dict[str, float]
     limits: LimitsModel
+    replicas: list[ReplicaModel]

@@ -102,6 +102,7 @@ class RequestBatcher:
         self._queue: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="request-batcher", daemon=True)
         self._thread.start()
 
@@ -130,6 +131,12 @@ class RequestBatcher:
             self._queue.append(request)
             self._changed.notify()
         return request.future
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the micro-batch that is being computed began; 0 without one."""
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def close(self, timeout_s: float) -> bool:
         """Rejects new requests and computes the waiting ones.
@@ -165,7 +172,9 @@ class RequestBatcher:
                     return
                 window = self._oldest()
             if window:  # not every request was cancelled
+                self._busy_since = time.perf_counter()
                 self._compute(window)
+                self._busy_since = None
 
     def _drop_finished(self) -> None:
         self._queue = deque(request for request in self._queue if not request.future.done())

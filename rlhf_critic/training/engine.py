@@ -27,7 +27,8 @@ from transformers import get_scheduler
 
 from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.planner import plan_micro_batches
-from rlhf_critic.batching.prefix_tree import PrefixTreeBatch, TokenIds
+from rlhf_critic.batching.prefix_tree import TokenIds
+from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
 from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig

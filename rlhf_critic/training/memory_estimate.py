@@ -150,8 +150,8 @@ def activation_bytes(
 
     Counts what the forward pass keeps (with gradient checkpointing the input of every layer: Chen et al., "Training
     deep nets with sublinear memory cost" (2016)), what the backward pass recomputes, and the tensors between operators,
-    such as a weight's gradient before it is accumulated, but no memory inside kernels. Attention is that of CPUs; flex
-    attention, on GPUs, keeps the same tensors.
+    such as a weight's gradient before it is accumulated, but no memory inside kernels. Attention is that of CPUs; the
+    kernels of GPUs keep the same tensors.
 
     Args:
         critic: The critic on the meta device, as it is trained: in its dtype, with its adapters and frozen weights.

@@ -127,6 +127,9 @@ _RESOURCES = record(requests=_QUANTITIES, limits=_QUANTITIES)
 _VARIABLE = record(
     "name", name=TEXT, value=TEXT, valueFrom=record(secretKeyRef=record("key", "name", key=TEXT, name=TEXT))
 )
+_MOUNTS = list_of(
+    record("name", "mountPath", name=TEXT, mountPath={"type": "string", "pattern": "^/"}, subPath=TEXT, readOnly=FLAG)
+)
 _CONTAINER = record(
     "name",
     "image",
@@ -137,9 +140,7 @@ _CONTAINER = record(
     ports=list_of(record("containerPort", name={"type": "string", "maxLength": 15}, containerPort=WHOLE)),
     resources=_RESOURCES,
     securityContext=_SECURITY,
-    volumeMounts=list_of(
-        record("name", "mountPath", name=TEXT, mountPath={"type": "string", "pattern": "^/"}, subPath=TEXT)
-    ),
+    volumeMounts=_MOUNTS,
 )
 _POD = record(
     "spec",
@@ -172,6 +173,20 @@ _POD = record(
                 name=TEXT,
                 emptyDir=record(medium=TEXT, sizeLimit=QUANTITY),
                 persistentVolumeClaim=record("claimName", claimName=TEXT, readOnly=FLAG),
+                projected=record(
+                    "sources",
+                    sources=list_of(
+                        record(
+                            serviceAccountToken=record("path", path=TEXT, expirationSeconds=NATURAL, audience=TEXT),
+                            configMap=record(
+                                "name", name=TEXT, items=list_of(record("key", "path", key=TEXT, path=TEXT))
+                            ),
+                            downwardAPI=record(
+                                items=list_of(record("path", path=TEXT, fieldRef=record("fieldPath", fieldPath=TEXT)))
+                            ),
+                        )
+                    ),
+                ),
             )
         ),
     ),
@@ -186,6 +201,7 @@ _CLUSTER = record(
         imagePullPolicy=TEXT,
         resources=_RESOURCES,
         securityContext=_SECURITY,
+        volumeMounts=_MOUNTS,
         upscalingMode=one_of("Default", "Aggressive", "Conservative"),
         version=one_of("v1", "v2"),
     ),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import subprocess
 
 import pytest
 from ray.scripts.scripts import cli
@@ -76,6 +79,39 @@ def test_every_file_that_the_page_names_is_there():
     assert len(linked) > 5
     assert len(named) > 5
     assert [path for path in linked | named if not path.exists()] == []
+
+
+DIGEST_STEPS = re.search(r"^export TOKEN_FILE=.*?rayservice-scorers.yaml$", README, re.M | re.S)[0]
+
+
+@pytest.mark.parametrize(
+    ("tool", "there"),
+    [("", True), ("openssl() { return 127; }", False), ("openssl() { :; }; sha256sum() { return 1; }", False)],
+    ids=["all tools", "no openssl", "no sha256sum"],
+)
+def test_the_steps_that_write_a_digest_write_a_true_one_or_none(tool, there, tmp_path):
+    folder = tmp_path / "cluster" / "kuberay"
+    folder.mkdir(parents=True)
+    manifest = folder / "rayservice-scorers.yaml"
+    manifest.write_text("{token_sha256: change-me}")
+    script = f"{tool}\n{DIGEST_STEPS}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    if not there:
+        assert done.returncode != 0
+        assert "no token in TOKEN_FILE" in done.stderr
+        assert manifest.read_text() == "{token_sha256: change-me}"
+        return
+    assert done.returncode == 0, done.stderr
+    token = tmp_path / ".config" / "rlhf-critic" / "scorer-token"
+    assert token.stat().st_mode & 0o077 == 0
+    assert manifest.read_text() == f"{{token_sha256: {hashlib.sha256(token.read_bytes()).hexdigest()}}}"
 
 
 @pytest.mark.parametrize("name", ALL_KINDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 import shlex
 
 import jsonschema
@@ -16,6 +16,7 @@ from actors.serving.deployment import app
 from actors.serving.http_api import HttpSettings
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.config.train import TrainJobConfig
+from rlhf_critic.errors import ConfigError
 from tests.cluster.clusters import (
     CLUSTER,
     RAY,
@@ -34,6 +35,7 @@ from tests.cluster.fields import MANIFESTS
 
 NAMES = sorted(path.stem for path in (CLUSTER / "kuberay").glob("*.yaml"))
 CLUSTERS = tuple(RAY_MANIFESTS)
+SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 def pods(name):
@@ -118,7 +120,6 @@ def test_pods_run_without_privileges(name):
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
             }
-    assert all(pod["automountServiceAccountToken"] is False for pod in pods(name)[1:])
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -142,14 +143,42 @@ def test_only_scorers_may_be_taken_away():
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
+def test_the_autoscaler_alone_holds_rights_in_kubernetes(name):
+    """The head runs the drivers of jobs, which is anyone's code, beside the autoscaler."""
+    head, *others = pods(name)
+    assert all(pod["automountServiceAccountToken"] is False for pod in (head, *others))
+    (mount,) = ray_cluster(name)["autoscalerOptions"]["volumeMounts"]
+    (volume,) = (one for one in head["volumes"] if one["name"] == mount["name"])
+    assert mount == {"name": volume["name"], "mountPath": SERVICE_ACCOUNT, "readOnly": True}
+    paths = {path for source in volume["projected"]["sources"] for path in paths_of(source)}
+    assert paths == {"token", "ca.crt", "namespace"}, "what Kubernetes' own mount contains"
+    for pod in (head, *others):
+        for container in pod["containers"]:
+            assert mount["name"] not in [one["name"] for one in container["volumeMounts"]]
+
+
+def paths_of(source):
+    """Returns the files of one source of a projected volume."""
+    ((_, told),) = source.items()
+    return [told["path"]] if "path" in told else [item["path"] for item in told["items"]]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
 def test_all_pods_share_the_claimed_storage(name):
     claim = manifest("pvc")
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for pod in pods(name):
-        (volume,) = pod["volumes"]
+        (volume,) = (one for one in pod["volumes"] if "persistentVolumeClaim" in one)
         assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         for container in pod["containers"]:
-            assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/mnt/rlhf"}]
+            (mount,) = container["volumeMounts"]
+            assert (mount["name"], mount["mountPath"]) == (volume["name"], "/mnt/rlhf")
+
+
+def test_scorers_that_answer_strangers_cannot_write_what_trainers_read():
+    _, *scorers = pods("rayservice-scorers")
+    for pod in scorers:
+        assert [mount["readOnly"] for one in pod["containers"] for mount in one["volumeMounts"]] == [True]
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -209,8 +238,12 @@ def test_the_services_pool_has_room_in_its_own_cluster():
     assert most == workers("rayservice-scorers")["scorers"]["max_workers"]
 
 
-def test_nobody_is_let_in_before_a_token_is_set():
-    """The service listens beyond loopback, so it requires a token. No token matches the placeholder digest."""
-    assert serve_config().http_options.host == "0.0.0.0"
-    settings = HttpSettings(**serve_config().applications[0].deployments[1].user_config["http"])
-    assert re.fullmatch("change-me|[0-9a-f]{64}", str(settings.token_sha256))
+def test_nothing_starts_before_a_token_is_set():
+    """The service listens beyond loopback, so it requires a token."""
+    host = serve_config().http_options.host
+    http = serve_config().applications[0].deployments[1].user_config["http"]
+    assert host == "0.0.0.0"
+    for digest in ("change-me", None, "", hashlib.sha256(b"").hexdigest()):
+        with pytest.raises(ConfigError, match="token_sha256"):
+            HttpSettings(**{**http, "token_sha256": digest}, host=host)
+    assert HttpSettings(**{**http, "token_sha256": hashlib.sha256(b"a secret").hexdigest()}, host=host)

@@ -25,7 +25,7 @@ JOBS = [(block, *job) for block, words in COMMANDS if (job := job_of(words))]
 MODEL_OF = {command.module: generate.COMMANDS[name] for name, command in cli.COMMANDS.items()}
 NOT_INSTALLED = {"vllm"}  # named by examples for other systems
 PROGRAMS = {"aws", "cd", "curl", "docker", "export", "gcloud", "helm", "kubectl", "make", "pip", "python", "ray", "sed"}
-PROGRAMS |= {"source", "(umask", "rlhf-critic", "pre-commit"}
+PROGRAMS |= {"source", "test", "(umask", "rlhf-critic", "pre-commit"}
 
 
 def names(things):

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from actors.serving import control
+from actors.serving.deployment import deployment_hash
 from actors.serving.handle import connect
 from actors.serving.replica_status import read_status
 from rlhf_critic.checkpoint.critic_directory import load_critic
@@ -199,6 +200,42 @@ def test_a_publication_that_is_interrupted_leaves_the_pool_with_what_it_had(serv
         control.publish("scorers", critics["second"], 120, interrupt)
     assert control.wait_until_served("scorers", 60, lambda _: None) == before
     assert {client.score_items(make_conversations(1)).model_version for _ in range(20)} == {before}
+
+
+@pytest.mark.slow
+def test_a_swap_that_failed_heals_without_anybody_who_publishes(serving, critics, client, tmp_path):
+    url = serving(critics["first"], min_replicas=2, max_replicas=2)
+    before = client.score_items(make_conversations(1)).model_version
+    late = tmp_path / "late"
+    config = control._deployed("scorers")
+    user_config = control._replicas(config)["user_config"]
+    user_config["scorer"] = {**user_config["scorer"], "checkpoint": str(late), "digest": None}
+    control._apply("scorers", config)  # as `kubectl apply` of a manifest does
+    wanted = deployment_hash(user_config)
+
+    def failed():
+        reports = [one for one in read_status("scorers") if one.pid in replica_pids() and one.published == wanted]
+        return len(reports) == 2 and all(one.error for one in reports)
+
+    def told():
+        alive = {one.replica for one in read_status("scorers") if one.pid in replica_pids()}
+        replicas = httpx.get(f"{url}/info", timeout=30).json()["replicas"]
+        return [one["is_current"] for one in replicas if one["replica"] in alive]
+
+    wait_until(failed, "both replicas to fail", 60)
+    assert told() == [False, False]
+    assert {client.score_items(make_conversations(1)).model_version for _ in range(10)} == {before}
+    shutil.copytree(critics["second"], tmp_path / "copy")
+    (tmp_path / "copy").rename(late)
+
+    def served():
+        reports = [one for one in read_status("scorers") if one.pid in replica_pids()]
+        return {one.info.model_version for one in reports if one.is_current} if len(reports) == 2 else ()
+
+    wait_until(lambda: len(served()) == 1, "both replicas to serve it", 60)
+    (version,) = served()
+    assert {client.score_items(make_conversations(1)).model_version for _ in range(20)} == {version}
+    assert told() == [True, True]
 
 
 @pytest.mark.slow

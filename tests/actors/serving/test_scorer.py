@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import pytest
 import ray
 
 from actors.serving import control
-from actors.serving.scorer import LocalCritic, Scorer
+from actors.serving import scorer as scorer_module
+from actors.serving.scorer import LocalCritic, Scorer, version_name
 from rlhf_critic.checkpoint.critic_directory import load_critic, read_card, weights_hash
 from rlhf_critic.checkpoint.export import export_critic
 from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonComponent, ScorerConfig, ServeJobConfig
-from rlhf_critic.errors import CheckpointError, ConfigError, ScorerUnavailable
+from rlhf_critic.errors import CheckpointError, ComponentError, ConfigError, ScorerUnavailable
 from rlhf_critic.model.weights import WeightReader
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import wait_until
@@ -271,4 +273,72 @@ def test_a_scorer_starts_and_scores_without_importing_deepspeed(critics):
 def test_the_encoder_of_a_scorer_is_that_of_the_critic(critics):
     scorer = Scorer(ScorerConfig(checkpoint=critics["first"]))
     assert scorer.info().fingerprint == load_critic(critics["first"]).encoder.fingerprint
+    scorer.close()
+
+
+HANGS = threading.Event()
+
+
+def hang(prompts, responses):
+    """A component that waits for ever, as for a network."""
+    HANGS.wait(120)
+    return [0.0] * len(responses)
+
+
+def test_a_component_that_hangs_leaves_publishing_and_the_next_version_alone(critics):
+    component = PythonComponent(name="judge", function=f"{__name__}:hang", timeout_s=1.0)
+    plain = ScorerConfig(checkpoint=critics["first"])
+    judged = plain.model_copy(update={"components": (CriticComponent(), component)})
+    scorer = Scorer(judged)
+    items = make_conversations(3)
+
+    async def main():
+        hanging = [asyncio.create_task(scorer.score_async(items)) for _ in range(20)]
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(scorer.publish, plain)
+        scores = await scorer.score_async(items)
+        np.testing.assert_allclose(scores.rewards_S, rewards_by_engine(critics["first"], items), atol=TOLERANCE)
+        for answer in await asyncio.gather(*hanging, return_exceptions=True):
+            assert isinstance(answer, ComponentError)
+            assert "no answer within 1 s" in str(answer)
+
+    HANGS.clear()
+    try:
+        asyncio.run(asyncio.wait_for(main(), 60))
+    finally:
+        HANGS.set()
+    scorer.close()
+
+
+def test_a_time_limit_decides_no_reward(critics):
+    """Otherwise a pool would have a new version after an upgrade that adds one."""
+    config = ScorerConfig(checkpoint=critics["first"])
+    names = set()
+    for timeout_s in (1.0, 60.0):
+        component = PythonComponent(name="judge", function=f"{__name__}:hang", timeout_s=timeout_s)
+        names.add(version_name("v", "d", config.model_copy(update={"components": (CriticComponent(), component)})))
+    assert len(names) == 1
+
+
+def test_a_critic_that_computes_without_end_is_not_healthy(critics, monkeypatch):
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]))
+    started, go_on = threading.Event(), threading.Event()
+    forward = scorer._version.batcher._forward
+
+    def slow(*arguments):
+        started.set()
+        assert go_on.wait(60)
+        return forward(*arguments)
+
+    scorer._version.batcher._forward = slow
+    monkeypatch.setattr(scorer_module, "STUCK_S", 0.05)
+    scorer.check_healthy()
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(scorer.score, make_conversations(1))
+        assert started.wait(30)
+        time.sleep(0.1)
+        with pytest.raises(ScorerUnavailable, match="one micro-batch for more than"):
+            scorer.check_healthy()
+        go_on.set()
+        call.result(30)
     scorer.close()

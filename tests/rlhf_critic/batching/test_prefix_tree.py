@@ -6,7 +6,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlhf_critic.batching.prefix_tree import PrefixTree, PrefixTreeBatch
+from rlhf_critic.batching.prefix_tree import PrefixTree
+from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 
 # Few distinct ids, so that sequences often share, contain and repeat prefixes.
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=12)

@@ -106,6 +106,17 @@ def test_many_endings_are_gone_at_once(tokenizer_dir):
     assert encoder.without_ending("glad" + "</s>" * 1_000_000) == "glad"
 
 
+def test_a_byte_order_mark_of_a_template_is_no_text(tokenizer_dir, tmp_path):
+    source = tokenizer_dir()
+    template = load_tokenizer(source).chat_template
+    (tmp_path / "marked.jinja").write_text("\ufeff" + template, encoding="utf-8")
+    assert load_tokenizer(source, str(tmp_path / "marked.jinja")).chat_template == template
+    own = tokenizer_dir(chat_template="\ufeff" + template)
+    assert load_tokenizer(own).chat_template == template
+    # A critic that was trained with the mark keeps its encoding.
+    assert load_tokenizer(own, keeps_template=True).chat_template == "\ufeff" + template
+
+
 def test_texts_without_a_clear_end_are_refused(tokenizer_dir):
     encoder = Encoder(load_tokenizer(tokenizer_dir(chat_template="{{ messages[-1]['content'] }}")), max_length=64)
     with pytest.raises(EncodingError, match="must not end with the pad token"):

@@ -54,6 +54,72 @@ def test_a_prompt_that_the_turns_repeat_is_there_once(prompt):
     assert preference.conversations() == TURNS
 
 
+SPACED = {"role": "user", "content": "Name a prime. "}
+BIGGER = {"role": "user", "content": "A bigger one?"}
+HUMAN = "\n\nHuman: Name a prime.\n\nAssistant:"
+REPEATED = {
+    "a space at the end": ("Name a prime. ", [USER, CHOSEN], [USER, REJECTED], [USER]),
+    "a space in the turns": ([USER], [SPACED, CHOSEN], [SPACED, REJECTED], [SPACED]),
+    "a system turn that only the turns have": (
+        "Name a prime.",
+        [SYSTEM, USER, CHOSEN],
+        [SYSTEM, USER, REJECTED],
+        [SYSTEM, USER],
+    ),
+    "the last question of several": (
+        "A bigger one?",
+        [USER, CHOSEN, BIGGER, CHOSEN],
+        [USER, CHOSEN, BIGGER, REJECTED],
+        [USER, CHOSEN, BIGGER],
+    ),
+    "transcripts beside a transcript": (HUMAN, f"{HUMAN} 7 is prime.", f"{HUMAN} 9 is prime.", [USER]),
+    "transcripts beside a question": ("Name a prime.", f"{HUMAN} 7 is prime.", f"{HUMAN} 9 is prime.", [USER]),
+    "all but the system turn": ([SYSTEM, USER], [USER, CHOSEN], [USER, REJECTED], [SYSTEM, USER]),
+    "one side": ("Name a prime.", [USER, CHOSEN], [REJECTED], [USER]),
+    "one side, the other a text": ("Name a prime.", [USER, CHOSEN], "9 is prime.", [USER]),
+    "one side, with a system turn": ("Name a prime.", [REJECTED], [SYSTEM, USER, CHOSEN], [SYSTEM, USER]),
+    "conversations beside an empty prompt": ("", [USER, CHOSEN], [USER, REJECTED], [USER]),
+}
+
+
+@pytest.mark.parametrize("form", REPEATED)
+def test_a_prompt_that_responses_repeat_is_read_once(form):
+    prompt, chosen, rejected, before = REPEATED[form]
+    conversations = parsed({"prompt": prompt, "chosen": chosen, "rejected": rejected}).conversations()
+    assert [turns for turns, _ in conversations] == [before, before]
+    assert {answer for _, answer in conversations} == {"7 is prime.", "9 is prime."}
+
+
+def test_an_answer_that_says_its_question_later_stays_whole():
+    turns = [CHOSEN, USER, CHOSEN]
+    preference = parsed({"prompt": [USER], "chosen": turns, "rejected": [REJECTED]})
+    assert preference.conversations()[0] == ([USER, CHOSEN, USER], "7 is prime.")
+    beside = parsed({"prompt": HUMAN, "chosen": " 7", "rejected": "\n\nAssistant: 9"})
+    assert [answer for _, answer in beside.conversations()] == [" 7", "\n\nAssistant: 9"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "Other?", "chosen": [USER, CHOSEN], "rejected": [REJECTED]},
+            "'chosen': begins with a turn of the user",
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, BIGGER, CHOSEN], "rejected": [REJECTED]},
+            "'chosen': begins with a turn of the system",
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, USER, CHOSEN], "rejected": [USER, REJECTED]},
+            "'rejected': begins with other turns than 'chosen'",
+        ),
+    ],
+)
+def test_a_response_with_another_question_is_refused(row, message):
+    with pytest.raises(DataError, match=f"file:7: field {message}"):
+        parsed(row)
+
+
 def test_turns_before_the_last_may_differ():
     other = {"role": "user", "content": "Another one?"}
     preference = parsed({"chosen": [SYSTEM, USER, CHOSEN, other, CHOSEN], "rejected": [SYSTEM, USER, REJECTED]})

@@ -200,3 +200,32 @@ def test_rows_know_which_of_them_share_a_prompt(encoder, tmp_path):
     assert numbers[0] == numbers[2]
     assert numbers[5] == numbers[6]
     assert len(set(numbers)) == 7, "texts without a prompt share none"
+
+
+def write_rows(path, *rows):
+    named = (dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in named))
+    return str(path)
+
+
+def test_texts_that_repeat_their_prompt_in_most_rows_are_whole_texts(encoder, tmp_path):
+    rows = [("please explain.", "please explain. of course", "please explain. no"), ("how ", " how glad", "how thank")]
+    whole = load_preferences(write_rows(tmp_path / "whole.jsonl", *rows), encoder, str(tmp_path))
+    (report,) = whole.reports.values()
+    assert report.shapes == {"standard, explicit prompt that the responses repeat": 2}
+    expected = [("please explain. ", "of course"), ("please explain. ", "no"), ("how ", "glad"), ("how ", "thank")]
+    assert [ids.tolist() for ids in whole.responses()] == [encoder.encode(*pair).ids for pair in expected]
+
+
+def test_an_answer_that_begins_with_its_prompt_stays_whole(encoder, tmp_path):
+    rows = [("please", "please, of course", "please go"), ("how", "glad", "no"), ("how", "however", "howl")]
+    few = load_preferences(write_rows(tmp_path / "few.jsonl", *rows), encoder, str(tmp_path))
+    (report,) = few.reports.values()
+    assert report.begin_with_prompt == 1
+    assert few[0].responses[0].tolist() == encoder.encode("please", "please, of course").ids
+
+
+def test_texts_of_which_only_some_repeat_the_prompt_are_refused(encoder, tmp_path):
+    rows = [("please", "please thank", "please go"), ("how", "how glad", "no")]
+    with pytest.raises(DataError, match=r"some.jsonl:2: field 'rejected': does not begin with the prompt, but 2 of 2"):
+        load_preferences(write_rows(tmp_path / "some.jsonl", *rows), encoder, str(tmp_path))

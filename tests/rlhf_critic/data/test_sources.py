@@ -1,7 +1,9 @@
 """Every kind of source gives the same rows; errors name an unreadable source."""
 
+import codecs
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -126,3 +128,15 @@ def test_a_hub_that_is_out_of_reach_and_a_directory_that_is_no_dataset(tmp_path)
         list(read_rows(str(tmp_path)))
     with pytest.raises(DataError, match="nowhere://"):
         list(read_rows("nowhere://bucket/file.jsonl"))
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".jsonl.gz"])
+def test_byte_order_marks_are_ignored(kind, tmp_path):
+    path = tmp_path / f"rows{kind}"
+    content = Path(write(kind.removesuffix(".gz"), tmp_path)).read_bytes()
+    marked = codecs.BOM_UTF8 + content
+    if kind.startswith(".jsonl"):
+        marked += b"\n" + codecs.BOM_UTF8 + b"\n" + codecs.BOM_UTF8 + content  # joined files
+    path.write_bytes(gzip.compress(marked) if kind.endswith(".gz") else marked)
+    rows = [row for _, row in read_rows(str(path))]
+    assert rows == ROWS * (2 if kind.startswith(".jsonl") else 1)

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from rlhf_critic.batching.padded import PaddedBatch
-from rlhf_critic.batching.prefix_tree import PrefixTree, PrefixTreeBatch
+from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
+from rlhf_critic.model.attention_plan import AttentionPlan
+from rlhf_critic.model.block_attention import fused_attention, plain_attention
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, AttentionPlan, _eager, _flex, _fused
+from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from tests.rlhf_critic.families import VOCABULARY, WINDOW, family_configs, kernels_of, random_model
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -170,24 +172,22 @@ def tensors(plan: AttentionPlan) -> list[torch.Tensor]:
 @pytest.mark.parametrize("for_leaves", [False, True], ids=["every token", "leaves"])
 @pytest.mark.parametrize(
     ("kernel", "window", "softcap"),
-    [(_fused, None, None), (_eager, None, None), (_eager, WINDOW, 2.0), (_flex, None, None), (_flex, WINDOW, 2.0)],
-    ids=["fused", "eager", "eager window softcap", "flex", "flex window softcap"],
+    [(fused_attention, None, None), (plain_attention, None, None), (plain_attention, WINDOW, 2.0)],
+    ids=["fused", "plain", "plain window softcap"],
 )
 def test_kernels_compute_attention_under_the_dense_mask(kernel, window, softcap, for_leaves):
-    plan = AttentionPlan(PrefixTree.build(NESTED + CONTAINED), for_leaves, torch.device("cpu"))
+    plan = AttentionPlan(PrefixTreeBatch.from_sequences(NESTED + CONTAINED), for_leaves)
     query, key, value = (tensor.detach() for tensor in tensors(plan))
     asking = query[:, :, plan.leaf_tokens_R] if for_leaves else query
     options = {"scaling": 0.3, "softcap": softcap, "sliding_window": window}
-    # Compiling flex attention takes a minute; uncompiled it computes the same from the same block mask.
-    with torch.compiler.set_stance("force_eager"):
-        output = kernel(torch.nn.Module(), asking, key, value, plan, for_leaves, options)
+    output = kernel(torch.nn.Module(), asking, key, value, plan, for_leaves, options)
     torch.testing.assert_close(output, dense_attention(plan, for_leaves, window, softcap).detach(), **TOLERANCE)
 
 
 def test_fused_kernel_works_in_bf16():
-    plan = AttentionPlan(PrefixTree.build(NESTED + CONTAINED), False, torch.device("cpu"))
+    plan = AttentionPlan(PrefixTreeBatch.from_sequences(NESTED + CONTAINED), False)
     query, key, value = (tensor.detach().bfloat16().requires_grad_() for tensor in tensors(plan))
-    output = _fused(torch.nn.Module(), query, key, value, plan, False, {"scaling": 0.3})
+    output = fused_attention(torch.nn.Module(), query, key, value, plan, False, {"scaling": 0.3})
     assert output.dtype == torch.bfloat16
     expected = dense_attention(plan, False, None, None)
     torch.testing.assert_close(output.float(), expected, rtol=0.0, atol=0.03)

@@ -3,13 +3,23 @@
 import json
 import socket
 import threading
-from contextlib import closing, contextmanager
+import time
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rlhf_critic.errors import ConfigError, ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.errors import (
+    ConfigError,
+    CriticError,
+    ScorerFailed,
+    ScorerRejected,
+    ScorerUnavailable,
+    VersionMismatch,
+)
 from rlhf_critic.scoring.http_client import connect_http
 from rlhf_critic.scoring.http_schema import ScoreRequest, ScoreResponse
 from rlhf_critic.scoring.items import Conversation, Scores
@@ -159,3 +169,94 @@ def test_what_json_cannot_say_is_refused_before_it_is_sent(item):
 def test_a_url_that_is_none_is_refused_at_once(url):
     with pytest.raises(ConfigError, match=r"write http://HOST:PORT"):
         connect_http(url)
+
+
+GOOD = {"model_version": "v1", "rewards": [0.5], "truncated": [False], "tokens": [3], "components": {}}
+numbers = st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=3))
+lists = st.one_of(st.lists(numbers, max_size=3), st.lists(st.floats(width=32), max_size=3), numbers)
+lies = st.fixed_dictionaries(
+    {},
+    optional={
+        "model_version": numbers,
+        "rewards": lists,
+        "truncated": lists,
+        "tokens": lists,
+        "components": st.one_of(st.dictionaries(st.text(max_size=2), lists, max_size=2), numbers),
+        "values": lists | st.lists(lists, max_size=2),
+    },
+)
+
+
+def test_a_server_that_lies_gives_finite_rewards_or_a_typed_error():
+    """Fuzzes the answer: short, long, wrong types, NaN, numbers beyond fp32 and int64."""
+    told = {}
+    with server(lambda _: (200, told["body"])) as (url, _), connect_http(url) as client:
+
+        @settings(max_examples=150, deadline=None, derandomize=True)
+        @given(lies, st.booleans())
+        def ask(lie, values):
+            told["body"] = json.dumps({**GOOD, **lie}).encode()
+            try:
+                scores = client.score_items(ASKED[:1], values=values, deadline_s=10)
+            except CriticError:
+                return
+            assert scores.rewards_S.shape == (1,)
+            assert np.isfinite(scores.rewards_S).all()
+
+        ask()
+
+
+@pytest.mark.parametrize("rewards", ['["0.5"]', "[true]", "[NaN]", "[1e39]", "[1e400]", "[0.5, 0.5]", "[]", "0.5"])
+def test_a_reward_is_one_finite_number(rewards):
+    body = json.dumps(GOOD).replace("[0.5]", rewards).encode()
+    with server(lambda _: (200, body)) as (url, _), connect_http(url) as client, pytest.raises(ScorerFailed):
+        client.score_items(ASKED[:1], deadline_s=10)
+
+
+def test_a_server_that_answers_in_part_and_then_sleeps_costs_the_deadline():
+    """The first bytes of an answer, and no end."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+                    connection.shutdown(socket.SHUT_WR) if len(kept) % 2 else None
+                    kept.append(connection)
+
+        kept = []
+        threading.Thread(target=serve, daemon=True).start()
+        started = time.monotonic()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with connect_http(url) as client, pytest.raises(ScorerUnavailable, match="no scorer answered"):
+            client.score_items(ASKED[:1], deadline_s=1)
+        assert time.monotonic() - started < 20
+        listening.shutdown(socket.SHUT_RDWR)
+        for connection in kept:
+            connection.close()
+
+
+@pytest.mark.parametrize("url", ["http://me:s3cret@127.0.0.1:1", "http://me:s3cret@[", "https://token@host"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError, match="must not hold a user or password") as refused:
+        connect_http(url)
+    assert "s3cret" not in str(refused.value)
+
+
+def test_a_client_that_closes_while_others_ask_never_mixes_event_loops():
+    with server(lengths) as (url, _):
+        client = connect_http(url, deadline_s=30)
+        asked = []
+
+        def ask():
+            asked.extend(client.submit(ASKED[:2]) for _ in range(20))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            client.close()
+        client.close()
+        for future in asked:
+            assert future.cancelled() or future.result(30).rewards_S.tolist() == [0.0, 1.0]

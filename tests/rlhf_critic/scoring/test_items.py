@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from rlhf_critic.config.serve import CallLimits
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring import items as items_module
 from rlhf_critic.scoring.items import Conversation, Text, conversations, encode_items, finish_items
+from tests.helpers import CHAT_TEMPLATE
 
 LIMITS = CallLimits(max_items=4, max_text_bytes=100, max_tokens=40)
 MAX_LENGTH = 16
@@ -53,6 +55,30 @@ def test_the_end_of_a_policys_text_is_put_right(encoder):
     assert finish_items(untouched, encoder, LIMITS) == untouched
     with pytest.raises(ScorerRejected, match="item 0 is empty"):
         encode_items(finish_items([Text("</s>", finish=True)], encoder, LIMITS), encoder, LIMITS)
+
+
+@pytest.mark.parametrize("bos", ["<s>", "</s>"])
+@pytest.mark.parametrize("finish", [True, False])
+def test_padding_written_as_text_changes_nothing(finish, bos, tokenizer_dir):
+    """BOS is also EOS in GPT-2 and OPT."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir(chat_template="{{ bos_token }}" + CHAT_TEMPLATE))
+    tokenizer.bos_token = bos
+    tokenizer.save_pretrained(tokenizer.name_or_path)
+    encoder = Encoder(load_tokenizer(tokenizer.name_or_path), MAX_LENGTH)
+    rendered = encoder.render("please", "of course")
+    assert rendered.startswith(f"{bos}<|user|>")
+    ways = [
+        left * count + rendered + right * more
+        for left in (encoder.tokenizer.pad_token, "</s>", "<unk>", f"{encoder.tokenizer.pad_token} ")
+        for right in (encoder.tokenizer.pad_token, "</s>")
+        for count in (0, 1, 6)
+        for more in (0, 1, 6)
+    ]
+    finished = finish_items([Text(way, finish=finish) for way in ways], encoder, CallLimits())
+    assert {item.text for item in finished} == {rendered}
+    assert finish_items([Text(f"a {bos} b")], encoder, CallLimits()) == [Text(f"a {bos} b")]
+    empty = Encoder(load_tokenizer(tokenizer.name_or_path, "plain"), MAX_LENGTH)
+    assert finish_items([Text("</s>")], empty, CallLimits()) == [Text("</s>")]
 
 
 def test_a_text_that_is_too_long_is_refused_before_its_end_is_worked_on(encoder):

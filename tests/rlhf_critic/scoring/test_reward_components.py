@@ -3,6 +3,8 @@
 import math
 import re
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from rlhf_critic.config.serve import (
     load_components,
 )
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
-from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected
+from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected, ScorerUnavailable
+from rlhf_critic.scoring import reward_components
 from rlhf_critic.scoring.items import Conversation, Text, finish_items
 from rlhf_critic.scoring.reward_components import RewardComponents
 
@@ -81,6 +84,17 @@ def turns_and_steals(prompts, responses):
     return [True] * len(responses)
 
 
+def hangs(prompts, responses):
+    if "hang" in responses:
+        assert LET_GO.wait(60)
+    return [float(len(response)) for response in responses]
+
+
+def times_out(prompts, responses):
+    raise TimeoutError("the judge's own")
+
+
+LET_GO = threading.Event()
 NO_FUNCTION = 3
 TOLD = []
 fp32 = st.floats(-1e6, 1e6, width=32)
@@ -217,6 +231,7 @@ def test_an_item_without_a_response_is_refused(encoder, item):
         ("columns", r"must return a finite number for each of 3 responses, and returned shape \(3, 1\)"),
         ("nothing", r"must return .*, and returned shape \(\) of object"),
         ("fails", "failed: KeyError: 'gone'"),
+        ("times_out", "failed: TimeoutError: the judge's own"),
         ("leaves", "failed: SystemExit: done"),
         ("nan", r"must return a finite number .* number 0 is not"),
         ("beyond_fp32", r"must return a finite number .* number 1 is not"),
@@ -292,3 +307,93 @@ def test_a_file_that_is_not_there_or_is_no_yaml_is_named(tmp_path):
 
 def test_no_file_means_the_critic():
     assert load_components(None) == (CriticComponent(),)
+
+
+def test_a_function_that_hangs_fails_its_call_in_time_and_no_other(encoder, monkeypatch):
+    monkeypatch.setattr(reward_components, "CALLS_AT_ONCE", 3)
+    component = PythonComponent(name="mine", function=f"{HERE}:hangs", timeout_s=0.2)
+    components = RewardComponents((CriticComponent(), component), encoder.count_tokens)
+    LET_GO.clear()
+    for number in range(3):
+        components.check_healthy()
+        started = time.monotonic()
+        with pytest.raises(ComponentError, match=r"component 'mine': no answer within 0\.2 s"):
+            components.combine([Conversation("p", "hang")], np.zeros(1, np.float32))
+        assert time.monotonic() - started < 10
+        if number < 2:
+            total_S, _ = components.combine([Conversation("p", "xyz")], np.ones(1, np.float32))
+            assert total_S.tolist() == [4.0]
+    with pytest.raises(ScorerUnavailable, match="component 'mine': 3 calls do not return"):
+        components.check_healthy()
+    with pytest.raises(ComponentError, match="no answer within"):  # no thread is left
+        components.combine([Conversation("p", "xyz")], np.ones(1, np.float32))
+    LET_GO.set()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            components.check_healthy()
+            break
+        except ScorerUnavailable:
+            time.sleep(0.01)
+    assert components.combine([Conversation("p", "xyz")], np.ones(1, np.float32))[0].tolist() == [4.0]
+
+
+def test_a_pattern_that_explodes_ends_names_its_item_and_holds_nothing_up(encoder, monkeypatch):
+    monkeypatch.setattr(reward_components, "REGEX_TIMEOUT_S", 0.5)
+    component = RegexComponent(name="slow", pattern="(a|aa)+$")
+    components = RewardComponents((CriticComponent(), component), encoder.count_tokens)
+    items = [Conversation("p", "aaa"), Conversation("p", "a" * 60 + "b")]
+    ticks, ended = [], threading.Event()
+
+    def tick():
+        while not ended.wait(0.01):
+            ticks.append(time.monotonic())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    try:
+        with pytest.raises(ComponentError, match=r"item 1: component 'slow': .* took longer than 0\.5 s"):
+            components.combine(items, np.zeros(2, np.float32))
+    finally:
+        ended.set()
+        ticking.join()
+    assert len(ticks) > 5, "the interpreter is free meanwhile"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\?",
+        r"\\boxed\{",
+        r"(?i)please",
+        r"^\s*$",
+        r"(\w+) \1",
+        r"(?m)^b",
+        r"[^a-z]",
+        r"a{2,3}?b",
+        r"(?<=a)b",
+        r"\d+(?!\.)",
+        r"\bof\b",
+    ],
+)
+def test_patterns_mean_what_they_mean_to_pythons_re(encoder, pattern):
+    texts = [
+        "",
+        " ",
+        "why? of course",
+        "\\boxed{3}",
+        "PLEASE",
+        "a a",
+        "of of",
+        "a\nb",
+        "aab",
+        "aaaab",
+        "ab",
+        "1.5",
+        "42",
+        "é",
+    ]
+    component = RegexComponent(name="found", pattern=pattern)
+    components = RewardComponents((CriticComponent(), component), encoder.count_tokens)
+    _, parts = components.combine([Conversation("p", text) for text in texts], np.zeros(len(texts), np.float32))
+    assert parts["found"].tolist() == [float(bool(re.search(pattern, text))) for text in texts]
