@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import importlib.util
-import logging
+import importlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -12,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_critic.errors import ConfigError, CriticError
-from rlhf_critic.logs import configure_logging
+from rlhf_critic.errors import ConfigError, describe_error
+from rlhf_critic.logs import LEVEL_VARIABLE, configure_logging, shows_debug
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-logger = logging.getLogger(__name__)
 
 SCRIPT = "rlhf-critic"
 
@@ -50,7 +47,7 @@ COMMANDS = {
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)  # a full disk, or a user's quota
+DEBUG_OPTION = "--debug"
 RAY_PACKAGE_FOLDER = "working_dir_files"  # where Ray unpacks the working directory of a submitted job
 
 
@@ -59,53 +56,33 @@ def command(name: str) -> str:
     return f"{SCRIPT} {name}" if sys.argv[0].startswith(SCRIPT) else f"python -m {COMMANDS[name].module}"
 
 
-def run_job(main: Callable[[], None], *also_expected: type[Exception]) -> None:
+def run_job(main: Callable[[], None]) -> None:
     """Runs a command's ``main`` and exits.
 
-    The exit code is 0 after success, 2 after an error of this project, whose message says what to change, and 1 after
-    an expected failure of the system below (``also_expected``). Anything else is a bug and keeps its traceback.
+    The exit code is 0 after success, 2 after an error that the user can change something about, and 1 after a failure
+    of the program or the machine. Either is one message. ``--debug`` adds the traceback, and all log lines.
     """
     # Ray, transformers and datasets report usage by default; a training job should not phone home.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or file in ASCII shows a text all the same
+    if DEBUG_OPTION in sys.argv[1:]:
+        sys.argv.remove(DEBUG_OPTION)
+        os.environ[LEVEL_VARIABLE] = "DEBUG"
     try:
         configure_logging()
         main()
-    except CriticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_REFUSED)
-    except also_expected as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-    except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
-            raise
-        print(f"failed: {error}. Free some space; --resume continues a run that had started", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
-
-
-def validate_wandb(project: str | None) -> None:
-    """Checks that the package for ``run.wandb_project`` is installed.
-
-    Raises:
-        ConfigError: The option is given, and the package is missing.
-    """
-    if project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
-
-
-def validate_resume(storage_path: str, name: str, exists: bool, resume: bool) -> None:
-    """Checks that a run which ``exists`` is resumed on purpose, by ``--resume``.
-
-    Raises:
-        ConfigError: The run exists and the user did not ask to resume it.
-    """
-    if exists and not resume:
-        raise ConfigError(
-            f"there is a run named {name!r} in {storage_path}: continue it with --resume, or choose another --run.name"
-        )
-    if resume and not exists:
-        logger.info("nothing to resume, starting a new run name=%s storage_path=%s", name, storage_path)
+    except Exception as error:
+        described = describe_error(error)
+        first = "error" if described.exit_code == EXIT_REFUSED else "failed"
+        print(f"{first}: {described}", file=sys.stderr)
+        if shows_debug():
+            print(described.trace, file=sys.stderr)
+        elif described.exit_code == EXIT_FAILED:
+            print(f"{DEBUG_OPTION} shows the traceback", file=sys.stderr)
+        sys.exit(described.exit_code)
 
 
 def validate_outside_package(option: str, path: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from typing import Annotated, Any, Union
 
 import rlhf_critic
-from jobs.cli import COMMANDS, EXIT_REFUSED, SCRIPT
+from jobs.cli import COMMANDS, DEBUG_OPTION, EXIT_REFUSED, SCRIPT
 from rlhf_critic.logs import LEVEL_VARIABLE
 
 SHELLS = ("bash", "zsh")
@@ -23,6 +23,7 @@ USAGE = f"""usage: {SCRIPT} COMMAND [OPTIONS]
   {SCRIPT} --version                  print the version
   {SCRIPT} --print-completion SHELL   print a completion script for {" or ".join(SHELLS)}, for example
                                         source <({SCRIPT} --print-completion bash)
+  {SCRIPT} COMMAND {DEBUG_OPTION}            show all log lines, and the traceback of an error
   {LEVEL_VARIABLE}=WARNING       environment variable: show fewer log lines, or more with DEBUG
 """
 

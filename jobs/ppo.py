@@ -16,27 +16,26 @@ from pathlib import Path
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from actors.ppo.checkpoint import latest_checkpoint, quarantine_damaged_checkpoints, read_state
 from actors.ppo.trainer import PPOOutcome, PPOTrainer, critic_options
+from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
 from actors.serving.job_cleanup import ends_with_this_job
-from jobs.cli import command, run_job, validate_outside_package, validate_resume, validate_wandb
-from jobs.run_lock import lock_run
+from jobs.cli import command, run_job, validate_outside_package
+from jobs.run_lock import lock_run, prepare_run
 from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.serve import ServeJobConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.prompts import Prompts, load_prompts, split_prompts
-from rlhf_critic.errors import ConfigError, RankLost
+from rlhf_critic.errors import ConfigError, RankFailed, RankLost
 from rlhf_critic.evaluation.plots import save_curves
 from rlhf_critic.training.metrics_log import read_metrics
 
@@ -59,6 +58,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
         CriticError: The options, data or models are wrong, another job works on the run, all its checkpoints are
             damaged, rewards or rollouts did not arrive in time, or the policy diverged.
         RankLost: The critic or the policy was lost more often than ``run.max_failures``.
+        RankFailed: The critic or the policy failed, and another attempt would fail as well.
     """
     config.validate_complete()
     validate_outside_package("run.storage_path", config.run.storage_path)
@@ -71,7 +71,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
 def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PPOOutcome:
     config = config.resolved()
     directory = Path(config.run.storage_path) / config.run.name
-    validate_resume(config.run.storage_path, config.run.name, directory.exists(), config.resume)
+    prepare_run(config.run.storage_path, config.run.name, config.resume)
     quarantine_damaged_checkpoints(directory)
     if not config.run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -93,7 +93,7 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
                     return outcome
                 except RankLost as error:
                     failures += 1
-                    if failures > config.run.max_failures:
+                    if failures > config.run.max_failures or isinstance(error, RankFailed):
                         raise
                     message = "rank lost, resuming from the last checkpoint failures=%d/%d error=%s"
                     logger.warning(message, failures, config.run.max_failures, error)
@@ -219,4 +219,4 @@ def show(console: Console, outcome: PPOOutcome) -> None:
 
 
 if __name__ == "__main__":
-    run_job(main, RayError, RayServeException)
+    run_job(main)

@@ -10,8 +10,6 @@ import logging
 import random
 from pathlib import Path
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from rich.console import Console
 
 from jobs import quickstart
@@ -63,4 +61,4 @@ def make_prompts(train: Path, validation: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_job(main, RayError, RayServeException)
+    run_job(main)

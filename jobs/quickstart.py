@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import ray
-from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -112,4 +111,4 @@ def summary(card: CriticCard) -> str:
 
 
 if __name__ == "__main__":
-    run_job(main, TrainingFailedError)
+    run_job(main)

@@ -1,19 +1,20 @@
-"""A lock beside a run's directory, so that one job at a time works on the run. It ends with the process that holds it.
+"""The name of a run: free, to be resumed, or locked by the job at work on it.
 
-Knows nothing about what a run is. An object store has no locks, so nothing prevents two jobs on one run there.
+The lock is beside the run's directory and ends with the process that holds it. An object store has no locks, so nothing
+prevents two jobs on one run there. Knows nothing about what a job does.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
-from actors.runtime.storage import resolve_run
+from actors.runtime.storage import HISTORY_FOLDER, remove_leftover, resolve_run, run_exists
 from rlhf_critic.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def lock_run(storage_path: str, name: str) -> Iterator[None]:
-    """Locks a run for the duration of the block.
+    """Locks a run for the duration of the block. A block that fails before the run has a history leaves no directory.
 
     Args:
         storage_path: The directory of all runs, a path or URI; created if it is missing.
@@ -30,6 +31,20 @@ def lock_run(storage_path: str, name: str) -> Iterator[None]:
     Raises:
         ConfigError: Another job holds the lock, or the directory cannot be written.
     """
+    with _lock(storage_path, name):
+        try:
+            yield
+        except BaseException:
+            filesystem, path = resolve_run(storage_path, name)
+            with suppress(OSError):  # the error of the block is the one to report
+                history = filesystem.get_file_info(f"{path}/{HISTORY_FOLDER}")
+                if history.type == pafs.FileType.NotFound and not run_exists(filesystem, path):
+                    remove_leftover(filesystem, *path.rsplit("/", 1))
+            raise
+
+
+@contextmanager
+def _lock(storage_path: str, name: str) -> Iterator[None]:
     filesystem, path = resolve_run(storage_path, name)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         yield
@@ -51,3 +66,20 @@ def lock_run(storage_path: str, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def prepare_run(storage_path: str, name: str, resume: bool) -> None:
+    """Checks that a run which exists is resumed on purpose, by ``--resume``, and removes what a failed start left.
+
+    Raises:
+        ConfigError: The run exists and the user did not ask to resume it.
+    """
+    filesystem, path = resolve_run(storage_path, name)
+    if not run_exists(filesystem, path):
+        remove_leftover(filesystem, *path.rsplit("/", 1))
+        if resume:
+            logger.info("nothing to resume, starting a new run name=%s storage_path=%s", name, storage_path)
+    elif not resume:
+        raise ConfigError(
+            f"there is a run named {name!r} in {storage_path}: continue it with --resume, or choose another --run.name"
+        )

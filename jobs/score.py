@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from pyarrow import parquet
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -244,4 +244,4 @@ def _summarise(job: ScoringJob, parts: int, version: str, seconds: float) -> dic
 
 
 if __name__ == "__main__":
-    run_job(main, RayError)
+    run_job(main)

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from rich.console import Console
 
 from actors.runtime.session import address_to_join, init_ray
@@ -150,4 +148,4 @@ def wait_for_end(app: str) -> None:
 
 
 if __name__ == "__main__":
-    run_job(main, RayError, RayServeException)
+    run_job(main)

@@ -15,21 +15,23 @@ from typing import Any, Literal
 import numpy as np
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Column, Table
 
 from actors.runtime.environment import compute_environment
 from actors.runtime.ray_internals import WorkerGroupStartupTimeoutError
+from actors.runtime.run_logger import validate_wandb_package
 from actors.runtime.session import init_ray
-from actors.runtime.storage import remove_broken_list, resolve_run, run_exists
+from actors.runtime.storage import remove_broken_list, resolve_run
 from actors.training.result import SCORE, TrainOutcome
+from actors.training.retry import LostWorkersTrainer, fault_of, last_line
 from actors.training.torch_backend import PrivateTorchConfig
-from jobs.cli import DISK_FULL_ERRNOS, command, run_job, validate_outside_package, validate_resume, validate_wandb
-from jobs.run_lock import lock_run
+from jobs.cli import command, run_job, validate_outside_package
+from jobs.run_lock import lock_run, prepare_run
 from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.train import TrainJobConfig
-from rlhf_critic.errors import CheckpointError, PlacementError
+from rlhf_critic.errors import FULL_DISK, CheckpointError, PlacementError, RankLost, describe_error
+from rlhf_critic.logs import shows_debug
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,6 @@ def compare_seeds(config: TrainJobConfig) -> Table:
 
     Raises:
         CriticError: See `train`.
-        TrainingFailedError: See `train`.
     """
     headers = ("seed", "validation accuracy", "validation log-loss", "checkpoint")
     columns = (Column(header, overflow="fold") for header in headers)
@@ -109,11 +110,12 @@ def train(config: TrainJobConfig) -> ray.train.Result:
         CriticError: The options, the data or the model are wrong, another job works on the run, all its checkpoints are
             damaged, the disk has no room for the next one, or the loss became NaN.
         PlacementError: The workers could not be placed in time.
-        TrainingFailedError: Workers were lost more often than ``run.max_failures``.
+        RankLost: Workers were lost more often than ``run.max_failures``.
+        UnexpectedError: The program, a library or the machine failed, and another attempt would fail as well.
     """
     config.validate_complete()
     validate_outside_package("run.storage_path", config.run.storage_path)
-    validate_wandb(config.run.wandb_project)
+    validate_wandb_package(config.run.wandb_project)
     with lock_run(config.run.storage_path, config.run.name):
         return _train(config)
 
@@ -121,7 +123,7 @@ def train(config: TrainJobConfig) -> ray.train.Result:
 def _train(config: TrainJobConfig) -> ray.train.Result:
     run = config.run
     place = resolve_run(run.storage_path, run.name)
-    validate_resume(run.storage_path, run.name, run_exists(*place), config.resume)
+    prepare_run(run.storage_path, run.name, config.resume)
     remove_broken_list(*place)
     # Ray Train's own limit is a minute, after which it retries forever. An autoscaler needs longer than that, and the
     # user needs an error.
@@ -137,11 +139,13 @@ def _train(config: TrainJobConfig) -> ray.train.Result:
     }
     if not run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    if not run.name.isascii():
+        os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"  # the name is a tag of Ray's metrics, which take ASCII only
     if not ray.is_initialized():
         init_ray()
     if is_elastic:
         _wait_for_min_workers(config, resources)
-    trainer = TorchTrainer(
+    trainer = LostWorkersTrainer(
         _train_loop,
         train_loop_config=config.model_dump(mode="json"),
         torch_config=PrivateTorchConfig(backend="nccl" if run.use_gpu else "gloo"),
@@ -164,29 +168,33 @@ def _train(config: TrainJobConfig) -> ray.train.Result:
                 checkpoint_score_attribute=SCORE if run.keep == "best" else None,
                 checkpoint_score_order="min",
             ),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            logging_config=ray.train.LoggingConfig(log_level="INFO" if shows_debug() else "CRITICAL"),
             worker_runtime_env={"env_vars": worker_environment},
         ),
     )
     for failures in count(1):
         try:
-            result = trainer.fit()
-            break
-        except ray.train.ControllerError as error:
-            if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            return trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            reason = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
+            if isinstance(reason, WorkerGroupStartupTimeoutError):
                 raise PlacementError(_why_not_placed(config, "num_workers")) from error
-            if getattr(error.controller_failure, "errno", None) in DISK_FULL_ERRNOS:
+            if getattr(reason, "errno", None) in FULL_DISK:
                 raise CheckpointError(
-                    f"{run.storage_path}: {error.controller_failure}; the checkpoints of the run {run.name!r} are "
-                    "complete. Free some space and continue with --resume"
+                    f"{run.storage_path}: {reason}; the checkpoints of the run {run.name!r} are complete. Free some "
+                    "space and continue with --resume"
                 ) from error
+            if (fault := fault_of(error)) is not None:
+                raise describe_error(fault) from error
             # Ray Train replaces workers that it loses later. A worker that dies during the start ends the attempt.
-            if failures > run.max_failures:
-                raise
+            if reason is error or failures > run.max_failures:
+                lost = RankLost(
+                    f"workers were lost more often than run.max_failures={run.max_failures}: {last_line(error)}"
+                )
+                lost.trace = str(error)
+                raise lost from error
             logger.warning("workers were lost during the start, retrying failures=%d/%d", failures, run.max_failures)
-    if result.return_value.error is not None:
-        raise result.return_value.error
-    return result
+    raise AssertionError("the loop ends by return or raise")
 
 
 def _train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
@@ -224,4 +232,4 @@ def _why_not_placed(config: TrainJobConfig, option: Literal["num_workers", "min_
 
 
 if __name__ == "__main__":
-    run_job(main, ray.train.TrainingFailedError)
+    run_job(main)

@@ -1,4 +1,4 @@
-"""Typed errors of this project.
+"""Typed errors of this project, and the description of any other error as one of them.
 
 Each message names the cause (option, file, line, key) and the next step. The classes take plain arguments only, so that
 they survive pickling on their way out of an actor.
@@ -6,11 +6,40 @@ they survive pickling on their way out of an actor.
 
 from __future__ import annotations
 
+import errno
+import re
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # a full disk, or a user's quota
+WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+# An accelerator's error has a class of its own; torch reports a lack of host memory as a RuntimeError.
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+OUT_OF_HOST_MEMORY = "can't allocate memory"
+SHOWN_CHARACTERS = 500
+TRACEBACK = "Traceback (most recent call last)"
+ROOMS = ("rlhf_critic", "actors", "jobs")
+# A frame of a traceback: the first directory of this project in its path, the rest of the path, the line.
+FRAME = re.compile(r'File "(?:[^"]*/(?=(?:rlhf_critic|actors|jobs)/))?([^"/]*)/?([^"]*)", line (\d+)')
 
 
 class CriticError(Exception):
-    """Base of all typed errors of this project."""
+    """Base of all typed errors of this project.
+
+    Attributes:
+        exit_code: Exit code of a command that ends with this error: 2 if the user can change something, else 1.
+        trace: Traceback of the error that caused this one, as text; empty if there is none.
+    """
+
+    exit_code = 2
+    trace = ""
+
+
+class UnexpectedError(CriticError):
+    """A fault of the program, a library or the machine that no other class describes. A retry would meet it again."""
+
+    exit_code = 1
 
 
 class ConfigError(CriticError):
@@ -48,6 +77,10 @@ class PlacementError(CriticError):
 
 class RankLost(CriticError):
     """A rank of a group died, failed, or did not answer in time. The group has ended and must be started again."""
+
+
+class RankFailed(RankLost):
+    """A rank of a group failed with an error that another group would meet again. The group has ended."""
 
 
 class RolloutsUnavailable(CriticError):
@@ -125,3 +158,43 @@ class NonFiniteLossError(CriticError):
             "Check these rows, or start a new run with a lower --train.learning-rate; --model.path may be a "
             "checkpoint of this one."
         )
+
+
+def describe_error(error: BaseException) -> CriticError:
+    """Returns a typed error for any error, with its traceback in ``trace``.
+
+    Lack of memory, a full disk, a path that cannot be used and a missing package are settings of the user. Anything
+    else becomes an `UnexpectedError` with type, message and line.
+    """
+    # Ray wraps the error of a task, with the traceback of the task's process in its text.
+    cause = getattr(error, "cause", None)
+    trace = str(error) if isinstance(cause, BaseException) else "".join(traceback.format_exception(error))
+    error = cause if isinstance(cause, BaseException) else error
+    described = error if isinstance(error, CriticError) else _describe(error, trace)
+    described.trace = described.trace or trace
+    return described
+
+
+def _describe(error: BaseException, trace: str) -> CriticError:
+    text = str(error).strip()
+    if TRACEBACK in text:  # Ray's errors have that of another process in their text, with the error in its last line
+        text = text.splitlines()[-1]
+    text = " ".join(text.split())
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[: SHOWN_CHARACTERS // 2]} ... {text[-SHOWN_CHARACTERS // 2 :]}"
+    if type(error).__name__ in OUT_OF_MEMORY or OUT_OF_HOST_MEMORY in text:
+        return ConfigError(
+            f"out of memory: {text}. Lower the token budget or the maximum length, use gradient checkpointing, or "
+            "shard the model over more ranks at ZeRO stage 3; rlhf-critic plan calculates the memory"
+        )
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return CheckpointError(f"{text}; checkpoints written before are complete. Free some space")
+    if isinstance(error, OSError) and error.errno in WRONG_PLACE and error.filename is not None:
+        name = error.filename.decode(errors="replace") if isinstance(error.filename, bytes) else error.filename
+        return ConfigError(f"{name}: {error.strerror}; check that the path exists and can be used, or give another")
+    if isinstance(error, ImportError):
+        return ConfigError(f"a package is missing or does not fit: {text}. Install it, or leave out what needs it")
+    lines = FRAME.findall(trace)
+    ours = [line for line in lines if line[0] in ROOMS] or lines
+    place = f" at {Path(*ours[-1][:2])}:{ours[-1][2]}" if ours else ""
+    return UnexpectedError(f"{type(error).__name__}{place}: {text or 'no message'}")

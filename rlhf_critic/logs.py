@@ -63,7 +63,12 @@ def configure_logging(level: str | None = None, *, quiet_libraries: bool = True)
 
 def level_of_libraries() -> str:
     """Returns the level from which libraries log: ``ERROR``, or ``INFO`` where this project logs at ``DEBUG``."""
-    return "INFO" if os.environ.get(LEVEL_VARIABLE, "").upper() == "DEBUG" else "ERROR"
+    return "INFO" if shows_debug() else "ERROR"
+
+
+def shows_debug() -> bool:
+    """Returns whether this project logs at ``DEBUG``, where errors come with their tracebacks."""
+    return os.environ.get(LEVEL_VARIABLE, "").upper() == "DEBUG"
 
 
 def _handler() -> logging.Handler:

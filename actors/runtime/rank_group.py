@@ -25,7 +25,15 @@ from safetensors import SafetensorError
 from torch.distributed import TCPStore
 
 from actors.runtime.environment import compute_environment
-from rlhf_critic.errors import CriticError, NonFiniteLossError, PlacementError, RankLost
+from actors.runtime.failures import is_loss
+from rlhf_critic.errors import (
+    CriticError,
+    NonFiniteLossError,
+    PlacementError,
+    RankFailed,
+    RankLost,
+    describe_error,
+)
 from rlhf_critic.logs import configure_logging
 from rlhf_critic.training.process_group import init_distributed, init_process_group, open_store
 
@@ -151,7 +159,8 @@ class RankGroup:
             The answers of the ranks, in their order.
 
         Raises:
-            RankLost: A rank was lost, failed, or did not answer in time; the group has ended.
+            RankLost: A rank was lost, or did not answer in time; the group has ended.
+            RankFailed: A rank failed with an error that another group would meet too; the group has ended.
             CriticError: All ranks rejected the call; the group is still usable, unless its loss was not finite.
             ValueError: All ranks rejected the call; the group is still usable.
         """
@@ -192,22 +201,30 @@ class RankGroup:
                 answers[ready[0]] = ray.get(ready[0])
             except RayTaskError as error:
                 if not isinstance(error.cause, CriticError | ValueError):
-                    raise RankLost(
-                        f"{self.what} rank {calls.index(ready[0])} failed to {doing}: "
-                        f"{type(error.cause).__name__}: {error.cause}"
-                    ) from error
+                    raise self._failure(calls.index(ready[0]), doing, error) from error
                 rejections[ready[0]] = error.cause
                 deadline = min(deadline, time.monotonic() + AGREEMENT_TIMEOUT_S)
             except RayError as error:
-                raise RankLost(
+                lost = RankLost if is_loss(error) else RankFailed  # not lost: its constructor failed
+                raise lost(
                     f"{self.what} rank {calls.index(ready[0])} was lost during a call to {doing}: {error}"
                 ) from error
         if not rejections:
             return [answers[call] for call in calls]
         first = next(iter(rejections.values()))
         if len(rejections) < len(calls):
-            raise RankLost(f"some {self.what} ranks rejected a call to {doing}, others did not: {first}") from first
+            raise RankFailed(f"some {self.what} ranks rejected a call to {doing}, others did not: {first}") from first
         raise first
+
+    def _failure(self, rank: int, doing: str, error: RayTaskError) -> RankLost:
+        """Returns the error of a rank that failed: `RankFailed`, unless it failed because it lost another rank."""
+        cause: Any = error.cause
+        if is_loss(cause):
+            return RankLost(f"{self.what} rank {rank} failed to {doing}: {type(cause).__name__}: {cause}")
+        described = describe_error(error)
+        failed = RankFailed(f"{self.what} rank {rank} failed to {doing}: {described}")
+        failed.exit_code, failed.trace = described.exit_code, described.trace
+        return failed
 
     def _place(
         self, ranks: int, resources: dict[str, float], timeout_s: float, in_own_bundles: bool

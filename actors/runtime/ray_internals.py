@@ -10,8 +10,14 @@ from typing import Any
 
 LOCATIONS = {
     "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME": "ray.train.v2._internal.constants:CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",
+    "CollectiveTimeoutError": "ray.train.v2._internal.exceptions:CollectiveTimeoutError",
+    "DefaultFailurePolicy": "ray.train.v2._internal.execution.failure_handling:DefaultFailurePolicy",
+    "FailureDecision": "ray.train.v2._internal.execution.failure_handling:FailureDecision",
     "TorchBackend": "ray.train.torch.config:_TorchBackend",
+    "WorkerGroupStartupFailedError": "ray.train.v2._internal.exceptions:WorkerGroupStartupFailedError",
     "WorkerGroupStartupTimeoutError": "ray.train.v2._internal.exceptions:WorkerGroupStartupTimeoutError",
+    "WorkerHealthCheckFailedError": "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError",
+    "WorkerHealthCheckTimeoutError": "ray.train.v2._internal.exceptions:WorkerHealthCheckTimeoutError",
     "add_port_to_grpc_server": "ray._common.tls_utils:add_port_to_grpc_server",
     "build_address": "ray._common.network_utils:build_address",
     "find_bootstrap_address": "ray._private.services:find_bootstrap_address",

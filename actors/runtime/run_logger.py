@@ -6,12 +6,51 @@ the history is saved, where all processes can fail together. Knows nothing about
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from actors.runtime.storage import HistoryDirectory
-from rlhf_critic.errors import CheckpointError
+from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.training.metrics_log import MetricsLog
+
+WITHOUT_KEY = ("offline", "disabled", "dryrun")  # modes of W&B
+
+
+def validate_wandb_package(project: str | None) -> None:
+    """Checks that the package for ``run.wandb_project`` is installed.
+
+    Raises:
+        ConfigError: The option is given, and the package is missing.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("run.wandb_project needs the wandb package: pip install wandb, or leave the option out")
+
+
+def validate_wandb(project: str | None) -> None:
+    """Checks that Weights & Biases has a key or is offline, in the process that will hold the history.
+
+    Raises:
+        ConfigError: The option is given, and the package or the key is missing.
+    """
+    validate_wandb_package(project)
+    if not project or os.environ.get("WANDB_MODE") in WITHOUT_KEY:
+        return
+    import wandb
+
+    if "prompt" not in signature(wandb.login).parameters:  # an older version, which would ask the user
+        return
+    if not wandb.login(prompt=False, verify=False):
+        raise _wandb_error("no API key")
+
+
+def _wandb_error(why: str) -> ConfigError:
+    return ConfigError(
+        f"run.wandb_project: Weights & Biases did not start: {why}. Run wandb login or set WANDB_API_KEY where the job "
+        "runs, set WANDB_MODE=offline, or leave the option out"
+    )
 
 
 class RunLogger:
@@ -37,7 +76,10 @@ class RunLogger:
         if wandb_project:
             import wandb  # which reads its key from the environment
 
-            self._wandb = wandb.init(project=wandb_project, name=name, id=name, resume="allow", config=options)
+            try:
+                self._wandb = wandb.init(project=wandb_project, name=name, id=name, resume="allow", config=options)
+            except Exception as error:  # of many kinds: no key, no network, no such project
+                raise _wandb_error(str(error)) from error
         self._directory = directory
         self._log = MetricsLog(directory.local, resume_step)
         self._failure: OSError | None = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.runtime.ray_internals import add_port_to_grpc_server, build_address, find_bootstrap_address, ray_constants
+from rlhf_critic.errors import ConfigError
 from rlhf_critic.logs import level_of_libraries
 
 
@@ -44,6 +47,7 @@ def init_ray(**options: Any) -> None:
 
     Raises:
         ConnectionError: There is no Ray to join; from ``ray.init``.
+        ConfigError: Ray cannot write its files.
     """
     options.setdefault("address", address_to_join() or "local")
     options.setdefault("logging_level", level_of_libraries())
@@ -51,8 +55,24 @@ def init_ray(**options: Any) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         ray.init(**options)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise ConfigError(_why_not_started(error)) from error
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = usual
+
+
+def _why_not_started(error: OSError) -> str:
+    if "AF_UNIX" in str(error):
+        return (
+            f"TMPDIR {tempfile.gettempdir()}: too long, because a path of Ray's sockets below it may have "
+            "107 bytes; set RAY_TMPDIR to a short directory, such as /tmp"
+        )
+    return (
+        f"Ray could not start: {error}. It writes a token to HOME ({Path.home() / '.ray'}) and its files to TMPDIR "
+        f"({tempfile.gettempdir()}): set these variables to directories that can be written"
+    )
 
 
 def listen_at_node_address() -> None:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 COPY_EVERY_S = 30.0
 HISTORY_FOLDER = "history"
 REWRITTEN_SUFFIX = "-again"  # follows the name of a checkpoint that replaces a damaged one
+# A history alone cannot be resumed, and the other two are Ray Train's.
+LEFT_BY_A_START = (HISTORY_FOLDER, ".validate_storage_marker", "checkpoint_manager_snapshot.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # of config and tokenizer
 CHECKPOINT = re.compile(rf"step-(\d+)(?:{REWRITTEN_SUFFIX})*")
@@ -37,8 +39,9 @@ def resolve_run(storage_path: str, name: str) -> tuple[pafs.FileSystem, str]:
 
 
 def run_exists(filesystem: pafs.FileSystem, run_path: str) -> bool:
-    """Returns whether a run has a directory."""
-    return bool(filesystem.get_file_info(run_path).type != pafs.FileType.NotFound)
+    """Returns whether a run has a directory with anything but what a start leaves that made no checkpoint."""
+    found = filesystem.get_file_info(pafs.FileSelector(run_path, allow_not_found=True))
+    return any(info.base_name not in LEFT_BY_A_START for info in found)
 
 
 def checkpoint_name(step: int) -> str:

@@ -58,7 +58,8 @@ def start_serve(config: ServeJobConfig, authenticated: bool) -> str:
             f"Ray Serve listens on {actual.host}, which other machines can reach: require a token with --auth on (or "
             "use --auth off if a proxy in front of it authenticates callers)"
         )
-    return f"http://{actual.host}:{actual.port}{route_of(config.app)}".rstrip("/")
+    host = f"[{actual.host}]" if ":" in actual.host else actual.host
+    return f"http://{host}:{actual.port}{route_of(config.app)}".rstrip("/")
 
 
 def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:
@@ -247,11 +248,14 @@ def _published(app: str) -> str | None:
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
     from rlhf_critic.checkpoint.reward_model import check_reward_model  # imports torch and transformers
 
-    with local_directory(scorer.checkpoint) as directory:
-        model = check_reward_model(directory, scorer.checkpoint, scorer.encoding)
+    # A link such as ``latest`` may point elsewhere when another replica starts.
+    is_local = os.path.isdir(scorer.checkpoint)
+    checkpoint = os.path.realpath(scorer.checkpoint) if is_local else scorer.checkpoint
+    with local_directory(checkpoint) as directory:
+        model = check_reward_model(directory, checkpoint, scorer.encoding)
         if scorer.normalize:
             model.opened.card.reward_scale()
-    return scorer.model_copy(update={"digest": model.digest})
+    return scorer.model_copy(update={"checkpoint": checkpoint, "digest": model.digest})
 
 
 def _runtime_environment(use_gpu: bool) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from rlhf_critic.scoring.items import Item, Scores
 
 SCORER_DEPLOYMENT = "Scorer"
 DEFAULT_APP = "scorers"
+CHECK_AFTER_S = 5.0  # a call without an answer for so long may be one that no scorer will answer
+ANSWERING = ("RUNNING", "UPDATING")  # states of a replica
 
 
 class HandleTransport:
@@ -41,7 +43,7 @@ class HandleTransport:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(serve.get_deployment_handle, SCORER_DEPLOYMENT, self._app)
             response = self._handle.score.remote(items, values, version)
-            answer: Scores | CriticError = await asyncio.wait_for(response, timeout_s)
+            answer: Scores | CriticError = await self._answer(response, timeout_s)
         except asyncio.TimeoutError as error:
             _cancel(response)
             raise ScorerUnavailable(f"no replica answered within {timeout_s:.1f} s") from error
@@ -58,8 +60,44 @@ class HandleTransport:
             raise answer
         return answer
 
+    async def _answer(self, response: Any, timeout_s: float) -> Scores | CriticError:
+        """Waits for an answer. Serve queues calls for a pool whose replicas cannot start, without an end or a reason.
+
+        Raises:
+            asyncio.TimeoutError: There is no answer, and a replica is running.
+            ScorerUnavailable: There is none, and the reason is known.
+        """
+        task = asyncio.ensure_future(_awaited(response))
+        try:
+            for wait_s in (min(timeout_s, CHECK_AFTER_S), max(0.0, timeout_s - CHECK_AFTER_S)):
+                done, _ = await asyncio.wait({task}, timeout=wait_s)
+                if done:
+                    return task.result()
+                if reason := await asyncio.to_thread(why_down, self._app):
+                    _cancel(response)
+                    raise ScorerUnavailable(reason)
+            raise asyncio.TimeoutError
+        finally:
+            task.cancel()
+
     async def close(self) -> None:
         """Does nothing: a handle holds no resources."""
+
+
+async def _awaited(response: Any) -> Any:
+    return await response
+
+
+def why_down(app: str) -> str:
+    """Returns why no replica of a pool can start; empty if one runs, or the first one has not failed yet."""
+    application = serve.status().applications.get(app)
+    if application is None:
+        return f"there is no pool {app!r}"
+    scorers = application.deployments.get(SCORER_DEPLOYMENT)
+    if scorers is None or any(scorers.replica_states.get(state) for state in ANSWERING):
+        return ""
+    lines = [line.strip() for line in scorers.message.splitlines() if line.strip()]  # the last one names the error
+    return f"no scorer is running: {lines[-1]}" if "fail" in scorers.message else ""
 
 
 def _cancel(response: Any) -> None:

@@ -11,7 +11,6 @@ import ipaddress
 import json
 import re
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -41,6 +40,13 @@ KIND_OF_STATUS = {
     413: "body_too_large",
     422: "too_many_items",
     503: "unavailable",
+}
+# Names of OpenAI's errors, which vLLM uses too.
+TYPE_OF_STATUS = {
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    409: "ConflictError",
 }
 BODIES_AT_ONCE = 8  # bodies of the maximum size that may be in memory together
 BODY_TIMEOUT_S = 30.0  # time for a body to arrive, so that slow callers do not take up all places
@@ -285,24 +291,25 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
         rewards = scores.rewards_S.tolist()
         logs = {name: value_S.tolist() for name, value_S in scores.components.items()}
         return schema.GetRewardResponse(
-            rewards=rewards, scores=rewards, extra_logs=logs, model_version=scores.model_version
+            rewards=rewards,
+            scores=rewards,
+            extra_logs=logs,
+            truncated=scores.truncated_S.tolist(),
+            model_version=scores.model_version,
         )
 
     @router.post("/classify", responses=ERRORS)
     async def classify(request: schema.ClassifyRequest) -> schema.ClassifyResponse:
         """Answers in the format of vLLM's classification endpoint. The raw reward is the only entry of ``probs``."""
-        scores = await service().score(_classified(request), False, request.model)
-        tokens = int(scores.tokens_S.sum())
-        return schema.ClassifyResponse(
-            id=f"classify-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=scores.model_version,
-            data=[
-                schema.ClassifyDatum(index=index, label="LABEL_0", probs=[reward])
-                for index, reward in enumerate(scores.rewards_S.tolist())
-            ],
-            usage=schema.Usage(prompt_tokens=tokens, total_tokens=tokens),
-        )
+        scores = await service().score(request.to_items(), False, request.version)
+        return schema.ClassifyResponse.of(request, scores)
+
+    @router.get("/v1/models", responses={status: ERRORS[status] for status in (401, 403, 500, 503)})
+    async def models() -> schema.ModelsResponse:
+        """Lists the served version, as OpenAI's clients ask for it. ``/classify`` takes any other name as well."""
+        served = await service().info()
+        model = schema.ServedModel(id=served.model_version, max_model_len=served.max_length)
+        return schema.ModelsResponse(data=[model])
 
     @router.get("/info", responses={status: ERRORS[status] for status in (401, 403, 500, 503)})
     async def info() -> schema.InfoResponse:
@@ -338,19 +345,6 @@ def _response_of(query: str, prompt: str | None) -> str | None:
     return query[len(prompt) :] if prompt is not None and query.startswith(prompt) else None
 
 
-def _classified(request: schema.ClassifyRequest) -> list[Item]:
-    if (request.input is None) == (request.messages is None):
-        raise ScorerRejected("no_items", "give either input or messages")
-    if request.messages is not None:
-        return [schema.conversation_of(request.messages)]
-    if isinstance(request.input, str):
-        return [Text(request.input)]
-    assert request.input is not None
-    if request.input and all(isinstance(token, int) for token in request.input):
-        return [request.input]  # type: ignore[list-item]
-    return [Text(entry) if isinstance(entry, str) else entry for entry in request.input]  # type: ignore[misc]
-
-
 def _reject_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
@@ -382,9 +376,12 @@ def _error(
     message: str,
     headers: dict[str, str] | None = None,
     item: int | None = None,
+    param: str | None = None,
 ) -> JSONResponse:
     request.app.state.on_refusal(kind)
-    body = schema.ErrorResponse(error=schema.ErrorDetail(kind=kind, message=message, item=item))
+    name = TYPE_OF_STATUS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    detail = schema.ErrorDetail(kind=kind, message=message, item=item, type=name, param=param, code=status)
+    body = schema.ErrorResponse(error=detail)
     return JSONResponse(body.model_dump(), status, headers)
 
 
@@ -392,7 +389,8 @@ async def _on_invalid(request: Request, error: Any) -> JSONResponse:
     # For a union, reports the alternative that matched furthest, which is probably the intended one.
     first = max(error.errors(), key=lambda found: len(found["loc"]))
     place = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Model"))
-    return _error(request, 422, "invalid_request", f"{place[:MAX_SHOWN]}: {first['msg']}")
+    param = place[:MAX_SHOWN].removeprefix("body.")
+    return _error(request, 422, "invalid_request", f"{place[:MAX_SHOWN]}: {first['msg']}", param=param)
 
 
 async def _on_http_exception(request: Request, error: Any) -> JSONResponse:

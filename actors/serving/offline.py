@@ -20,7 +20,7 @@ from pyarrow import parquet
 from actors.serving.scorer import Scorer
 from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.data.sources import Row, read_rows
-from rlhf_critic.errors import CriticError, DataError, ScorerRejected
+from rlhf_critic.errors import DataError, ScorerRejected, describe_error
 from rlhf_critic.files import atomic_file
 from rlhf_critic.scoring.items import Scores
 from rlhf_critic.scoring.rows import parse_scorable
@@ -67,8 +67,8 @@ class ChunkScorer:
         (number,) = batch["part"].tolist()
         try:
             return {"rows": [self._score(number)], "error": [None]}
-        except CriticError as error:  # returned, because Ray Data would log a traceback and wrap the error twice
-            return {"rows": [0], "error": [error]}
+        except Exception as error:  # returned, because Ray Data would log a traceback and wrap the error twice
+            return {"rows": [0], "error": [describe_error(error)]}
 
     def _score(self, number: int) -> int:
         rows = self._take(number * self._job.rows_per_part, self._job.rows_per_part)

@@ -33,7 +33,7 @@ from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismat
 from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.device import configure_device, select_device
 from rlhf_critic.model.factory import DTYPE_OF
-from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, encode_items, finish_items
+from rlhf_critic.scoring.items import Adjusted, Item, ScorerInfo, Scores, encode_items, finish_items
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
@@ -106,6 +106,8 @@ class _Version:
         self.name = version_name(backend.card.version, digest, config)
         self.limits = CallLimits(**config.model_dump(include=set(CallLimits.model_fields)))
         self._encoding = threading.Lock()  # two threads must not use a tokenizer at once
+        bos_token = self.encoder.tokenizer.bos_token or ""
+        self._bos_token = bos_token if self.encoder.render("warm-up", "warm-up").startswith(bos_token) else ""
         # For components, which may hang. Never shut down: the last calls finish after `close`.
         self.finishing = ThreadPoolExecutor(THREADS, thread_name_prefix="finish")
         if config.normalize:
@@ -114,9 +116,11 @@ class _Version:
         self.batcher = RequestBatcher(backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=on_batch)
 
     def encode(self, items: Sequence[Item]) -> tuple[list[Item], list[Encoded]]:
+        wishes = [item if isinstance(item, Adjusted) else Adjusted(item) for item in items]
         with self._encoding:
-            finished = finish_items(items, self.encoder, self.limits)
-            return finished, encode_items(finished, self.encoder, self.limits)
+            finished = finish_items([one.begun(self._bos_token) for one in wishes], self.encoder, self.limits)
+            encoded = encode_items(finished, self.encoder, self.limits)
+        return finished, [one.shortened(whole) for one, whole in zip(wishes, encoded, strict=True)]
 
     def _count_tokens(self, text: str) -> int:
         with self._encoding:

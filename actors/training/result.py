@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlhf_critic.errors import CriticError
 from rlhf_critic.evaluation.preferences import Evaluation
 
 SCORE = "validation_log_loss"  # the metric by which Ray Train keeps the best checkpoints
@@ -40,8 +39,6 @@ class TrainOutcome:
     """Return value of a training run.
 
     Attributes:
-        error: Error that ended the run early and that another attempt would meet again. Ray Train would retry an
-            exception, so such errors are returned instead of raised.
         steps: Optimizer steps done.
         checkpoint: Name of the last checkpoint's directory. Ray Train does not know a checkpoint whose worker was lost
             before it reported it, so its own result may name an earlier one.
@@ -49,7 +46,6 @@ class TrainOutcome:
         progress: Results of validations so far.
     """
 
-    error: CriticError | None = None
     steps: int = 0
     checkpoint: str = ""
     evaluation: Evaluation | None = None

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from ray.experimental import tqdm_ray
 from ray.train import Checkpoint
 
-from actors.runtime.run_logger import RunLogger
+from actors.runtime.failures import is_loss
+from actors.runtime.run_logger import RunLogger, validate_wandb
 from actors.runtime.storage import (
     REWRITTEN_SUFFIX,
     HistoryDirectory,
@@ -44,7 +45,7 @@ from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, rea
 from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
-from rlhf_critic.errors import CheckpointError, ConfigError, CriticError
+from rlhf_critic.errors import CheckpointError, ConfigError, describe_error
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
 from rlhf_critic.logs import configure_logging
@@ -73,6 +74,9 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
 
     Args:
         loop_config: A `TrainJobConfig` as plain values.
+
+    Raises:
+        CriticError: The run cannot continue, and another attempt would fail as well.
     """
     configure_logging()
     config = TrainJobConfig.model_validate(loop_config).resolved()
@@ -82,11 +86,14 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
         configure_device(torch.device("cuda"), DTYPE_OF[config.model.dtype], config.run.deterministic)
     else:
         torch.set_num_threads(config.run.cpus_per_worker)
-    init_distributed("nccl" if config.run.use_gpu else "gloo")
     try:
+        init_distributed("nccl" if config.run.use_gpu else "gloo")
         return _TrainingRun(config).run()
-    except CriticError as error:
-        return TrainOutcome(error=error)
+    except Exception as error:
+        if is_loss(error):
+            raise
+        # Whatever a library raised, it can be pickled now, and brings its traceback along.
+        raise describe_error(error) from None
 
 
 class _TrainingRun:
@@ -97,6 +104,7 @@ class _TrainingRun:
         self.context = ray.train.get_context()
         self.is_main = self.context.get_world_rank() == 0
         self.is_first_of_node = self.context.get_local_rank() == 0
+        raise_on_all_ranks(lambda: validate_wandb(config.run.wandb_project) if self.is_main else None)
         # One rank of a node encodes what is not cached yet; then all map its files.
         self._on_each_node(lambda: load_data(config))
         self.data = raise_on_all_ranks(lambda: load_data(config))

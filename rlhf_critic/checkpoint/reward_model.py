@@ -22,9 +22,16 @@ from rlhf_critic.checkpoint.critic_directory import (
     verify_critic,
     weights_hash,
 )
-from rlhf_critic.config.model import AUTO_TEMPLATE, AssumedEncoding
+from rlhf_critic.config.model import (
+    AUTO_TEMPLATE,
+    OPENRLHF_PLAIN_TEMPLATE_NAME,
+    OPENRLHF_TEMPLATE_NAME,
+    AssumedEncoding,
+)
+from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.model.factory import HEAD_NAME
+from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.model.weights import WeightReader
 
 logger = logging.getLogger(__name__)
@@ -74,15 +81,18 @@ def open_reward_model(
     if verify:
         verify_critic(directory)
     opened = _open_native(Path(directory), name, encoding)
+    if encoding.chat_template not in (OPENRLHF_TEMPLATE_NAME, OPENRLHF_PLAIN_TEMPLATE_NAME):
+        opened.encoder.ignored_end_id = _pad_token_id(Path(directory), opened.encoder)
     version = f"{Path(name).name}@assumed-{_template_name(encoding)}-{opened.encoder.max_length}"
     logger.info(
         "assumed encoding of a reward model without %s: checkpoint=%s chat_template=%s max_length=%d ending=%r "
-        "head_bias=%g; change it with --chat-template and --max-length",
+        "ignored_at_the_end=%s head_bias=%g; change it with --chat-template and --max-length",
         CARD_NAME,
         name,
         encoding.chat_template or AUTO_TEMPLATE,
         opened.encoder.max_length,
         opened.encoder.ending,
+        opened.encoder.ignored_end_id,
         opened.head_bias,
     )
     return opened.named(version)
@@ -139,6 +149,18 @@ def _open_native(directory: Path, name: str, encoding: AssumedEncoding) -> Opene
         return open_foreign(directory, NATIVE_FORMAT, head_bias="keep", safetensors_only=True, **encoding.model_dump())
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {kind} cannot be scored: {error}") from error
+
+
+def _pad_token_id(directory: Path, encoder: Encoder) -> int | None:
+    """Returns the model's own pad token if that can end a text: the model reads its score before such tokens.
+
+    A model of OpenRLHF, which names its head in the config, was trained to be read at the last token.
+    """
+    config = load_config(str(directory))
+    pad_token_id = getattr(config.get_text_config(), "pad_token_id", None)
+    if hasattr(config, "value_head_prefix") or pad_token_id == encoder.tokenizer.pad_token_id:
+        return None
+    return pad_token_id
 
 
 def _architecture(directory: Path) -> str:

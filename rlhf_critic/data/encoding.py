@@ -24,6 +24,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -69,7 +70,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, padding_side="right", truncation_side="left", trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         if (Path(name_or_path) / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
             raise EncodingError(
                 f"{name_or_path}: the tokenizer is a SentencePiece model (tokenizer.model, without a tokenizer.json), "
@@ -150,6 +151,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.special_tokens_in_text = special_tokens_in_text
+        # Set for a reward model of another system that pads with a token that can end a text, such as EOS.
+        self.ignored_end_id: int | None = None
         self._template = ChatTemplate(tokenizer)
 
     def render(self, prompt: Prompt, response: str) -> str:
@@ -231,6 +234,7 @@ class Encoder:
             EncodingError: A text has no tokens, ends with the pad token, or contains half of a surrogate pair.
         """
         all_ids = self._ids_of([one if isinstance(one, Rendered) else Rendered(one) for one in texts])
+        all_ids = [self.without_ignored_end(ids) for ids in all_ids]
         for index, (text, ids) in enumerate(zip(texts, all_ids, strict=True)):
             if not ids or ids[-1] == self.tokenizer.pad_token_id:
                 shown = text.text if isinstance(text, Rendered) else text
@@ -238,6 +242,13 @@ class Encoder:
                     f"a text must have tokens and must not end with the pad token: {shown[-80:]!r}", index
                 )
         return all_ids
+
+    def without_ignored_end(self, ids: list[int]) -> list[int]:
+        """Removes the tokens at the end that another system's model takes for padding; see `ignored_end_id`."""
+        end = len(ids)
+        while end and ids[end - 1] == self.ignored_end_id:
+            end -= 1
+        return ids[:end]
 
     def _ids_of(self, texts: Sequence[Rendered]) -> list[list[int]]:
         for index, rendered in enumerate(texts):

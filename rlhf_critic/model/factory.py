@@ -8,6 +8,7 @@ Knows nothing about data, training or critic directories.
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.hf_config import keep_layers, load_config, padded, silence_dropout, validate_tokenizer
 from rlhf_critic.model.lora import add_adapters
 from rlhf_critic.model.weights import WeightReader, full_shape, gathered, is_writer, load_weights, match_weights
+
+logger = logging.getLogger(__name__)
 
 HeadInit = Literal["normal", "zero"]
 HEAD_NAME = "score.weight"
@@ -184,6 +187,12 @@ def _build(
             "has this class, or another --model.attn-implementation."
         ) from error
     del partitioning
+    if model_class is AutoModelForSequenceClassification and not hasattr(model, "score"):
+        raise CheckpointError(
+            f"{name}: {type(model).__name__} (model type {config.model_type!r}) has no 'score' head, which critics "
+            "need: it is an encoder, or has a head of its own. Choose a model of a decoder family, such as Llama, Qwen "
+            "or GPT-2"
+        )
     model.tie_weights()  # the block above skips it
     return model
 
@@ -259,6 +268,14 @@ def validate_positions(model: PreTrainedModel, max_length: int) -> None:
         CheckpointError: The model has learned fewer positions.
     """
     maximum = learned_positions(model)
+    intended = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if maximum is None and intended is not None and max_length > intended:
+        logger.warning(
+            "encoding.max_length=%d is above the %d positions that the model was made for; longer texts may get "
+            "meaningless scores",
+            max_length,
+            intended,
+        )
     if maximum is not None and max_length > maximum:
         raise CheckpointError(
             f"encoding.max_length is {max_length}, but the model has learned {maximum} positions: choose a max_length "

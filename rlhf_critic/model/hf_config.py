@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf_critic.errors import CheckpointError
@@ -22,11 +24,27 @@ def load_config(model_name_or_path: str) -> PreTrainedConfig:
     try:
         # With the default (None) transformers would ask at the terminal whether to run the code.
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model_name_or_path}: no model config could be loaded: {error}") from error
+    # transformers checks the types of some configs and trips over wrong ones in others.
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        reject_adapters(model_name_or_path)
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{model_name_or_path}: no model config could be loaded: {why}") from error
     if hasattr(config, "auto_map"):
         del config.auto_map  # otherwise building a model from this config would ask
     return config
+
+
+def reject_adapters(name_or_path: str) -> None:
+    """Checks that what is no complete model is not a directory of adapters.
+
+    Raises:
+        CheckpointError: It is one that peft saved.
+    """
+    if (Path(name_or_path) / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{name_or_path}: has adapters of peft and no complete model. Load them with peft on their base model, "
+            "call merge_and_unload() and save_pretrained(), and give that directory"
+        )
 
 
 def padded(rows: int) -> int:
@@ -56,7 +74,7 @@ def silence_dropout(config: PreTrainedConfig) -> None:
     """Sets every dropout probability in a config to 0, whatever the family calls it."""
     for name, value in vars(config).items():
         if DROPOUT_FIELD.search(name) and isinstance(value, (int, float)):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))  # 0 where a config takes integers only, such as MPT's
         elif isinstance(value, PreTrainedConfig):
             silence_dropout(value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from rlhf_critic.errors import CheckpointError
+from rlhf_critic.model.hf_config import reject_adapters
 from rlhf_critic.model.lora import adapter_parameters, adapters_of, merged
 
 
@@ -49,6 +51,7 @@ class WeightReader:
         names = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
         first = next(filter(None, map(self._resolve, names)), None)
         if first is None:
+            reject_adapters(name_or_path)
             raise CheckpointError(
                 f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME} was found, single or "
                 "split. Use a directory that save_pretrained wrote, or a hub id that can be reached."
@@ -221,6 +224,7 @@ def match_weights(
 
     key_of: dict[str, str] = {}
     problems = []
+    quantised: defaultdict[str, list[str]] = defaultdict(list)
     for key in reader.names:
         first = key_of.setdefault(name_in_module(key), key)
         if first != key:
@@ -235,6 +239,13 @@ def match_weights(
         shorter = found[1:] == wanted[1:] and found[0] < wanted[0] and may_have_fewer_rows(name)
         if found != wanted and not shorter:
             problems.append(f"shape: {name}: {tuple(found)} in the file, {tuple(wanted)} in the model")
+        elif (dtype := reader.dtype(key_of[name])).itemsize == 1 and targets[name].is_floating_point():
+            quantised[str(dtype).removeprefix("torch.")].append(name)
+    for kind, names in quantised.items():
+        problems.append(
+            f"quantised: {len(names)} tensors are {kind}, such as {names[0]}: they are numbers without their scales. "
+            "Dequantise the model and save it in bfloat16 or float32"
+        )
     if problems:
         raise CheckpointError(f"{reader.source}: the weights do not fit the model:\n  " + "\n  ".join(problems))
     return {name: key for name, key in key_of.items() if name in targets}

@@ -6,16 +6,18 @@ nothing about sockets or the computation of scores.
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator
 
 from rlhf_critic.data.conversation import Turn, to_prompt
 from rlhf_critic.errors import ScorerRejected
-from rlhf_critic.scoring.items import Conversation, Item, Scores, Text
+from rlhf_critic.scoring.items import Adjusted, Conversation, Item, Scores, Text
 
 Name: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 TokenId: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**31)]
@@ -44,6 +46,44 @@ class ConversationModel(_Message):
         return Conversation(to_prompt(self.prompt), self.response)
 
 
+class TextPart(BaseModel):
+    """A part of a turn's content. Only texts can be scored."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: Literal["text"] = "text"
+    text: StrictStr
+
+
+class ChatTurn(BaseModel):
+    """A turn as clients of OpenAI and vLLM send it. Fields that a text model has no use for are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    role: Name
+    content: StrictStr | Nonempty[TextPart]
+    name: StrictStr | None = None
+
+    @property
+    def text(self) -> str:
+        """The content, with parts joined by line breaks, as vLLM joins them."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+    def to_message(self) -> dict[str, Any]:
+        """Returns the turn in the form that a chat template takes."""
+        return {"role": self.role, "content": self.text, **({"name": self.name} if self.name else {})}
+
+
+def check_response(role: str) -> None:
+    """Checks that the last turn of a chat, which is scored, is the assistant's.
+
+    Raises:
+        ScorerRejected: It is another's.
+    """
+    if role != "assistant":
+        raise ScorerRejected(
+            "no_response", f"messages: the last turn must have the role 'assistant', not {role[:40]!r}"
+        )
+
+
 def conversation_of(messages: Sequence[Turn]) -> Conversation:
     """Splits a chat into a prompt and the response to score.
 
@@ -51,10 +91,7 @@ def conversation_of(messages: Sequence[Turn]) -> Conversation:
         ScorerRejected: The last turn is not the assistant's.
     """
     *before, last = messages
-    if last.role != "assistant":
-        raise ScorerRejected(
-            "no_response", f"messages: the last turn must have the role 'assistant', not {last.role[:40]!r}"
-        )
+    check_response(last.role)
     return Conversation(to_prompt(before), last.content)
 
 
@@ -171,6 +208,7 @@ class GetRewardResponse(_Message):
     rewards: list[float]
     scores: list[float]
     extra_logs: dict[str, list[float]]
+    truncated: list[bool] = Field([], description="Whether each query was truncated from the left.")
     model_version: str
 
 
@@ -178,9 +216,49 @@ class ClassifyRequest(BaseModel):
     """Body of vLLM's classification endpoint: texts, token ids, or one conversation."""
 
     model_config = ConfigDict(extra="ignore")
-    model: StrictStr | None = Field(None, description="If given, answer only if this version is served.")
+    model: StrictStr | None = Field(None, description="Any name. The answer repeats it.")
+    version: Name | None = Field(None, description="Answer only if this version is served.")
     input: StrictStr | ListOf[StrictStr] | SomeIds | ListOf[Ids] | None = None
-    messages: Nonempty[Turn] | None = None
+    messages: Nonempty[ChatTurn] | None = None
+    use_activation: bool | None = Field(
+        None,
+        strict=True,
+        validation_alias=AliasChoices("use_activation", "activation"),
+        description="true answers the sigmoid of the reward. By default the answer is the reward itself.",
+    )
+    truncate_prompt_tokens: StrictInt | None = Field(
+        None, ge=-1, description="Number of last tokens to read; -1 reads as many as the critic can."
+    )
+    add_special_tokens: bool = Field(
+        True, strict=True, description="Begin a text with BOS, if the critic's texts begin so and this one does not."
+    )
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _some_tokens(cls, count: int | None) -> int | None:
+        if count == 0:
+            raise ValueError("0 leaves nothing to score: give -1 or a positive number")
+        return None if count == -1 else count
+
+    def to_items(self) -> list[Item]:
+        """Converts to items of `rlhf_critic.scoring.items`.
+
+        Raises:
+            ScorerRejected: There is not exactly one of input and messages, or the last turn is not the assistant's.
+        """
+        if (self.input is None) == (self.messages is None):
+            raise ScorerRejected("no_items", "give either input or messages")
+        items: list[Any]
+        if self.messages is not None:
+            *before, last = self.messages
+            check_response(last.role)
+            items = [Conversation([turn.to_message() for turn in before], last.text)]
+        elif isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):
+            items = [self.input]
+        else:
+            items = list(self.input or [])
+        items = [Text(item) if isinstance(item, str) else item for item in items]
+        return [Adjusted(item, self.add_special_tokens, self.truncate_prompt_tokens) for item in items]
 
 
 class ClassifyDatum(_Message):
@@ -206,9 +284,48 @@ class ClassifyResponse(_Message):
     id: str
     object: Literal["list"] = "list"
     created: int
-    model: str
+    model: str = Field(description="The request's model, else the served version.")
+    model_version: str = ""
     data: list[ClassifyDatum]
+    truncated: list[bool] = Field([], description="Whether each text was truncated from the left.")
     usage: Usage
+
+    @classmethod
+    def of(cls, request: ClassifyRequest, scores: Scores) -> ClassifyResponse:
+        """Converts scores to the answer."""
+        answers_S = scores.rewards_S
+        if request.use_activation:
+            answers_S = np.exp(-np.logaddexp(0.0, -answers_S.astype(np.float64)))  # the sigmoid, without overflow
+        tokens = int(scores.tokens_S.sum())
+        return cls(
+            id=f"classify-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=request.model or scores.model_version,
+            model_version=scores.model_version,
+            data=[
+                ClassifyDatum(index=index, label="LABEL_0", probs=[answer])
+                for index, answer in enumerate(answers_S.tolist())
+            ],
+            truncated=scores.truncated_S.tolist(),
+            usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
+        )
+
+
+class ServedModel(_Message):
+    """A model as OpenAI's clients list it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "rlhf-critic"
+    max_model_len: int
+
+
+class ModelsResponse(_Message):
+    """Answer of ``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ServedModel]
 
 
 class ErrorDetail(_Message):
@@ -217,6 +334,9 @@ class ErrorDetail(_Message):
     kind: str = Field(description="Machine-readable name of the reason.")
     message: str = Field(description="Human-readable reason and next step.")
     item: int | None = Field(None, description="Index of the item at fault, if one item is.")
+    type: str = Field("", description="Class of the error, as clients of OpenAI and vLLM name it.")
+    param: str | None = Field(None, description="Field of the request at fault, if one is.")
+    code: int = Field(0, description="HTTP status of the answer.")
 
 
 class ErrorResponse(_Message):

@@ -9,6 +9,7 @@ Shape legend: S items.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -51,7 +52,33 @@ class Text(NamedTuple):
     finish: bool = False
 
 
-Item: TypeAlias = "Conversation | Text | TokenIds"
+class Adjusted(NamedTuple):
+    """An item with the wishes of a client of vLLM.
+
+    Attributes:
+        item: The item.
+        begin: Whether to begin a text with BOS, if the critic's texts begin so and this one does not.
+        last_tokens: Number of last tokens to keep. None keeps as many as the critic reads.
+    """
+
+    item: Conversation | Text | TokenIds
+    begin: bool = False
+    last_tokens: int | None = None
+
+    def begun(self, bos_token: str) -> Conversation | Text | TokenIds:
+        """Returns the item alone. ``bos_token`` begins the critic's texts; empty if they begin without one."""
+        if not (self.begin and bos_token and isinstance(self.item, Text)) or self.item.text.startswith(bos_token):
+            return self.item
+        return self.item._replace(text=bos_token + self.item.text)
+
+    def shortened(self, encoded: Encoded) -> Encoded:
+        """Returns the last of the item's tokens."""
+        if self.last_tokens is None or self.last_tokens >= len(encoded.ids):
+            return encoded
+        return dataclasses.replace(encoded, ids=encoded.ids[-self.last_tokens :], truncated=True)
+
+
+Item: TypeAlias = "Conversation | Text | TokenIds | Adjusted"
 
 NOT_LISTS = (str, bytes, bytearray, memoryview)  # sequences in Python, but not lists of ids or turns
 
@@ -246,7 +273,10 @@ def _check_ids(index: int, item: Any, encoder: Encoder) -> list[int]:
             index,
             f" has {len(ids)} token ids, maximum {encoder.max_length}: give the last {encoder.max_length}",
         )
-    return [int(token) for token in ids]
+    kept = encoder.without_ignored_end([int(token) for token in ids])
+    if not kept:
+        raise _rejected("no_end", index, " has no token but the model's pad token: there is nothing to score")
+    return kept
 
 
 def _rejected(kind: str, index: int, reason: str) -> ScorerRejected:

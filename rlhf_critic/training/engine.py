@@ -38,7 +38,7 @@ from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.weights import full_shape
 from rlhf_critic.training.offload import Offloaded
 from rlhf_critic.training.process_group import hardware_of_ranks
-from rlhf_critic.training.reshard import load_resized
+from rlhf_critic.training.reshard import load_resized, plain_path
 from rlhf_critic.training.token_budget import (
     MAX_GPU_TOKENS,
     ActivationMeter,
@@ -287,7 +287,8 @@ class TrainingEngine:
             )
         # At stage 0 nothing is sharded, so every rank reads the complete state.
         if world_size == self.world_size or stage == 0:
-            self.engine.load_checkpoint(str(resume), tag=STATE_TAG)
+            with plain_path(resume) as plain:
+                self.engine.load_checkpoint(str(plain), tag=STATE_TAG)
         elif state["step"] == 0:
             raise CheckpointError(
                 f"{directory}: saved with world_size={world_size}, now {self.world_size}, before the first step, so "

@@ -128,7 +128,14 @@ class _LiveBytes(TorchDispatchMode):
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # A model asks whether its mask has no padding, which tensors without values cannot answer. False is the
+            # answer that takes more memory: the mask is kept.
+            return False if args[0].dtype == torch.bool else 0
+        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
+            result = _grouped_product(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             key, size = storage._cdata, storage.nbytes()
             if key not in self._seen:
@@ -141,6 +148,18 @@ class _LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self._live -= size
+
+
+def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Returns the empty product of experts, whose meta kernel in torch takes bfloat16 only.
+
+    Without an expert dimension in a factor, ``offsets`` has the end of each expert's rows or columns.
+    """
+    shape = [left.shape[-2], right.shape[-1]]
+    if left.dim() == right.dim():  # 3: a product for each expert; 2: the gradient of the experts' weights
+        experts = left.shape[0] if left.dim() == 3 or offsets is None else len(offsets)
+        shape = [experts, *shape]
+    return left.new_empty(shape)
 
 
 def activation_bytes(

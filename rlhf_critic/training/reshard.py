@@ -9,6 +9,7 @@ nothing about critics.
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import signal
@@ -74,6 +75,22 @@ def load_resized(engine: Any, state: Path, saved_world_size: int) -> None:
 
 
 @contextmanager
+def plain_path(directory: Path) -> Iterator[Path]:
+    """Yields a path to a directory without the characters that DeepSpeed's loader takes for a pattern of names.
+
+    It is a link in a temporary directory where the path itself has such characters, as ``sweep[3]`` has.
+    """
+    directory = directory.resolve()
+    if glob.escape(str(directory)) == str(directory):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="rlhf-critic-link-") as temporary:
+        link = Path(temporary) / "checkpoint"
+        link.symlink_to(directory, target_is_directory=True)
+        yield link
+
+
+@contextmanager
 def _converted(state: Path, stage: int) -> Iterator[Path]:
     """Yields the universal checkpoint of a state, made by one rank of each node. It exists within the block only."""
     name = [f"rlhf-critic-resize-{uuid.uuid4().hex}"]
@@ -102,13 +119,13 @@ def convert(state: Path, directory: Path, stage: int, timeout_s: float = CONVERS
     Raises:
         CheckpointError: The conversion failed or took too long. All its processes have ended.
     """
-    command = [
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
-        *("--input_folder", str(state.resolve()), "--output_folder", str(directory)),
-        *("--num_extract_workers", str(PROCESSES), "--num_merge_workers", str(PROCESSES)),
-        *(["--inject_missing_state"] if stage < 3 else []),
-    ]
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with tempfile.TemporaryFile("w+", errors="replace") as output, plain_path(state) as plain_state:
+        command = [
+            *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+            *("--input_folder", str(plain_state), "--output_folder", str(directory)),
+            *("--num_extract_workers", str(PROCESSES), "--num_merge_workers", str(PROCESSES)),
+            *(["--inject_missing_state"] if stage < 3 else []),
+        ]
         process = subprocess.Popen(
             command,
             cwd=directory.parent,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, MptConfig, MptForCausalLM, T5Config
 
 from jobs import evaluate, export, inspect_data, train
 from jobs.cli import EXIT_REFUSED
@@ -157,6 +157,36 @@ def other_shape(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 72}))
 
 
+def integer_for_a_number(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1}))
+
+
+def quantised(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({**weights, name: weights[name].to(torch.float8_e4m3fn)}, model / "model.safetensors")
+
+
+def adapters_only(model: Path) -> None:
+    no_weights(model)
+    (model / "adapter_config.json").write_text("{}")
+
+
+def adapters_without_config(model: Path) -> None:
+    adapters_only(model)
+    no_config(model)
+
+
+def encoder(model: Path) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertConfig(vocab_size=4096, **shape).save_pretrained(model)
+
+
+def encoder_and_decoder(model: Path) -> None:
+    T5Config(vocab_size=4096, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8).save_pretrained(model)
+
+
 def no_tokenizer(model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()
@@ -168,6 +198,12 @@ MODELS = {
     "weights cut short": (cut_weights, "damaged, or not a weights file"),
     "weights of another shape": (other_shape, "shape: model.layers.0.mlp.down_proj.weight: (32, 64) in the file"),
     "no tokenizer": (no_tokenizer, "no tokenizer could be loaded"),
+    "an integer for a number": (integer_for_a_number, "Validation error for field 'rms_norm_eps'"),
+    "quantised weights": (quantised, "quantised: 1 tensors are float8_e4m3fn, such as model.layers.0.mlp.down_proj"),
+    "adapters of peft": (adapters_only, "has adapters of peft and no complete model"),
+    "adapters of peft without a config": (adapters_without_config, "call merge_and_unload() and save_pretrained()"),
+    "an encoder": (encoder, "BertForSequenceClassification (model type 'bert') has no 'score' head"),
+    "an encoder and a decoder": (encoder_and_decoder, "T5ForSequenceClassification (model type 't5') has no 'score'"),
 }
 
 
@@ -302,3 +338,25 @@ def test_bad_models(what, tiny_model, tmp_path, monkeypatch, capsys):
     assert str(model) in message
     assert "plan" not in output
     assert not (tmp_path / "runs").exists()
+
+
+def test_mpt_whose_config_takes_integers_only_for_dropout(tiny_model, tmp_path, monkeypatch, capsys):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    rows = len(AutoTokenizer.from_pretrained(tiny_model))
+    MptForCausalLM(MptConfig(vocab_size=rows, d_model=32, n_heads=4, n_layers=2)).save_pretrained(model)
+    (tmp_path / "data.jsonl").write_text(json.dumps(GOOD))
+    arguments = ["--model.path", str(model), "--data.train", str(tmp_path / "data.jsonl"), "--dry-run"]
+    monkeypatch.chdir(tmp_path)
+    code, output, message = run(train.main, arguments, monkeypatch, capsys)
+    assert code == 0, message
+    assert "plan of critic" in output
+
+
+def test_texts_longer_than_a_model_was_made_for_are_warned_of(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.jsonl").write_text(json.dumps(GOOD))
+    arguments = ["--model.path", tiny_model, "--data.train", str(tmp_path / "data.jsonl"), "--dry-run"]
+    monkeypatch.chdir(tmp_path)
+    for length, is_told in (("512", False), ("513", True)):
+        code, _, message = run(train.main, [*arguments, "--encoding.max-length", length], monkeypatch, capsys)
+        assert code == 0
+        assert (f"encoding.max_length={length} is above the 512 positions" in message) == is_told

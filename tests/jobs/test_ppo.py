@@ -292,7 +292,7 @@ def test_a_critic_shard_that_is_killed_changes_nothing(options, undisturbed, cap
 
 
 def test_a_job_that_is_killed_resumes_and_changes_nothing(options, undisturbed, ray_address, tmp_path, request):
-    run = directory_of(options, "job-killed")
+    run = directory_of(options, "killed [3], à l'essai")  # DeepSpeed takes brackets for a pattern
     config = tmp_path / "config.yaml"
     config.write_text(config_of(options, run.name, ppo=of_length(SHORT)).model_dump_json())  # JSON is YAML
     said = tmp_path / "said.txt"

@@ -102,7 +102,7 @@ def arguments(tiny_model, tmp_path, monkeypatch) -> list[str]:
 
 
 def test_a_name_that_is_in_use_is_refused(arguments, monkeypatch, capsys):
-    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/iteration-000001").mkdir(parents=True)
     said = refusal([*arguments, "--run.name", "mine"], monkeypatch, capsys)
     assert "there is a run named 'mine'" in said
     assert "continue it with --resume, or choose another --run.name" in said

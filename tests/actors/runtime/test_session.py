@@ -8,6 +8,7 @@ import pytest
 from ray._private import utils
 
 from actors.runtime.session import address_to_join
+from tests.helpers import run_command
 
 
 @pytest.fixture
@@ -35,3 +36,29 @@ def test_the_environment_has_the_last_word(ray_start_said, monkeypatch):
         assert address_to_join() == "192.0.2.77:6379"
         monkeypatch.setenv("RAY_ADDRESS", "local")
         assert address_to_join() is None
+
+
+START = """
+from actors.runtime.session import init_ray
+from jobs.cli import run_job
+run_job(lambda: init_ray(address="local"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "advice"),
+    [("TMPDIR", "too long, because a path of Ray's sockets"), ("HOME", "Ray could not start: [Errno")],
+)
+def test_a_place_that_ray_cannot_use_is_named_before_anything_starts(variable, advice, tmp_path):
+    place = tmp_path / ("x" * 100)
+    place.mkdir()
+    if variable == "HOME":
+        place = place / "file"
+        place.write_text("not a directory")
+    done = run_command(["-c", START], cwd=".", env={variable: str(place), "RAY_ADDRESS": "local"}, timeout=60)
+    assert done.returncode == 2, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert advice in line
+    assert str(place) in line
+    assert variable in line
+    assert "Traceback" not in done.stderr

@@ -39,6 +39,8 @@ def test_remote_history_is_copied_up_and_continued(tmp_path):
         assert not history.local.exists()
     stored = tmp_path / "bucket" / "run" / "history" / "metrics.jsonl"
     assert len(stored.read_text().splitlines()) == 2
+    assert not run_exists(remote, "bucket/run"), "a history alone cannot be resumed"
+    (tmp_path / "bucket" / "run" / "step-000002").mkdir()
     assert run_exists(remote, "bucket/run")
 
 

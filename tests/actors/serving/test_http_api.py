@@ -45,7 +45,7 @@ BAD = {
     ),
     "such a chat to be classified": ("/classify", {"messages": [{"role": "user", "content": "a"}]}, 422, "no_response"),
     "no input": ("/classify", {"model": None}, 422, "no_items"),
-    "another model": ("/classify", {"model": "gpt-9", "input": "a"}, 409, "version_mismatch"),
+    "another version to classify": ("/classify", {"version": "gpt-9", "input": "a"}, 409, "version_mismatch"),
     "an unknown place": ("/nowhere", GOOD, 404, "not_found"),
 }
 

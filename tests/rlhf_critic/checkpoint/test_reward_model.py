@@ -15,11 +15,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_critic.checkpoint.reward_model import check_reward_model, open_reward_model
 from rlhf_critic.config.model import AssumedEncoding
+from rlhf_critic.config.serve import CallLimits
 from rlhf_critic.errors import CheckpointError, ConfigError
+from rlhf_critic.scoring.items import Conversation, Text, encode_items
 from rlhf_critic.scoring.local import score_sequences
 from tests.helpers import save_tiny_tokenizer, tiny_config
 
 BIAS = 0.375
+EOS = 1
 
 
 def save_reward_model(directory: Path, *, bias: float | None = None, num_labels: int = 1, **tokenizer: Any) -> Path:
@@ -68,6 +71,22 @@ def test_the_reward_is_that_of_plain_transformers_and_the_heads_bias(bias, tmp_p
     assert np.ptp(expected) > 0.1, "scores that differ"
     np.testing.assert_allclose(rewards, expected, rtol=0, atol=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "nothing is copied"
+
+
+def test_a_model_that_pads_with_eos_is_read_before_an_eos_at_the_end(tmp_path):
+    source = save_reward_model(tmp_path / "model", pad_is_eos=True)
+    change_config(source, pad_token_id=EOS)
+    opened = open_reward_model(source, "model")
+    sequences = [[*some_ids()[2], *[EOS] * count] for count in (0, 1, 2)]
+    encoded = [one.ids for one in encode_items(sequences, opened.encoder, CallLimits())]
+    rewards = score_sequences(opened.load().critic, encoded, 500)
+    np.testing.assert_allclose(rewards, plain_scores(source, sequences), rtol=0, atol=1e-5)
+    text = opened.encoder.render("please", "of course").removesuffix("</s>")
+    own = AutoTokenizer.from_pretrained(source)(f"{text}</s>", add_special_tokens=False)["input_ids"]
+    items = [Text(text), Text(f"{text}</s>"), Conversation("please", "of course")]
+    encoded = [one.ids for one in encode_items(items, opened.encoder, CallLimits())]
+    rewards = score_sequences(opened.load().critic, encoded, 500)
+    np.testing.assert_allclose(rewards, plain_scores(source, [own] * 3), rtol=0, atol=1e-5)
 
 
 def test_the_encoding_is_the_tokenizers_own_and_is_stated(tmp_path, caplog):

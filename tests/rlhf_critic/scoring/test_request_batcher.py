@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from actors.serving.scorer import LocalCritic
 from rlhf_critic.batching.prefix_tree import PrefixTree
+from rlhf_critic.checkpoint.critic_directory import open_critic
 from rlhf_critic.errors import NonFiniteRewardError, ScorerUnavailable
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.scoring.request_batcher import Computed, RequestBatcher
@@ -112,7 +113,7 @@ def test_threads_that_ask_at_once_get_their_own(asked, threads):
 
 @pytest.fixture(scope="module")
 def critic(critics):
-    return LocalCritic(critics["first"], token_budget=256, use_gpu=False)
+    return LocalCritic(open_critic(critics["first"]), token_budget=256, use_gpu=False)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))

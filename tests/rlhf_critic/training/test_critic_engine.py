@@ -158,8 +158,8 @@ def resume(source: str, data: str, cache: str, stage: int, directory: str) -> tu
 def test_stopping_and_resuming_changes_nothing(ranks, tiny_model, preference_file, cache, tmp_path, stage):
     arguments = (tiny_model, preference_file, cache, stage)
     undisturbed = ranks(2).run(straight, *arguments)
-    first_half = ranks(2).run(stop_and_save, *arguments, str(tmp_path / "saved"))
-    resumed = ranks(2).run(resume, *arguments, str(tmp_path / "saved"))
+    first_half = ranks(2).run(stop_and_save, *arguments, str(tmp_path / "saved [3]"))
+    resumed = ranks(2).run(resume, *arguments, str(tmp_path / "saved [3]"))
     for rank in range(2):
         metrics, weights, moments = resumed[rank]
         expected_metrics, expected_weights, expected_moments = undisturbed[rank]

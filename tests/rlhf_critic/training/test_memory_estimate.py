@@ -289,6 +289,31 @@ def test_activations_are_what_two_passes_take(family, dtype, changes, checkpoint
         assert found["saved"] < estimate < 1.25 * found["saved"]
 
 
+SMALL = {"vocab_size": 104, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+PADDED = {
+    "gemma3_text": {**SMALL, "intermediate_size": 64, "head_dim": 8, "num_key_value_heads": 2, "sliding_window": 8},
+    "phi": {**SMALL, "intermediate_size": 64},
+    "gptj": {"vocab_size": 104, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "starcoder2": {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2},
+    "mpt": {"vocab_size": 104, "d_model": 32, "n_heads": 4, "n_layers": 2},
+    "mixtral": {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
+    "llama": {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2},
+    "gpt2": {"vocab_size": 104, "n_embd": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_padded_batches_can_be_counted_too(family):
+    """Masks of padded batches ask for values, which tensors without memory do not have."""
+    critic = critic_without_weights(AutoConfig.for_model(family, **PADDED[family]), ModelConfig(prefix_tree=False))
+    half, whole, checkpointed = (
+        activation_bytes(critic, tokens, 64, gradient_checkpointing=checkpointing)
+        for tokens, checkpointing in ((512, False), (1024, False), (1024, True))
+    )
+    assert whole == pytest.approx(2 * half, rel=0.05)
+    assert 0 < checkpointed < whole
+
+
 @pytest.mark.parametrize("family", family_configs())
 def test_every_family_can_be_counted_without_weights(family):
     """Twice the tokens need twice the memory, and checkpointing needs less, also for padded families."""
