@@ -47,7 +47,7 @@ def main() -> None:
     if not export.exists():
         resume = run_exists(*resolve_run(config.run.storage_path, config.run.name))
         result = train(config.model_copy(update={"resume": resume}))
-        export_critic(checkpoint_of(config, result), export, auto_map=True)
+        export_critic(checkpoint_of(config, result), export, auto_map=False)
         ray.shutdown()
     show(console, export)
 

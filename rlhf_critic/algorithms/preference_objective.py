@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_critic.algorithms.preference_losses import centering_penalty, per_token_loss, ranking_loss
+from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.prefix_tree import TokenIds, shared_length
 from rlhf_critic.config.train import TrainConfig
 
@@ -67,21 +68,23 @@ def preference_loss(
         margins_P: Margins between best and worst response. NaN means unknown and requires ``margin_scale`` 0.
         options: Loss options.
     """
-    device = output.device
-    sizes_P = torch.tensor([len(responses) for responses in preferences], device=device)
-    present_PK = torch.arange(int(sizes_P.max()), device=device) < sizes_P[:, None]
-    lengths_S = torch.tensor([len(ids) for responses in preferences for ids in responses], device=device)
+    sizes_P = np.array([len(responses) for responses in preferences])
+    exists_PK = np.arange(sizes_P.max()) < sizes_P[:, None]
+    lengths = [len(ids) for responses in preferences for ids in responses]
+    shared = [shared_length(np.asarray(pair[0]), np.asarray(pair[1])) for pair in preferences if needs_values(options)]
+    # In row-major order, places where a response exists are in the order of the sequences.
+    places_S = np.flatnonzero(exists_PK)
+    on_host = [torch.from_numpy(exists_PK), *map(torch.tensor, (places_S, lengths, shared, margins_P))]
+    present_PK, places, lengths_S, shared_P, margins = copy_to_device(on_host, output.device)
     rewards_S = output.gather(1, lengths_S[:, None] - 1)[:, 0] if needs_values(options) else output
-    # masked_scatter fills the mask row by row, which is the order of the sequences.
-    rewards_PK = torch.zeros(present_PK.shape, device=device).masked_scatter(present_PK, rewards_S)
+    rewards_PK = torch.zeros(present_PK.numel(), device=output.device).index_copy(0, places, rewards_S)
+    rewards_PK = rewards_PK.view(present_PK.shape)
     if needs_values(options):
-        shared = [shared_length(np.asarray(best), np.asarray(worst)) for best, worst in preferences]
-        shared_P = torch.tensor(shared, device=device)
         loss_P = per_token_loss(
             output[::2], output[1::2], shared_P, lengths_S[::2], lengths_S[1::2], options.label_smoothing
         )
     else:
-        scaled_P = torch.from_numpy(margins_P).to(device) * options.margin_scale if options.margin_scale else None
+        scaled_P = margins * options.margin_scale if options.margin_scale else None
         loss_P = ranking_loss(rewards_PK, present_PK, scaled_P, options.label_smoothing)
     if options.centering_coefficient:
         loss_P = loss_P + options.centering_coefficient * centering_penalty(rewards_PK, present_PK)

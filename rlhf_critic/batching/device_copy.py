@@ -14,6 +14,11 @@ from torch import Tensor
 ALIGNMENT = 16  # bytes; kernels read vectors of up to 16 bytes
 
 
+def is_gpu(device: torch.device | str) -> bool:
+    """Returns whether a device is a GPU, which runs behind the host."""
+    return torch.device(device).type == "cuda"
+
+
 def copy_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Copies tensors from the host to a device. On the CPU it returns them as they are.
 
@@ -26,7 +31,7 @@ def copy_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> lis
     Returns:
         The tensors on the device, in the same order. On a GPU they are views of one buffer.
     """
-    if torch.device(device).type != "cuda":
+    if not is_gpu(device):
         return [tensor.to(device) for tensor in tensors]
     unique = {id(tensor): tensor for tensor in tensors}
     packed, offsets = pack(list(unique.values()), pin_memory=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.prefix_tree import TokenIds
 
 
@@ -38,7 +39,7 @@ class PaddedBatch:
         rows = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
         input_ids_SL = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
         attention_mask_SL = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return cls(input_ids_SL.to(device), attention_mask_SL.to(device))
+        return cls(*copy_to_device([input_ids_SL, attention_mask_SL], device))
 
     @property
     def position_ids_SL(self) -> Tensor:

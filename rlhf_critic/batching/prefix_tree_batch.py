@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_critic.batching.device_copy import copy_to_device
+from rlhf_critic.batching.device_copy import copy_to_device, is_gpu
 from rlhf_critic.batching.prefix_tree import PrefixTree, TokenIds
 from rlhf_critic.batching.varlen_plan import TreeCalls, path_calls, plan_calls
 
@@ -55,7 +55,7 @@ class PrefixTreeBatch:
         tree = PrefixTree.build(sequences)
         arrays = (tree.input_ids_T[None], tree.position_ids_T[None], tree.leaves_S, tree.run_ends_R - 1)
         tensors = [torch.from_numpy(array) for array in arrays]
-        calls = plan_calls(tree, paths_only=paths_only) if torch.device(device).type == "cuda" else None
+        calls = plan_calls(tree, paths_only=paths_only) if is_gpu(device) else None
         tensors += calls.tensors() if calls else []
         ids, positions, leaves_S, leaf_tokens_R, *of_calls = copy_to_device(tensors, device)
         planned = calls.with_tensors(of_calls) if calls else None

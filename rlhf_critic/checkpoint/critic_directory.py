@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 from transformers import PreTrainedModel
 
+from rlhf_critic.checkpoint.interchange import write_for_other_readers
 from rlhf_critic.config.model import SpecialTokensInText
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
@@ -204,6 +205,7 @@ def save_critic(
         del config.auto_map
     config.save_pretrained(directory)
     encoder.save(directory)
+    write_for_other_readers(directory)
     write_text_atomically(directory / CARD_NAME, card.model_dump_json(indent=2))
 
 
@@ -226,7 +228,8 @@ def read_card(directory: str | Path) -> CriticCard:
         return CriticCard.model_validate(content)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory}: no {CARD_NAME}: not a critic directory, or writing it was interrupted"
+            f"{directory}: no {CARD_NAME}: not a critic directory, or writing it was interrupted. Convert another "
+            "system's reward model with rlhf-critic export DIRECTORY OUT"
         ) from error
     except (OSError, ValueError, AttributeError) as error:  # pydantic's errors are ValueErrors
         raise CheckpointError(f"{path}: not a valid critic card: {error}") from error

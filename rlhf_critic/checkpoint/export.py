@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from rlhf_critic.checkpoint import auto_map
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, CriticCard, load_encoder, read_card, verify_critic
+from rlhf_critic.checkpoint.interchange import native_class, read_json, write_for_other_readers, write_json
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest, write_text_atomically
+from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest
 from rlhf_critic.model.weights import WeightReader
 
 
@@ -33,6 +33,7 @@ def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> Critic
         )
         load_encoder(building, card)
         WeightReader(str(building))  # raises for a truncated file
+        write_for_other_readers(building)
         if auto_map:
             add_auto_map(building)
         write_manifest(building, 0, 1)
@@ -46,7 +47,7 @@ def add_auto_map(directory: Path) -> None:
         CheckpointError: The family has no such file.
     """
     config_path = directory / "config.json"
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = read_json(config_path)
     model_type = config["model_type"]
     if model_type not in auto_map.AUTO_MAP_FAMILIES:
         raise CheckpointError(
@@ -56,6 +57,7 @@ def add_auto_map(directory: Path) -> None:
         )
     module, class_name = f"modeling_{model_type}_reward", auto_map.reward_model_class(model_type)
     (directory / f"{module}.py").write_text(auto_map.reward_model_source(model_type), encoding="utf-8")
-    config["architectures"] = [class_name]
+    # The native class comes first, because vLLM serves the first class that is named.
+    config["architectures"] = [native_class(class_name), class_name]
     config["auto_map"] = {"AutoModelForSequenceClassification": f"{module}.{class_name}"}
-    write_text_atomically(config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(config_path, config)

@@ -92,7 +92,8 @@ class ExportJobConfig(Section):
     """Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks. Only for another system's
     checkpoint."""
     max_length: PositiveInt | None = None
-    """Maximum sequence length in tokens, by default at most 1024. Only for another system's checkpoint."""
+    """Maximum sequence length in tokens, by default the limit of a native model, else at most 1024. Only for another
+    system's checkpoint."""
     chat_template: ChatTemplate | None = None
     """Chat template: auto, plain, openrlhf, openrlhf-plain, article or the path of a Jinja file; by default that of the
     other system. Only for another system's checkpoint."""

@@ -3,6 +3,9 @@
     from actors import connect
     trainer = GRPOTrainer(model=..., reward_funcs=reward_function(connect()), ...)
 
+``reward_funcs="my-critic"`` would load the critic in TRL itself, which scores prompts that are texts without the
+critic's template and without EOS: use the function.
+
 Written against TRL 1.16, whose trainers call reward functions with ``prompts`` and ``completions`` as lists.
 """
 

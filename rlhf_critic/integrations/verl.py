@@ -10,8 +10,9 @@ verl passes the response without its prompt, so rows of the data need the prompt
 or a list of turns. The address of the pool comes from `rlhf_critic.integrations.client_from_environment`.
 
 Failures raise, and verl handles the exception. The reward managers naive (the default), dapo, gdpo and remote pass it
-on. Do not use limited, or prime of older versions: they turn it into a reward of 0. The trainer of 0.9.1 logs it, drops
-the rollouts of that prompt and counts them in training/rollout_failure/evicted_samples: watch that metric.
+on. Do not use rate_limited (limited in older versions) or prime: they turn it into a reward of 0. The trainer of 0.9.1
+logs it, drops the rollouts of that prompt and counts them in training/rollout_failure/evicted_samples: watch that
+metric.
 
 Written against the sources of verl 0.9.1, where the response is the whole generation, decoded without special tokens.
 """

@@ -19,6 +19,7 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
         turned,
         {**pairs[2], "rejected": pairs[2]["chosen"]},
         {**pairs[3], "chosen": "glad " * 99},
+        {**pairs[5], "chosen": "of course</s>"},
     ]
     (tmp_path / "first.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "second.json").write_text(json.dumps([{"prompt": "other", "ranked": ["a", "b", "c"]}, pairs[4]]))
@@ -33,6 +34,9 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     assert first["skipped (over 64 tokens)"] == "1"
     assert first["skipped (identical responses)"] == "1"
     assert first["duplicates"] == "1"
+    assert first["special tokens inside texts (read as text)"] == "1"
+    assert first["responses that the template drops or changes (kept whole)"] == "0"
+    assert first["responses whose white space the template changes"] == "0"
     assert first["contradictions (same responses, opposite order)"] == "1"
     assert ["standard, explicit prompt, ranked", "1"] in cells
     assert [f"preferences with a prompt of {sources[0]}", "1"] in cells

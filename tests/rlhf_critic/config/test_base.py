@@ -50,6 +50,15 @@ def test_a_wrong_command_line_exits_with_2(wrong, capsys):
     assert wrong[0].split(".")[-1].replace("-", "_")[:8] in capsys.readouterr().err.replace("-", "_")
 
 
+def test_a_byte_order_mark_of_a_file_is_ignored(tmp_path):
+    (tmp_path / "c.yaml").write_text("\ufeff" + FILE, encoding="utf-8")
+    (tmp_path / "plain.yaml").write_text(FILE, encoding="utf-8")
+    marked, plain = (
+        parse_command_line(TrainJobConfig, ["--config", str(tmp_path / name)]) for name in ("c.yaml", "plain.yaml")
+    )
+    assert marked == plain
+
+
 def test_missing_files_and_required_options(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         parse_command_line(TrainJobConfig, ["--config", str(tmp_path / "nowhere.yaml")])

@@ -71,6 +71,15 @@ def test_a_row_that_is_wrong_is_named_with_its_field(encoder, tmp_path, changes,
         load_best_of_n(path, encoder)
 
 
+def test_texts_that_repeat_their_prompt_have_it_once(encoder, tmp_path):
+    whole = {"prompt": "please", "chosen": ["please no"], "rejected": ["please go", "please, 1"]}
+    (loaded,) = load_best_of_n(write(tmp_path / "rows.jsonl", [whole]), encoder)
+    expected = [encoder.encode("please", text).ids for text in (" no", " go", ", 1")]
+    assert [list(ids) for ids in loaded.sequences] == expected
+    (answer,) = load_best_of_n(write(tmp_path / "rows.jsonl", [LISTS]), encoder)
+    assert list(answer.sequences[0]) == encoder.encode("please", "of course").ids
+
+
 def test_the_top_shares_its_credit_among_ties():
     rows = [row(1, 3, "a"), row(1, 3, "a"), row(1, 3, "b"), row(2, 1, "a")]
     rewards = np.array([2.0, 1, 0, 1, 0, 1, 0, 0, 5, 5, 5, 0, 1, 3, 3])
