@@ -34,8 +34,8 @@ lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Four processes share two cores, because tests of actors wait half of their time; tests/README.md says which stay together.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+# Three processes share the tests; tests/README.md says which stay together.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 DURATIONS := benchmarks/test_durations.txt
 
 test: lint ## Lint, types, and every test that is not slow.

@@ -1,6 +1,6 @@
 """Fixtures that tests share: a small tokenizer, tiny models, one Ray for a session, and groups of ranks on it.
 
-Processes of pytest-xdist share the files (``-n 4 --dist loadfile``). Fixtures decide which files stay together: those
+Processes of pytest-xdist share the files (``-n 3 --dist loadfile``). Fixtures decide which files stay together: those
 of scorers, those of each folder that need Ray, and each file of pure tests.
 """
 

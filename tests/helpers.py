@@ -205,7 +205,7 @@ def ray_job(dashboard: str, *arguments: str, timeout: float = 280) -> subprocess
     )
 
 
-def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], timeout: float = 240) -> None:
     """Waits for a condition; raises an error that names ``what``, called if it is a function, if it stays false."""
     deadline = time.monotonic() + timeout
     while not condition():

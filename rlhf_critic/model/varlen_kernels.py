@@ -224,10 +224,15 @@ def kernel_for(query: Tensor, scores: Scores) -> VarlenKernel | None:
     is_half = query.dtype in {torch.float16, torch.bfloat16}
     if is_half and capability >= (8, 0) and query.shape[-1] <= largest:
         if scores.softcap is not None:
-            return FlashAttentionPackage() if find_spec("flash_attn") else None
+            return FlashAttentionPackage() if _has_flash_attention_package() else None
         activate_flash_attention_3(capability)
         return FlashAttention()
     return EfficientAttention() if scores.window is None and scores.softcap is None else None
+
+
+@cache  # every layer of every forward pass asks
+def _has_flash_attention_package() -> bool:
+    return find_spec("flash_attn") is not None
 
 
 @cache

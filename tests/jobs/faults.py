@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray.train import get_context
 
 from rlhf_critic.errors import DataError
 
@@ -66,8 +67,9 @@ FAULTS = {
 def faulty_loop(loop_config: dict[str, Any]) -> Any:
     """Runs the train loop with the fault that the run is named after, and counts the attempt."""
     name = loop_config["run"]["name"]
-    with attempts_file(loop_config["run"]["storage_path"], name).open("a") as attempts:
-        attempts.write("attempt\n")
+    if get_context().get_world_rank() == 0:
+        with attempts_file(loop_config["run"]["storage_path"], name).open("a") as attempts:
+            attempts.write("attempt\n")
     fault = FAULTS[name]
 
     def fail(*_: Any, **__: Any) -> None:

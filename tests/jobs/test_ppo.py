@@ -306,7 +306,7 @@ def test_a_job_that_is_killed_resumes_and_changes_nothing(options, undisturbed, 
             start_new_session=True,
         )
     request.addfinalizer(lambda: job.poll() is None and job.kill())
-    wait_until(lambda: len(history_of(run)) >= 4 or job.poll() is not None, "four iterations", 240)
+    wait_until(lambda: len(history_of(run)) >= 4 or job.poll() is not None, "four iterations", 500)
     assert job.poll() is None, said.read_text()[-4000:]
     os.killpg(job.pid, signal.SIGKILL)
     job.wait(30)
@@ -469,7 +469,7 @@ def test_scorers_that_stop_answering_end_the_job_after_the_deadline(options):
 
     running = threading.Thread(target=job)
     running.start()
-    wait_until(lambda: len(history_of(run)) >= 3 or failures, "three iterations", 240)
+    wait_until(lambda: len(history_of(run)) >= 3 or failures, "three iterations", 500)
     assert not failures
     control.stop("scorers")
     running.join(90)

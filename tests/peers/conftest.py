@@ -92,7 +92,11 @@ def texts(export: str, conversations: list[Conversation]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def pairs(conversations: list[Conversation]) -> list[tuple[Conversation, Conversation]]:
-    """Preferences: each conversation, and its prompt with the response of the next one."""
-    others = [*conversations[1:], conversations[0]]
-    return [(one, Conversation(one.prompt, other.response)) for one, other in zip(conversations, others, strict=True)]
+def pairs(export: str, conversations: list[Conversation]) -> list[tuple[Conversation, Conversation]]:
+    """Preferences that no peer has to truncate: each conversation, and its prompt with the response of another one."""
+    encoder = load_critic(export).encoder
+    made = []
+    for one in conversations:
+        others = (Conversation(one.prompt, other.response) for other in conversations if other.response != one.response)
+        made.append((one, next(other for other in others if not encoder.encode(*other).truncated)))
+    return made

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import numpy as np
+
 from tests.actors.scorers import rewards_by_engine
 from tests.peers.contract import turns_of
 
@@ -36,7 +38,7 @@ def test_both_versions_score_our_export_with_our_numbers(peer, export, pairs, tm
     answer = contract.run("ask_rewardbench", request)
     ours = [rewards_by_engine(export, side) for side in (chosen, rejected)]
     for side, name in enumerate(("chosen", "rejected")):
-        theirs = [score for row in answer["version_1"][f"scores_{name}"] for score in row]
+        theirs = np.ravel(answer["version_1"][f"scores_{name}"])
         contract.compare(f"our export: rewardbench, {name} responses", theirs, ours[side])
     contract.compare("our export: rewardbench, accuracy", answer["accuracy"], (ours[0] > ours[1]).mean())
     theirs = [score for row in answer["version_2"]["scores"] for score in row]

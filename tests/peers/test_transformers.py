@@ -6,10 +6,8 @@ from rlhf_critic.checkpoint.convert import convert_checkpoint
 from tests.actors.scorers import MAX_LENGTH, make_conversations, rewards_by_engine
 from tests.peers.contract import turns_of
 
-FOUR = pytest.mark.xfail(strict=True, reason="an export names classes and a rope_theta that only transformers 5 reads")
-RAW = pytest.mark.xfail(strict=True, reason="without problem_type in config.json the pipeline answers sigmoid(reward)")
 # TRL's environment has the newest transformers.
-VERSIONS = [pytest.param(f"transformers-{one}", marks=FOUR) for one in ("4.51", "4.57")]
+VERSIONS = ["transformers-4.51", "transformers-4.57", "trl"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def ask(export, asked, tmp_path_factory):
     return once
 
 
-@pytest.mark.parametrize("version", [*VERSIONS, "trl"])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_plain_transformers_has_our_rewards(peer, ask, export, asked, version):
     contract = peer(version)
     answer, _ = ask(contract)
@@ -44,7 +42,7 @@ def test_plain_transformers_has_our_rewards(peer, ask, export, asked, version):
         contract.compare(f"our export: AutoModelForSequenceClassification, {said}", answer[how], ours)
 
 
-@pytest.mark.parametrize("version", [*VERSIONS, pytest.param("trl", marks=RAW)])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_pipeline_without_options_has_our_rewards(peer, ask, export, asked, version):
     contract = peer(version)
     answer, _ = ask(contract)
@@ -52,7 +50,7 @@ def test_a_pipeline_without_options_has_our_rewards(peer, ask, export, asked, ve
     contract.compare(what, answer["pipeline"], rewards_by_engine(export, asked))
 
 
-@pytest.mark.parametrize("version", [*VERSIONS, "trl"])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_we_have_the_rewards_of_a_model_that_they_saved(peer, ask, asked, tmp_path, version):
     contract = peer(version)
     answer, saved = ask(contract)

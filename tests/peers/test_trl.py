@@ -49,7 +49,9 @@ def test_a_model_that_the_reward_trainer_made_has_its_scores_here(peer, base, pa
 
 def test_grpo_with_our_export_as_reward_function_has_our_rewards(peer, export, base, conversations):
     contract = peer("trl")
-    prompts = [[{"role": "user", "content": str(one.prompt)}] for one in conversations]
+    # Short ones: what a random policy generates has many tokens, and TRL does not truncate at the critic's maximum.
+    shortest = sorted((str(one.prompt) for one in conversations), key=len)[:4]
+    prompts = [[{"role": "user", "content": prompt}] for prompt in shortest]
     answer = contract.run("ask_trl", {"model": export, "policy": base, "prompts": prompts})
     logged = answer["logged"]
     (name,) = logged[0].keys() - {"prompt", "completion"}

@@ -1,11 +1,8 @@
 """verl's reward loop gets our rewards from a pool that it takes for a vLLM server, also after a publish."""
 
-import pytest
-
 from tests.actors.scorers import rewards_by_engine
 
 
-@pytest.mark.xfail(strict=True, reason="/classify takes the name of a model for the wish for a version: 409")
 def test_their_reward_loop_gets_our_rewards_over_http(peer, serving, exports, base, conversations):
     contract = peer("verl")
     for number, critic in enumerate(exports):

@@ -31,7 +31,6 @@ def test_vllm_classifies_with_our_rewards_if_asked_for_raw_scores(peer, ask, rew
     contract.compare("our export: LLM.classify, use_activation=False", ask(contract)["raw"], rewards)
 
 
-@pytest.mark.xfail(strict=True, reason="without problem_type in config.json vLLM answers sigmoid(reward)")
 def test_vllm_classifies_with_our_rewards_without_options(peer, ask, rewards, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     contract = peer("vllm")

@@ -230,7 +230,7 @@ def test_a_swap_that_failed_heals_without_anybody_who_publishes(serving, critics
 
     def served():
         reports = [one for one in read_status("scorers") if one.pid in replica_pids()]
-        return {one.info.model_version for one in reports if one.is_current} if len(reports) == 2 else ()
+        return {one.info.model_version for one in reports} if sum(one.is_current for one in reports) == 2 else ()
 
     wait_until(lambda: len(served()) == 1, "both replicas to serve it", 60)
     (version,) = served()

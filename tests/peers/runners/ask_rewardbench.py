@@ -29,7 +29,7 @@ first.rewardbench(
         output_dir="results/",
     )
 )
-with open(f"{request['model']}_outputs.jsonl", encoding="utf-8") as file:
+with open(f"results/{request['model']}_outputs.jsonl", encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
 answer["version_1"] = {key: [row[key] for row in rows] for key in ("scores_chosen", "scores_rejected", "text_chosen")}
 with open(f"results/{request['model']}.json", encoding="utf-8") as file:
