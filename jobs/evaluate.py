@@ -77,7 +77,7 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
     device, dtype = select_device(config.use_gpu), DTYPE_OF[resolve_dtype(config.dtype, config.use_gpu)]
     configure_device(device, dtype)
     with local_directory(config.checkpoint) as directory:
-        loaded = open_reward_model(directory, config.checkpoint, config.encoding).in_dtype(dtype).load()
+        loaded = open_reward_model(directory, config.checkpoint, config.encoding).load(dtype)
     loaded.critic.to(device)
     _, first_row = next(read_rows(config.data))
     return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)

@@ -32,6 +32,7 @@ from actors.serving.scorer import version_name
 from jobs.cli import command, run_job, validate_outside_package
 from rlhf_critic.checkpoint.reward_model import check_reward_model
 from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.model import resolve_dtype
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
 from rlhf_critic.data.sources import fingerprint_of, read_rows
 from rlhf_critic.errors import ConfigError, DataError, PlacementError
@@ -74,7 +75,7 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
             card.reward_scale()
     scorer = config.scorer_config(config.checkpoint, model.digest)
     data = config.data
-    version = version_name(card.version, model.digest, scorer)
+    version = version_name(card.version, model.digest, scorer, resolve_dtype(scorer.dtype, config.use_gpu))
     fingerprint = fingerprint_of(data)
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)

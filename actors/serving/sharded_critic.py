@@ -48,7 +48,7 @@ class ShardedCriticRank(Rank):
 
         with self._opened:
             opened = open_reward_model(directories[self.rank], config.checkpoint, config.encoding, verify=False)
-            self._engine = InferenceEngine.from_checkpoint(opened.in_dtype(DTYPE_OF[dtype]), config.token_budget)
+            self._engine = InferenceEngine.from_checkpoint(opened, config.token_budget, DTYPE_OF[dtype])
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:

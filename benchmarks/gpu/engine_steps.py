@@ -90,8 +90,9 @@ def loss_step(engine: Any, pairs: Pairs) -> Any:
         result = preference_loss(output, chosen, np.zeros(len(chosen), np.float32), engine.options)
         return MicroBatchLoss(result.loss_P, result.sums())
 
+    prepared = engine.training.prepare(pairs.units)
     result, _ = engine.training.take_step(
-        pairs.units, loss_of, denominator=len(pairs.units), tokens=pairs.tokens, seed=0, name_of=str
+        prepared, loss_of, denominator=len(pairs.units), tokens=pairs.tokens, seed=0, name_of=str
     )
     return result
 

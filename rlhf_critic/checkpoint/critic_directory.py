@@ -132,10 +132,6 @@ class OpenedCritic:
         """Returns the same critic with another version in its card."""
         return replace(self, card=self.card.model_copy(update={"version": version}))
 
-    def in_dtype(self, dtype: torch.dtype) -> OpenedCritic:
-        """Returns the same critic, to be built in another dtype."""
-        return replace(self, dtype=dtype)
-
     def build(self, ds_config: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> Critic:
         """Builds the critic and reads its weights; see `rlhf_critic.model.factory.create_critic_model`.
 

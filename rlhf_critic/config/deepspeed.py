@@ -55,7 +55,8 @@ def secondary_ranks(options: OptimizerConfig, hardware: Hardware) -> int:
     """
     per_node = hardware.ranks_per_node
     several_nodes = 1 < per_node < hardware.ranks and hardware.ranks % per_node == 0
-    return per_node if options.zero_stage == 3 and hardware.on_gpu and several_nodes else 1
+    on_device = options.zero_stage == 3 and hardware.on_gpu and not options.offload_parameters
+    return per_node if on_device and several_nodes else 1
 
 
 def deepspeed_config(

@@ -100,7 +100,8 @@ class RunConfig(Section):
     use_gpu: bool = False
     """Use one GPU per worker and NCCL, instead of CPUs and Gloo."""
     deterministic: bool = False
-    """Use kernels and collectives that give the same weights in every run on the same GPUs; slower. CPUs always do."""
+    """Use kernels and collectives that repeat their results, so that a repeated run on the same GPUs gives the same
+    weights. A CPU needs no such option."""
     cpus_per_worker: PositiveInt = 1
     """CPUs that Ray reserves per worker; also its number of torch threads without a GPU."""
     max_failures: NonNegativeInt = 3

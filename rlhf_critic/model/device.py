@@ -1,4 +1,4 @@
-"""Settings of torch for a device: TF32 and deterministic kernels."""
+"""Devices: choice, health, and settings of torch for them, such as TF32 and deterministic kernels."""
 
 from __future__ import annotations
 
@@ -39,3 +39,15 @@ def configure_device(device: torch.device, dtype: torch.dtype, deterministic: bo
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
+
+
+def is_working(device: torch.device) -> bool:
+    """Returns whether a device still computes. After some errors, such as an illegal access, a GPU never does again."""
+    if device.type != "cuda":
+        return True
+    try:
+        return torch.ones(2, device=device).sum().item() == 2.0
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False

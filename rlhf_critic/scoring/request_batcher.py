@@ -2,8 +2,9 @@
 
 Every request waits in one queue. Whenever the critic is free, the oldest requests are planned together
 (`rlhf_critic.batching.planner`), so sequences of different callers that share a prefix meet in one prefix tree. The
-micro-batch with the oldest sequence is computed next. Nothing waits for a batch to fill: an idle critic starts at
-once, and under load the queue fills the batches. Knows nothing about text, models or networks.
+micro-batch with the oldest sequence is computed next. A plan is used until new requests could change its rest.
+Nothing waits for a batch to fill: an idle critic starts at once, and under load the queue fills the batches. Knows
+nothing about text, models or networks.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ Forward: TypeAlias = Callable[[Sequence[TokenIds], bool], Computed]
 PLANNED_AHEAD = 4
 
 
+class OutOfDeviceMemory(ScorerUnavailable):
+    """A micro-batch needs more memory than the device has. Smaller ones may fit."""
+
+
 @dataclass(eq=False)
 class _Request:
     sequences: Sequence[TokenIds]
@@ -55,6 +60,14 @@ class _Request:
     @property
     def waiting(self) -> list[int]:
         return [index for index in range(len(self.sequences)) if index not in self.outputs]
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.outputs) == len(self.sequences)
+
+
+# Sequences of a micro-batch: each is one of a request.
+_Chosen: TypeAlias = list[tuple[_Request, int]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,8 @@ class RequestBatcher:
     """Computes requests on a separate thread and joins those that wait at the same time.
 
     Args:
-        forward: Computes a micro-batch: token ids to rewards (``rewards_only``) or values. Called by one thread.
+        forward: Computes a micro-batch: token ids to rewards (``rewards_only``) or values. Called by one thread. If it
+            raises `OutOfDeviceMemory`, the budget is halved and its sequences are planned again.
         token_budget: Maximum tokens of a micro-batch. With ``prefix_tree``, shared tokens count once.
         prefix_tree: Whether ``forward`` computes shared prefixes once.
         on_batch: Called with the figures of every computed micro-batch.
@@ -100,6 +114,9 @@ class RequestBatcher:
         self._prefix_tree = prefix_tree
         self._on_batch = on_batch
         self._queue: deque[_Request] = deque()
+        self._planned: deque[_Chosen] = deque()
+        self._submitted = 0
+        self._considered = 0  # value of `_submitted` at the last plan, if every request of its kind was planned
         self._changed = threading.Condition()
         self._closed = False
         self._busy_since: float | None = None
@@ -129,6 +146,7 @@ class RequestBatcher:
             if self._closed:
                 raise ScorerUnavailable("this scorer is shutting down: use another")
             self._queue.append(request)
+            self._submitted += 1
             self._changed.notify()
         return request.future
 
@@ -170,43 +188,66 @@ class RequestBatcher:
                 self._drop_finished()
                 if self._closed and not self._queue:
                     return
-                window = self._oldest()
-            if window:  # not every request was cancelled
-                self._busy_since = time.perf_counter()
-                self._compute(window)
-                self._busy_since = None
+            self._busy_since = time.perf_counter()
+            self._compute_next()
+            self._busy_since = None
 
     def _drop_finished(self) -> None:
         self._queue = deque(request for request in self._queue if not request.future.done())
 
-    def _oldest(self) -> list[tuple[_Request, int]]:
-        """Returns the sequences to plan next. All are of the oldest request's kind: rewards or values."""
-        window: list[tuple[_Request, int]] = []
-        tokens = 0
-        for request in self._queue:
-            if request.rewards_only != self._queue[0].rewards_only:
-                continue
-            window += [(request, index) for index in request.waiting]
-            tokens += request.tokens
+    def _compute_next(self) -> None:
+        """Computes the micro-batch with the oldest sequence, if not every request was cancelled."""
+        chosen: _Chosen = []
+        try:
+            chosen = self._next()
+            if chosen:
+                self._compute(chosen)
+        except OutOfDeviceMemory as error:
+            if len(chosen) == 1:
+                _fail(chosen[0][0], error)
+                return
+            self._token_budget = max(1, min(self._token_budget, self._tokens_of(_sequences_of(chosen))) // 2)
+            self._planned.clear()
+            logger.warning("out of device memory sequences=%d new_token_budget=%d", len(chosen), self._token_budget)
+        except Exception as error:
+            for request in _requests_of(chosen) or list(self._queue)[:1]:
+                _fail(request, error)
+
+    def _next(self) -> _Chosen:
+        """Takes the next micro-batch from the plan, or from a new plan if requests outside could change it."""
+        with self._changed:
+            queue, submitted = list(self._queue), self._submitted
+        rests = ([one for one in chosen if not one[0].future.done()] for chosen in self._planned)
+        self._planned = deque(rest for rest in rests if rest)
+        has_room = len(self._planned) < PLANNED_AHEAD and self._considered != submitted
+        # The oldest request may be of the other kind, rewards or values.
+        if queue and (not self._planned or has_room or queue[0] not in _requests_of(self._planned[0])):
+            kind = [request for request in queue if request.rewards_only == queue[0].rewards_only]
+            window, requests = self._window(kind)
+            (plan,) = plan_sequences(_sequences_of(window), 1, self._token_budget, self._prefix_tree)
+            units = sorted((one.units for one in plan), key=min)
+            self._planned = deque([window[unit] for unit in of_one] for of_one in units)
+            self._considered = submitted if requests == len(kind) else -1
+        return self._planned.popleft() if self._planned else []
+
+    def _window(self, queue: Sequence[_Request]) -> tuple[_Chosen, int]:
+        """Returns the sequences to plan, and the number of requests from which they come."""
+        window: _Chosen = []
+        tokens, requests = 0.0, 0
+        for request in queue:
+            waiting = request.waiting
+            window += [(request, index) for index in waiting]
+            tokens += request.tokens * len(waiting) / len(request.sequences)
+            requests += 1
             if tokens > PLANNED_AHEAD * self._token_budget:
                 break
-        return window
+        return window, requests
 
-    def _compute(self, window: list[tuple[_Request, int]]) -> None:
+    def _compute(self, chosen: _Chosen) -> None:
         started = time.perf_counter()
-        chosen = window
-        try:
-            sequences = [request.sequences[index] for request, index in window]
-            (plan,) = plan_sequences(sequences, 1, self._token_budget, self._prefix_tree)
-            (units,) = (micro_batch.units for micro_batch in plan if 0 in micro_batch.units)
-            chosen = [window[unit] for unit in units]
-            computed = self._forward([sequences[unit] for unit in units], window[0][0].rewards_only)
-            outputs = list(zip(chosen, computed.outputs, strict=True))
-        except Exception as error:
-            for request in _requests_of(chosen):
-                _fail(request, error)
-            return
-        for (request, index), output in outputs:
+        sequences = _sequences_of(chosen)
+        computed = self._forward(sequences, chosen[0][0].rewards_only)
+        for (request, index), output in zip(chosen, computed.outputs, strict=True):
             request.outputs[index] = output
         for request in _requests_of(chosen):
             _finish(request)
@@ -214,9 +255,9 @@ class RequestBatcher:
             self._drop_finished()
             queue = len(self._queue)
         record = BatchRecord(
-            sequences=len(units),
+            sequences=len(chosen),
             requests=len(_requests_of(chosen)),
-            tokens=sum(len(sequences[unit]) for unit in units),
+            tokens=sum(len(sequence) for sequence in sequences),
             computed_tokens=computed.tokens,
             queue=queue,
             seconds=time.perf_counter() - started,
@@ -227,13 +268,17 @@ class RequestBatcher:
             logger.exception("micro-batch not recorded")
 
 
-def _requests_of(chosen: list[tuple[_Request, int]]) -> list[_Request]:
+def _sequences_of(chosen: _Chosen) -> list[TokenIds]:
+    return [request.sequences[index] for request, index in chosen]
+
+
+def _requests_of(chosen: _Chosen) -> list[_Request]:
     return list(dict.fromkeys(request for request, _ in chosen))
 
 
 def _finish(request: _Request) -> None:
     """Answers a request once all its sequences are computed."""
-    if request.waiting:
+    if not request.is_complete:
         return
     outputs = [request.outputs[index] for index in range(len(request.sequences))]
     bad = [index for index, output in enumerate(outputs) if not np.isfinite(output).all()]

@@ -10,6 +10,7 @@ from rlhf_critic.config.deepspeed import (
     Hardware,
     bucket_elements,
     deepspeed_config,
+    secondary_ranks,
 )
 from rlhf_critic.config.model import BodyConfig, ModelConfig, OptimizerConfig
 from rlhf_critic.config.ppo import PPOJobConfig
@@ -49,6 +50,8 @@ def test_gpus_overlap_communication_and_cpus_keep_deepspeeds_choice():
 def test_a_second_copy_of_the_shards_needs_equal_nodes_of_several_gpus(hardware, expected):
     assert config(3, hardware)["zero_optimization"].get("zero_hpz_partition_size") == expected
     assert "zero_hpz_partition_size" not in config(2, hardware)["zero_optimization"]
+    offloading = OptimizerConfig(zero_stage=3, offload_parameters=True, offload_optimizer=True)
+    assert secondary_ranks(offloading, hardware) == 1
 
 
 def test_buckets_grow_with_the_ranks_and_never_exceed_the_model():

@@ -13,8 +13,9 @@ from actors.serving.scorer import LocalCritic
 from rlhf_critic.batching.prefix_tree import PrefixTree
 from rlhf_critic.checkpoint.critic_directory import open_critic
 from rlhf_critic.errors import NonFiniteRewardError, ScorerUnavailable
+from rlhf_critic.scoring import request_batcher
 from rlhf_critic.scoring.local import score_sequences
-from rlhf_critic.scoring.request_batcher import Computed, RequestBatcher
+from rlhf_critic.scoring.request_batcher import PLANNED_AHEAD, Computed, OutOfDeviceMemory, RequestBatcher
 from tests.actors.scorers import make_conversations
 from tests.helpers import wait_until
 
@@ -350,3 +351,75 @@ def test_closing_in_vain_fails_what_is_left():
     wait_until(lambda: not batcher._thread.is_alive(), "the batcher's thread to end")
     assert recorder.batches == [[BUSY]], "what was failed is not computed"
     assert batcher.close(0.2)
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """The numbers of sequences that were planned together, plan by plan."""
+    numbers: list[int] = []
+    real = request_batcher.plan_sequences
+
+    def plan(sequences, *options):
+        numbers.append(len(sequences))
+        return real(sequences, *options)
+
+    monkeypatch.setattr(request_batcher, "plan_sequences", plan)
+    return numbers
+
+
+def test_a_large_call_is_planned_once(plans):
+    recorder = Recorder()
+    batcher = RequestBatcher(recorder, BUDGET, prefix_tree=True)
+    sequences = [[number, *range(9)] for number in range(200)]
+    check(sequences, True, batcher.submit(sequences, True).result(30))
+    assert len(recorder.batches) >= 40
+    assert plans == [200]
+    assert batcher.close(30)
+
+
+def test_a_new_call_joins_the_end_of_a_large_one(plans):
+    recorder = Recorder()
+    batcher, _ = busy_batcher(recorder, BUDGET)
+    large = [[number, *range(9)] for number in range(40)]
+    futures = [batcher.submit(large, True), batcher.submit([[39, *range(9), 5]], True)]
+    recorder.may_go.set()
+    check(large, True, futures[0].result(30))
+    check([[39, *range(9), 5]], True, futures[1].result(30))
+    assert plans[:2] == [1, 40]
+    assert len(plans) <= 2 + PLANNED_AHEAD
+    assert recorder.batches[-1][-1] == [39, *range(9), 5], "beside the sequence that it continues"
+    assert [39, *range(9)] in recorder.batches[-1]
+    assert batcher.close(30)
+
+
+def test_what_does_not_fit_the_memory_is_computed_in_smaller_micro_batches(plans):
+    def small_only(sequences, rewards_only):
+        if sum(map(len, sequences)) > 12:
+            raise OutOfDeviceMemory("too large")
+        return forward(sequences, rewards_only)
+
+    recorder = Recorder(small_only)
+    batcher = RequestBatcher(recorder, BUDGET, prefix_tree=True)
+    sequences = [[number, 1, 2, 3] for number in range(20)]
+    check(sequences, True, batcher.submit(sequences, True).result(30))
+    with pytest.raises(OutOfDeviceMemory, match="too large"):
+        batcher.submit([[1] * 13], True).result(30)
+    check([[1, 2]], True, batcher.submit([[1, 2]], True).result(30))
+    assert [len(batch) for batch in recorder.batches[:2]] == [10, 5]
+    assert batcher.close(30)
+
+
+def test_a_plan_that_fails_ends_the_oldest_call_only(monkeypatch):
+    real, failures = request_batcher.plan_sequences, iter([RuntimeError("no plan")])
+
+    def plan(*arguments):
+        for failure in failures:
+            raise failure
+        return real(*arguments)
+
+    monkeypatch.setattr(request_batcher, "plan_sequences", plan)
+    batcher = RequestBatcher(forward, BUDGET, prefix_tree=True)
+    with pytest.raises(RuntimeError, match="no plan"):
+        batcher.submit([[1]], True).result(30)
+    check([[1, 2]], True, batcher.submit([[1, 2]], True).result(30))
+    assert batcher.close(30)
