@@ -50,7 +50,7 @@ class PreparedPreferences:
 
     preferences: EncodedPreferences
     rows_G: IntArray
-    units: list[Sequence[TokenIds]]
+    units: Sequence[Sequence[TokenIds]]
     step: PreparedStep
 
 

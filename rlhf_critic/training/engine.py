@@ -272,7 +272,6 @@ class TrainingEngine:
             grad_norm = float(self.engine.get_global_grad_norm())
             self._check_finite(grad_norm, losses, name_of)
         self.step += 1
-        self.step += 1
         return StepResult(
             step=self.step,
             loss=loss_sum / denominator,
