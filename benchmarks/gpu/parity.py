@@ -7,7 +7,6 @@ twice as large and above the floor of the dtype.
 from __future__ import annotations
 
 import gc
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.shapes import IntArray, build_critic, build_model, family_configs, long_tree, trees
+from rlhf_critic.batching import varlen_plan
 
 FLOORS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -33,24 +33,16 @@ def run(context: Context) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for tree, sequences in trees(context.tiny).items():
             for family in configs if tree == "pair" else others:
-                for way in ways() if family == "llama" else ("chosen",):
+                for way in ways(context) if family == "llama" else ("chosen",):
                     run_case = partial(compare, context, configs[family], sequences, dtype, way)
                     context.case(f"{family} {NAMES[dtype]} {tree} {way}", 8, run_case)
-    for way in ways():
+    for way in ways(context):
         context.case(f"llama bf16 long tree {way}", 15, partial(compare_long, context, configs["llama"], way))
 
 
-def varlen_plan() -> Any:
-    """Returns the library's module of attention plans; None if it has none."""
-    try:
-        return importlib.import_module("rlhf_critic.batching.varlen_plan")
-    except ImportError:
-        return None
-
-
-def ways() -> tuple[str, ...]:
-    """Returns the plans of attention to force; ``chosen`` leaves the choice to the library."""
-    return ("chosen", "paths", "levels") if hasattr(varlen_plan(), "LEVELS_FROM") else ("chosen",)
+def ways(context: Context) -> tuple[str, ...]:
+    """Returns the plans of attention to force; ``chosen`` leaves the choice to the library. CPUs have no plans."""
+    return ("chosen", "paths", "levels") if context.device.type == "cuda" else ("chosen",)
 
 
 @contextmanager
@@ -59,13 +51,12 @@ def forced(way: str) -> Iterator[None]:
     if way == "chosen":
         yield
         return
-    module = varlen_plan()
-    before = module.LEVELS_FROM
-    module.LEVELS_FROM = 0 if way == "levels" else 10**9
+    before = varlen_plan.LEVELS_FROM
+    varlen_plan.LEVELS_FROM = 0 if way == "levels" else 10**9
     try:
         yield
     finally:
-        module.LEVELS_FROM = before
+        varlen_plan.LEVELS_FROM = before
 
 
 def compare(

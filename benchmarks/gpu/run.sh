@@ -4,11 +4,11 @@
 #     benchmarks/gpu/prepare.sh                            # on a machine with an index
 #     benchmarks/gpu/run.sh --minutes 8 --out DIR          # on the GPU machine, from the repository's root
 #     benchmarks/gpu/run.sh --quick --out DIR              # parity alone, in 90 seconds
-#     benchmarks/gpu/run.sh --device cpu --tiny --out DIR  # anywhere; `make test` runs it
+#     benchmarks/gpu/run.sh --device cpu --tiny --out DIR  # anywhere; a test runs it
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
-wheels=benchmarks/gpu/wheels
+wheels=${WHEELS:-benchmarks/gpu/wheels}
 packages=${PACKAGES:-benchmarks/gpu/packages}
 
 if [ -d "$wheels" ] && [ ! -e "$packages/.complete" ]; then
