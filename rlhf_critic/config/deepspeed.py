@@ -11,7 +11,7 @@ from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 # reduce.
 CPU_BUCKET = 20_000_000
 MAX_GPU_BUCKET = 200_000_000
-BUCKET_PER_RANK = 5_000_000  # smaller parts of a rank make NCCL wait for messages instead of moving bytes
+BUCKET_PER_RANK = 5_000_000  # an estimate; smaller parts of a rank make NCCL wait instead of moving bytes
 
 # Timers of DeepSpeed would wait for the device twice in every micro-batch.
 TIMERS_OFF = {"throughput": {"enabled": False}}
@@ -24,12 +24,10 @@ class Hardware:
     Attributes:
         on_gpu: Whether each rank has a GPU.
         ranks: Number of ranks.
-        ranks_per_node: Number of ranks on each node; 0 if nodes differ.
     """
 
     on_gpu: bool = False
     ranks: int = 1
-    ranks_per_node: int = 0
 
 
 CPU = Hardware()
@@ -46,17 +44,6 @@ def bucket_elements(parameters: int | None, hardware: Hardware) -> int:
         return CPU_BUCKET
     size = min(max(CPU_BUCKET, BUCKET_PER_RANK * hardware.ranks), MAX_GPU_BUCKET)
     return size if parameters is None else max(1, min(size, parameters))
-
-
-def secondary_ranks(options: OptimizerConfig, hardware: Hardware) -> int:
-    """Returns the number of ranks that share a second copy of ZeRO-3's shards on their node; 1 is no copy.
-
-    Parameters are then gathered within a node in the backward pass (Wang et al., "ZeRO++" (2023), hpZ).
-    """
-    per_node = hardware.ranks_per_node
-    several_nodes = 1 < per_node < hardware.ranks and hardware.ranks % per_node == 0
-    on_device = options.zero_stage == 3 and hardware.on_gpu and not options.offload_parameters
-    return per_node if on_device and several_nodes else 1
 
 
 def deepspeed_config(
@@ -80,8 +67,6 @@ def deepspeed_config(
     }
     if hardware.on_gpu:
         zero["overlap_comm"] = hardware.ranks > 1  # communication beside the backward pass
-    if (shared := secondary_ranks(options, hardware)) > 1:
-        zero["zero_hpz_partition_size"] = shared
     if options.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if options.offload_parameters:

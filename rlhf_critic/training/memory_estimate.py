@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_critic.config.deepspeed import Hardware, bucket_elements, secondary_ranks
+from rlhf_critic.config.deepspeed import Hardware, bucket_elements
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.model.critic import Critic
 
@@ -255,8 +255,6 @@ def shard_memory(
         gathered = sizes if world_size > 1 or options.offload_parameters else ()
         small = sum(size for size in gathered if size <= PERSISTENT)
         memory.parameters = working * (part(sizes) + small)
-        if (sharing := secondary_ranks(options, hardware)) > 1:  # a second copy of the shards on each node
-            memory.parameters += working * (sum(gathered) - small) // sharing
         memory.gathered = working * min(sum(gathered) - small, MAX_GATHERED)
         memory.step += working * bucket  # this bucket is never freed
     if options.offload_optimizer:

@@ -21,7 +21,6 @@ from rlhf_critic.training.memory_estimate import ModelCount, ShardMemory, activa
 USABLE = 0.9
 MAX_RANKS = 1024
 MIN_TOKENS = 1024
-GPUS_PER_NODE = 8  # an assumption; it decides whether ZeRO-3 keeps a second copy of the shards on each node
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Planner:
     def memory(self, setup: PlanJobConfig) -> ShardMemory:
         """Calculates the memory of a shard."""
         activations = self._activations(setup.dtype, setup.token_budget, setup.gradient_checkpointing)
-        hardware = Hardware(on_gpu=True, ranks=setup.world_size, ranks_per_node=GPUS_PER_NODE)
+        hardware = Hardware(on_gpu=True, ranks=setup.world_size)
         return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, hardware, activations)
 
     def fits(self, setup: PlanJobConfig) -> bool:

@@ -77,15 +77,10 @@ def init_distributed(backend: str) -> None:
 
 
 def hardware_of_ranks() -> Hardware:
-    """Returns the devices of all ranks, the same on every rank. Collective if they are GPUs."""
+    """Returns the devices of all ranks."""
     from deepspeed.accelerator import get_accelerator
 
-    ranks = dist.get_world_size()
-    if get_accelerator().device_name() != "cuda":
-        return Hardware(ranks=ranks)
-    of_ranks: list[int] = [0] * ranks
-    dist.all_gather_object(of_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return Hardware(on_gpu=True, ranks=ranks, ranks_per_node=of_ranks[0] if len(set(of_ranks)) == 1 else 0)
+    return Hardware(on_gpu=get_accelerator().device_name() == "cuda", ranks=dist.get_world_size())
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:

@@ -104,14 +104,6 @@ def test_stage_1_is_recommended_where_it_fits_and_otherwise_the_lowest():
         assert plan_values(planner, [])["recommended_zero_stage"] == recommended
 
 
-def test_a_second_copy_of_the_shards_is_counted_on_several_nodes():
-    one, several = (plan_of(model="8B", world_size=ranks, zero_stage=3) for ranks in (8, 16))
-    parameters = [planner.memory(planner.setup).parameters for planner in (one, several)]
-    copied = 2 * one.count.parameters / 8
-    assert parameters[0] == pytest.approx(copied, rel=0.02)
-    assert parameters[1] == pytest.approx(1.5 * copied, rel=0.02)
-
-
 def test_no_number_of_ranks_and_no_stage_may_fit():
     large = {"model": "70B", "zero_stage": 3, "token_budget": 1024, "gradient_checkpointing": True}
     assert plan_of(**large, world_size=1024, gpu="l4").enough_ranks() is None

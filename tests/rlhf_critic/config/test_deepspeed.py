@@ -10,13 +10,12 @@ from rlhf_critic.config.deepspeed import (
     Hardware,
     bucket_elements,
     deepspeed_config,
-    secondary_ranks,
 )
 from rlhf_critic.config.model import BodyConfig, ModelConfig, OptimizerConfig
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.train import TrainJobConfig
 
-TWO_NODES = Hardware(on_gpu=True, ranks=16, ranks_per_node=8)
+SIXTEEN = Hardware(on_gpu=True, ranks=16)
 
 
 def config(stage: int, hardware: Hardware = CPU, dtype: str = "auto") -> dict:
@@ -27,31 +26,14 @@ def config(stage: int, hardware: Hardware = CPU, dtype: str = "auto") -> dict:
 def test_no_timer_waits_for_the_device(stage):
     from deepspeed.utils.config import get_timers_config
 
-    for hardware in (Hardware(), TWO_NODES):
+    for hardware in (Hardware(), SIXTEEN):
         assert not get_timers_config(config(stage, hardware)).enabled
 
 
 def test_gpus_overlap_communication_and_cpus_keep_deepspeeds_choice():
-    assert config(2, TWO_NODES)["zero_optimization"]["overlap_comm"] is True
+    assert config(2, SIXTEEN)["zero_optimization"]["overlap_comm"] is True
     assert config(2, Hardware(on_gpu=True))["zero_optimization"]["overlap_comm"] is False
     assert "overlap_comm" not in config(2)["zero_optimization"]
-
-
-@pytest.mark.parametrize(
-    ("hardware", "expected"),
-    [
-        (TWO_NODES, 8),
-        (Hardware(on_gpu=True, ranks=8, ranks_per_node=8), None),  # one node
-        (Hardware(on_gpu=True, ranks=16, ranks_per_node=0), None),  # nodes differ
-        (Hardware(on_gpu=True, ranks=4, ranks_per_node=1), None),
-        (Hardware(ranks=16, ranks_per_node=8), None),
-    ],
-)
-def test_a_second_copy_of_the_shards_needs_equal_nodes_of_several_gpus(hardware, expected):
-    assert config(3, hardware)["zero_optimization"].get("zero_hpz_partition_size") == expected
-    assert "zero_hpz_partition_size" not in config(2, hardware)["zero_optimization"]
-    offloading = OptimizerConfig(zero_stage=3, offload_parameters=True, offload_optimizer=True)
-    assert secondary_ranks(offloading, hardware) == 1
 
 
 def test_buckets_grow_with_the_ranks_and_never_exceed_the_model():
@@ -67,7 +49,7 @@ def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu():
     assert BodyConfig().resolved(on_gpu=True).dtype == "bfloat16"
     assert BodyConfig().resolved(on_gpu=False).dtype == "float32"
     assert BodyConfig(dtype="float32").resolved(on_gpu=True).dtype == "float32"
-    assert config(2, TWO_NODES)["bf16"] == {"enabled": True}
+    assert config(2, SIXTEEN)["bf16"] == {"enabled": True}
     assert config(2)["bf16"] == {"enabled": False}
 
 
