@@ -10,6 +10,7 @@ from rlhf_critic.algorithms.preference_objective import needs_values
 from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.prefix_tree import PrefixTree
 from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
@@ -27,7 +28,7 @@ def plan_table(config: TrainJobConfig) -> Table:
         CriticError: The model or the data cannot be read.
     """
     config = config.resolved()
-    data = load_data(config)
+    data = load_data(config, ignored_end_at_start(config.model.path))
     model = check_critic_model(config.model.path, data.encoder.tokenizer, config.model.num_layers)
     validate_positions(model, data.encoder.max_length)
     embedding = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())

@@ -17,7 +17,7 @@ from rlhf_critic.config.tools import ExportJobConfig
 from rlhf_critic.errors import ConfigError
 
 # Options for another system's checkpoint only; a critic's card has these settings already.
-CONVERSION_OPTIONS = ("base", "max_length", "chat_template", "head_bias")
+CONVERSION_OPTIONS = ("base", "max_length", "chat_template", "template_date", "head_bias")
 
 
 def main() -> None:
@@ -43,7 +43,10 @@ def make_critic_directory(source: Path, config: ExportJobConfig) -> CriticCard:
     of_this_project = (source / CARD_NAME).exists() or (source / RESUME_FOLDER).exists()
     if not of_this_project or config.source_format != AUTO_FORMAT:
         options = {name: getattr(config, name) for name in CONVERSION_OPTIONS}
-        return convert_checkpoint(source, config.out, config.source_format, auto_map=config.auto_map, **options)
+        name = Path(config.checkpoint).name
+        return convert_checkpoint(
+            source, config.out, config.source_format, name=name, auto_map=config.auto_map, **options
+        )
     for name in CONVERSION_OPTIONS:
         if getattr(config, name) != ExportJobConfig.model_fields[name].default:
             raise ConfigError(

@@ -72,7 +72,7 @@ TRAIN_TIMEOUT_S = 400.0
 GONE_TIMEOUT_S = 90.0
 # Detached actors that Ray starts and no job can end. The first lives as long as the cluster once a training job has
 # run. Ray 2.60 starts the second for each training driver; where the driver is killed, it does its work and stays.
-OF_RAY = {"_AutoscalingCoordinatorActor", "PlacementGroupCleaner"}
+OF_RAY = {"_AutoscalingCoordinatorActor", "QuietCleaner"}
 # The first third is a warm-up. In the other two thirds no process that lives through all of it may grow faster than
 # this. Over a few minutes allocators and Ray's bounded tables still fill, and every new worker opens log files, so a
 # short soak reports both figures without a limit.
@@ -514,7 +514,7 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
     for life in lives if limited else []:
         if life["mib_a_minute"] > MAX_MIB_A_MINUTE:
             tally.problem("memory that grows", f"{life['process']}: {life['mib_a_minute']:.2f} MiB a minute")
-        of_ray = FILES_OF_A_PROCESS * kept_by_ray["PlacementGroupCleaner"] if life["process"] == "raylet" else 0
+        of_ray = FILES_OF_A_PROCESS * kept_by_ray["QuietCleaner"] if life["process"] == "raylet" else 0
         if life["more_files"] > MAX_MORE_FILES + of_ray:
             tally.problem("open files that grow", f"{life['process']}: {life['more_files']:g} more")
     return {

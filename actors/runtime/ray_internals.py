@@ -13,6 +13,10 @@ LOCATIONS = {
     "CollectiveTimeoutError": "ray.train.v2._internal.exceptions:CollectiveTimeoutError",
     "DefaultFailurePolicy": "ray.train.v2._internal.execution.failure_handling:DefaultFailurePolicy",
     "FailureDecision": "ray.train.v2._internal.execution.failure_handling:FailureDecision",
+    "PlacementGroupCleaner": "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleaner",
+    "PlacementGroupCleanerCallback": (
+        "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback"
+    ),
     "TorchBackend": "ray.train.torch.config:_TorchBackend",
     "WorkerGroupStartupFailedError": "ray.train.v2._internal.exceptions:WorkerGroupStartupFailedError",
     "WorkerGroupStartupTimeoutError": "ray.train.v2._internal.exceptions:WorkerGroupStartupTimeoutError",
@@ -22,6 +26,7 @@ LOCATIONS = {
     "build_address": "ray._common.network_utils:build_address",
     "find_bootstrap_address": "ray._private.services:find_bootstrap_address",
     "get_serve_client": "ray.serve.context:_get_global_client",
+    "placement_group_callback": "ray.train.v2._internal.callbacks.placement_group_callback",
     "ray_constants": "ray._private.ray_constants",
     "ray_state": "ray._private.state",
     "serve_replica": "ray.serve._private.replica",

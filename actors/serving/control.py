@@ -58,8 +58,12 @@ def start_serve(config: ServeJobConfig, authenticated: bool) -> str:
             f"Ray Serve listens on {actual.host}, which other machines can reach: require a token with --auth on (or "
             "use --auth off if a proxy in front of it authenticates callers)"
         )
-    host = f"[{actual.host}]" if ":" in actual.host else actual.host
-    return f"http://{host}:{actual.port}{route_of(config.app)}".rstrip("/")
+    return url_of(actual.host, actual.port, config.app)
+
+
+def url_of(host: str, port: int, app: str) -> str:
+    """Returns the URL of a pool. An IPv6 address stands in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{route_of(app)}".rstrip("/")
 
 
 def checked(config: ServeJobConfig, checkpoint: str) -> ScorerConfig:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +29,9 @@ from rlhf_critic.scoring import http_schema as schema
 from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, Text
 
 HEALTH = "/health"
+GET_REWARD = "/get_reward"
+WHY = "why"  # the query in an address of an error
+SHOWN_STATUSES = (401, 403, 409, 422)  # that the caller can change something about
 MAX_SHOWN = 200  # characters of a field name chosen by the caller
 KIND_OF_STATUS = {
     400: "bad_request",
@@ -272,7 +275,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
                 raise ScorerRejected(error.kind, f"item {len(items)}: {error.message}", len(items)) from error
         return schema.ScoreResponse.of(await service().score(items, request.values, request.version))
 
-    @router.post("/get_reward", responses=ERRORS)
+    @router.post(GET_REWARD, responses=ERRORS)
     async def get_reward(request: schema.GetRewardRequest) -> schema.GetRewardResponse:
         """Answers OpenRLHF's ``remote_rm_url`` clients. Replaces the end of each query by the critic's own ending."""
         queries = [request.query] if isinstance(request.query, str) else request.query
@@ -378,6 +381,8 @@ def _error(
     item: int | None = None,
     param: str | None = None,
 ) -> JSONResponse:
+    if why := _shown_by_openrlhf(request, status, message):
+        return JSONResponse(None, 307, {"Location": why})
     request.app.state.on_refusal(kind)
     name = TYPE_OF_STATUS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
     detail = schema.ErrorDetail(kind=kind, message=message, item=item, type=name, param=param, code=status)
@@ -385,12 +390,38 @@ def _error(
     return JSONResponse(body.model_dump(), status, headers)
 
 
+def _shown_by_openrlhf(request: Request, status: int, message: str) -> str:
+    """Returns an address whose name says what is wrong, for a client of OpenRLHF; empty for others.
+
+    That client shows nothing of an error but its status and the address that it came from. So the same request is sent
+    to an address with the message in it, where it gets the same error.
+    """
+    is_openrlhf = request.url.path.endswith(GET_REWARD) and "aiohttp/" in request.headers.get("User-Agent", "")
+    if not is_openrlhf or status not in SHOWN_STATUSES or WHY in request.query_params:
+        return ""
+    return f"?{urlencode({WHY: message[:MAX_SHOWN]}, quote_via=quote)}"
+
+
 async def _on_invalid(request: Request, error: Any) -> JSONResponse:
     # For a union, reports the alternative that matched furthest, which is probably the intended one.
     first = max(error.errors(), key=lambda found: len(found["loc"]))
-    place = ".".join(str(part) for part in first["loc"] if not str(part).endswith("Model"))
-    param = place[:MAX_SHOWN].removeprefix("body.")
-    return _error(request, 422, "invalid_request", f"{place[:MAX_SHOWN]}: {first['msg']}", param=param)
+    field = _field_of(first["loc"][1:], error.body, first["type"] == "missing")[:MAX_SHOWN]
+    return _error(request, 422, "invalid_request", f"{field or 'the body'}: {first['msg']}", param=field)
+
+
+def _field_of(place: Sequence[str | int], body: Any, is_missing: bool) -> str:
+    """Returns the place of an error in a body as the caller wrote it, such as ``items[0].prompt[1].role``.
+
+    pydantic's place also names the alternatives of a union, which the body does not have. ``is_missing`` tells that the
+    last part of the place is a name that the body lacks.
+    """
+    field = ""
+    for number, part in enumerate(place, 1):
+        if isinstance(part, int) and isinstance(body, list) and part < len(body):
+            field, body = f"{field}[{part}]", body[part]
+        elif isinstance(body, dict) and (part in body or (is_missing and number == len(place))):
+            field, body = f"{field}.{part}" if field else str(part), body.get(part)
+    return field
 
 
 async def _on_http_exception(request: Request, error: Any) -> JSONResponse:

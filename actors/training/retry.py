@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer
 
 from actors.runtime.failures import first_fault
 from actors.runtime.ray_internals import DefaultFailurePolicy, FailureDecision
+from actors.training.cleaner import with_quiet_cleaner
 from rlhf_critic.logs import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,14 @@ class RetryLost(DefaultFailurePolicy):
 
 
 class LostWorkersTrainer(TorchTrainer):
-    """A ``TorchTrainer`` with the policy above, which Ray Train has no option for."""
+    """A ``TorchTrainer`` with the policy above and a quiet cleaner, which Ray Train has no options for."""
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         policy = RetryLost(self.run_config.failure_config)
         return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return with_quiet_cleaner(super()._create_default_callbacks())
 
 
 def fault_of(error: Exception) -> Exception | None:

@@ -6,6 +6,7 @@ connects them to Ray Train. Knows nothing about command lines.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,8 @@ from actors.runtime.storage import (
 )
 from actors.training.result import SCORE, TrainOutcome, ValidationProgress
 from rlhf_critic.batching.sampler import is_due, rows_of_step
-from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, read_card
+from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, read_card
+from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
@@ -107,8 +109,8 @@ class _TrainingRun:
         self.is_first_of_node = self.context.get_local_rank() == 0
         raise_on_all_ranks(lambda: validate_wandb(config.run.wandb_project) if self.is_main else None)
         # One rank of a node encodes what is not cached yet; then all map its files.
-        self._on_each_node(lambda: load_data(config))
-        self.data = raise_on_all_ranks(lambda: load_data(config))
+        self._on_each_node(lambda: load_data(config, _ignored_end_id(config)))
+        self.data = raise_on_all_ranks(lambda: load_data(config, _ignored_end_id(config)))
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
         raise_on_all_ranks(lambda: WeightReader(config.model.path))
@@ -301,6 +303,19 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
     """Returns the numbers of a validation that the history records."""
     values = evaluation.to_dict().items()
     return {name: value["mean"] for name, value in values if isinstance(value, dict) and "mean" in value}
+
+
+def _ignored_end_id(config: TrainJobConfig) -> int | None:
+    """Returns the token that the run ignores at the end of texts, as its checkpoints do, or the model at its start."""
+    filesystem, path = resolve_run(config.run.storage_path, config.run.name)
+    for name in checkpoint_names(filesystem, path):
+        with (
+            suppress(OSError, ValueError, LookupError, TypeError),
+            filesystem.open_input_stream(f"{path}/{name}/{CARD_NAME}") as file,
+        ):
+            ignored: int | None = json.loads(file.read())["encoder"].get("ignored_end_id")
+            return ignored
+    return ignored_end_at_start(config.model.path)
 
 
 def _same_on_all_ranks(make: Callable[[], T]) -> T:

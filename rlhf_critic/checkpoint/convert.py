@@ -13,7 +13,6 @@ about how those systems were trained, nor about their state for resuming.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Literal, TypeAlias
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_critic.checkpoint.adapters import merged_model
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, OpenedCritic, save_critic
 from rlhf_critic.checkpoint.export import add_auto_map
 from rlhf_critic.config.model import (
@@ -32,24 +32,28 @@ from rlhf_critic.config.model import (
     OPENRLHF_PLAIN_TEMPLATE_NAME,
     OPENRLHF_TEMPLATE_NAME,
     PLAIN_TEMPLATE_NAME,
+    TemplateDate,
 )
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
-from rlhf_critic.data.templates import without_trailing
+from rlhf_critic.data.encoding import Encoder, leave_out_at_end, load_tokenizer
+from rlhf_critic.data.templates import template_name
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import atomic_directory
 from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, learned_positions, validate_positions
 from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.model.weights import WeightReader
 
-logger = logging.getLogger(__name__)
-
 AUTO_FORMAT = "auto"
 NATIVE_FORMAT = "native"
 DEFAULT_MAX_LENGTH = 1024
-# Texts whose ends show whether an encoding ends with a token.
-PROBES = (("please explain", " of course"), ("", "no."))
 NO_LIMIT = 10**9  # a tokenizer without a limit has a larger model_max_length
 HeadBias: TypeAlias = Literal["refuse", "reward-mean", "keep"]
+# Which tokens at the end of a text a system takes for padding: its config's pad token, EOS whatever the config says, or
+# none, because it finds the end by the attention mask.
+Padding: TypeAlias = Literal["config", "eos", "mask"]
+# LLaMA-Factory saves the head in a file of its own, beside a causal language model.
+HEAD_FILES = ("value_head.safetensors", "value_head.bin")
+OPENRLHF_FIELDS = ("value_head_prefix", "normalize_reward")  # it adds the first to its last checkpoint only
+OPENRLHF_CLASSES = ("RewardModel", "CriticModel")
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,13 @@ class Format:
         backbones: Prefixes of the transformer's weights; a file uses one.
         head: Name of the scalar head.
         chat_template: Name of the template that encodes texts as the system does.
-        pads_with_eos: Whether the system pads with EOS, whatever the config says.
+        padding: Tokens at the end of a text that the system takes for padding.
     """
 
     backbones: tuple[str, ...]
     head: str
     chat_template: str = PLAIN_TEMPLATE_NAME
-    pads_with_eos: bool = False
+    padding: Padding = "config"
 
     def fits(self, keys: Sequence[str]) -> bool:
         """Returns whether the keys of a file have these names."""
@@ -77,7 +81,7 @@ class Format:
         for prefix in self.backbones:
             if key.startswith(prefix):
                 return key.removeprefix(prefix)
-        return re.sub(rf"^{self.head}\.", "score.", key)
+        return re.sub(rf"^{re.escape(self.head)}\.", "score.", key)
 
     def __str__(self) -> str:
         backbones = " or ".join(f"{prefix}*" for prefix in self.backbones)
@@ -86,9 +90,10 @@ class Format:
 
 # DeepSpeed-Chat's names come before trlx's, which have the same head.
 FORMATS = {
-    "deepspeed-chat": Format(("rwtransformer.", "rwtranrsformer."), "v_head", pads_with_eos=True),
-    "trlx": Format(("transformer.",), "v_head", pads_with_eos=True),
+    "deepspeed-chat": Format(("rwtransformer.", "rwtranrsformer."), "v_head", padding="eos"),
+    "trlx": Format(("transformer.",), "v_head", padding="eos"),
     "article": Format(("model.", "transformer."), "value_head", ARTICLE_TEMPLATE_NAME),
+    "llama-factory": Format(("model.", "transformer."), "v_head.summary", AUTO_TEMPLATE, padding="mask"),
     NATIVE_FORMAT: Format(("",), "score", AUTO_TEMPLATE),
 }
 
@@ -98,24 +103,35 @@ def convert_checkpoint(
     out: str | Path,
     source_format: str = AUTO_FORMAT,
     *,
+    name: str = "",
     base: str | None = None,
     max_length: int | None = None,
     chat_template: str | None = None,
+    template_date: TemplateDate | None = None,
     head_bias: HeadBias = "refuse",
     auto_map: bool = False,
 ) -> CriticCard:
     """Converts another system's checkpoint to a critic directory, atomically, and returns the critic's card.
 
-    ``out`` must not exist. With ``auto_map``, a modeling file is added. See `open_foreign` for the other arguments.
+    ``out`` must not exist. A directory of peft's adapters is merged into ``base`` first, in memory and in a temporary
+    directory. With ``auto_map``, a modeling file is added. See `open_foreign` for the other arguments.
 
     Raises:
-        CheckpointError: See `open_foreign`; or ``out`` exists.
+        CheckpointError: See `open_foreign` and `rlhf_critic.checkpoint.adapters.merged_model`; or ``out`` exists.
+        ConfigError: The source has adapters, and peft is missing.
         EncodingError: The tokenizer or template cannot be used.
     """
-    opened = open_foreign(
-        source, source_format, base=base, max_length=max_length, chat_template=chat_template, head_bias=head_bias
-    )
-    with atomic_directory(out) as building:
+    with merged_model(source, base) as (model, base_of_model), atomic_directory(out) as building:
+        opened = open_foreign(
+            model,
+            source_format,
+            name=name,
+            base=base_of_model,
+            max_length=max_length,
+            chat_template=chat_template,
+            template_date=template_date,
+            head_bias=head_bias,
+        )
         save_critic(building, opened.build(), opened.encoder, opened.card)
         if auto_map:
             add_auto_map(building)
@@ -126,9 +142,11 @@ def open_foreign(
     source: str | Path,
     source_format: str = AUTO_FORMAT,
     *,
+    name: str = "",
     base: str | None = None,
     max_length: int | None = None,
     chat_template: str | None = None,
+    template_date: TemplateDate | None = None,
     head_bias: HeadBias = "refuse",
     safetensors_only: bool = False,
 ) -> OpenedCritic:
@@ -140,11 +158,14 @@ def open_foreign(
     Args:
         source: A directory with weights. ``base`` provides the config and the tokenizer if it lacks them.
         source_format: A key of `FORMATS`, or ``auto`` to detect the format.
+        name: Name of the model in the critic's version. Default: that of the directory.
         base: The base model, a directory or hub id.
         max_length: Maximum length of the encoder in tokens. Default: the native model's own limit, and 1024 for the
             other formats, or the number of learned positions if less.
         chat_template: See `rlhf_critic.data.encoding.load_tokenizer`. Default: that of the format, and ``openrlhf`` for
-            models of OpenRLHF. A token at the end of texts that the source reads as padding is left out.
+            models of OpenRLHF. A token at the end of texts that the source takes for padding is ignored; see
+            `rlhf_critic.data.encoding.leave_out_at_end`.
+        template_date: See `rlhf_critic.data.encoding.load_tokenizer`; None is ``fixed``.
         head_bias: Treatment of a head bias that is not 0, which a critic's head cannot have. ``refuse`` raises.
             ``reward-mean`` records it in the card: ``training["head_bias"]`` is the bias, and ``reward_mean`` is the
             mean that the source measured (0 if none) minus the bias. The source's score is then
@@ -158,7 +179,7 @@ def open_foreign(
         EncodingError: The tokenizer or template cannot be used.
     """
     source = Path(source)
-    reader = WeightReader(str(source), safetensors_only=safetensors_only)
+    reader = open_weights(source, safetensors_only=safetensors_only)
     source_format = detect_format(reader, source_format)
     reader.rename(FORMATS[source_format].native_name)
     bias = _pop_head_bias(reader, head_bias)
@@ -167,34 +188,65 @@ def open_foreign(
     of_tokenizer = _directory_with(source, "tokenizer_config.json", "tokenizer", base)
     config = _directory_with(source, "config.json", "config", base)
     source_config = load_config(config)
-    reads_end = hasattr(source_config, "value_head_prefix")  # OpenRLHF's scores are read at the last token, EOS or not
     if chat_template is None:
-        chat_template = OPENRLHF_TEMPLATE_NAME if reads_end else FORMATS[source_format].chat_template
-    tokenizer = load_tokenizer(of_tokenizer, chat_template)
-    if not reads_end and chat_template not in (OPENRLHF_TEMPLATE_NAME, OPENRLHF_PLAIN_TEMPLATE_NAME):
-        pad = getattr(source_config.get_text_config(), "pad_token_id", None)
-        pad = tokenizer.eos_token_id if FORMATS[source_format].pads_with_eos else pad
-        _leave_out_padding(source, tokenizer, pad)
+        of_openrlhf = is_of_openrlhf(source_config)
+        chat_template = OPENRLHF_TEMPLATE_NAME if of_openrlhf else FORMATS[source_format].chat_template
+    tokenizer = load_tokenizer(of_tokenizer, chat_template, template_date=template_date or "fixed")
+    chosen_template = template_name(chat_template, tokenizer)
+    padding = FORMATS[source_format].padding
+    if chat_template in (OPENRLHF_TEMPLATE_NAME, OPENRLHF_PLAIN_TEMPLATE_NAME):
+        padding = "mask"
+    pad_token_id = tokenizer.eos_token_id if padding == "eos" else ignored_end_of(source_config)
+    ignored_end_id = leave_out_at_end(tokenizer, None if padding == "mask" else pad_token_id)
     model = check_critic_model(config, tokenizer, weights=reader)
     if max_length is None:
         max_length = _own_limit(tokenizer, model) if source_format == NATIVE_FORMAT else DEFAULT_MAX_LENGTH
         max_length = min(max_length, learned_positions(model) or max_length)
     validate_positions(model, max_length)
-    encoder = Encoder(tokenizer, max_length)
+    encoder = Encoder(tokenizer, max_length, ignored_end_id=ignored_end_id)
     mean, std = (_statistic(source, model.config, name) for name in ("mean", "std"))
     reference = None if mean is None else "from the source's config.json, chosen by the system that trained it"
     if bias and head_bias != "keep":
         reference = reference or "none: reward_mean is the reward of a text that the source scores 0"
         mean = (mean or 0.0) - bias
     card = CriticCard(
-        version=f"{source.resolve().name}@{source_format}",
+        version=f"{name or source.resolve().name}@{source_format}",
         encoder=EncoderCard.of(encoder),
         reward_mean=mean,
         reward_std=std,
         reward_reference=reference,
-        training={"converted_from": source_format, **({"head_bias": bias} if bias else {})},
+        training={
+            "converted_from": source_format,
+            "chat_template": chosen_template,
+            **({"head_bias": bias} if bias else {}),
+        },
     )
     return OpenedCritic(config, card, encoder, reader, _dtype_of(reader), bias if head_bias == "keep" else 0.0)
+
+
+def open_weights(source: Path, *, safetensors_only: bool = False) -> WeightReader:
+    """Opens the weights of another system's checkpoint, with those of a head in a file of its own.
+
+    Raises:
+        CheckpointError: There are no weights, or a file is damaged.
+    """
+    reader = WeightReader(str(source), safetensors_only=safetensors_only)
+    any(reader.add_if_there(name) for name in HEAD_FILES)
+    return reader
+
+
+def is_of_openrlhf(config: PreTrainedConfig) -> bool:
+    """Returns whether OpenRLHF saved a model. It reads scores at the last token, even if it pads with that token."""
+    names_class = any(name in OPENRLHF_CLASSES for name in config.architectures or [])
+    return names_class or any(hasattr(config, field) for field in OPENRLHF_FIELDS)
+
+
+def ignored_end_of(config: PreTrainedConfig) -> int | None:
+    """Returns the pad token of a sequence-classification model, before which it reads its score; None if it has none.
+
+    A model of OpenRLHF has none in this sense.
+    """
+    return None if is_of_openrlhf(config) else getattr(config.get_text_config(), "pad_token_id", None)
 
 
 def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
@@ -211,44 +263,7 @@ def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
     raise CheckpointError(
         f"{reader.source}: no {CARD_NAME}: not a critic directory, or writing it was interrupted; and the "
         f"names of its weights ({found}) do not match --from {expected} ({wanted}). Use another --from, or, if this "
-        "is a base model, train a critic on preferences first: python -m jobs.train"
-    )
-
-
-def _leave_out_padding(source: Path, tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None) -> None:
-    """Changes the chat template so that no text ends with the source's pad token, if its texts do.
-
-    The source takes that token for padding and reads the score before it. A critic reads its reward at the last token.
-
-    Raises:
-        CheckpointError: Without the token at the end, the other ids would change.
-    """
-
-    def ids_of_probes() -> list[list[int]]:
-        encoder = Encoder(tokenizer, DEFAULT_MAX_LENGTH)
-        return encoder.tokenize([encoder.render(*probe) for probe in PROBES])
-
-    if pad_token_id is None or pad_token_id == tokenizer.pad_token_id:  # an encoder rejects texts that end with its pad
-        return
-    before, template = ids_of_probes(), tokenizer.chat_template
-    if not any(ids[-1] == pad_token_id for ids in before):
-        return
-    token = tokenizer.convert_ids_to_tokens(pad_token_id)
-    if pad_token_id in tokenizer.added_tokens_decoder:  # others may join with the characters beside them
-        tokenizer.chat_template = without_trailing(template, token)
-    for ids, shorter in zip(before, ids_of_probes(), strict=True):
-        while ids[-1] == pad_token_id:
-            ids.pop()
-        if ids != shorter:
-            raise CheckpointError(
-                f"{source}: config.json: pad_token_id: the token {token!r} ends the texts of this chat template and is "
-                "the pad token of the source, which reads its score before it, and leaving it out changes other "
-                "tokens: pass a --chat-template without it"
-            )
-    logger.warning(
-        "encoding_changed left_out=%r reason=%s",
-        token,
-        "it is the source's pad token, so the source reads its score before it; the scores stay equal",
+        "is a base model, train a critic on preferences first: rlhf-critic train"
     )
 
 

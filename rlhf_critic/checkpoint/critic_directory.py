@@ -32,16 +32,20 @@ from rlhf_critic.model.weights import WeightReader, save_weights
 
 CARD_NAME = "critic.json"
 RESUME_FOLDER = "resume"
-FORMAT_VERSION = 2  # of critic.json; raise it when an older reader would misread the file
+FORMAT_VERSION = 3  # of critic.json; raise it when an older reader would misread the file
 
 
 class EncoderCard(BaseModel):
-    """The encoder's entry in ``critic.json``; the tokenizer's own files are in the same directory."""
+    """The encoder's entry in ``critic.json``; the tokenizer's own files are in the same directory.
+
+    See `rlhf_critic.data.encoding.Encoder`. The defaults are those of critics that were saved before the options.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     fingerprint: str
     max_length: int
-    special_tokens_in_text: SpecialTokensInText = "token"  # of critics that were saved before the option
+    special_tokens_in_text: SpecialTokensInText = "token"
+    ignored_end_id: int | None = None
 
     @classmethod
     def of(cls, encoder: Encoder) -> EncoderCard:
@@ -50,6 +54,7 @@ class EncoderCard(BaseModel):
             fingerprint=encoder.fingerprint,
             max_length=encoder.max_length,
             special_tokens_in_text=encoder.special_tokens_in_text,
+            ignored_end_id=encoder.ignored_end_id,
         )
 
 
@@ -180,9 +185,14 @@ def save_critic(
     Under ZeRO-3 all ranks must call; only the one with ``is_main`` writes.
 
     Raises:
-        CheckpointError: The model and the encoder have different pad tokens.
+        CheckpointError: The model and the encoder have different pad tokens, or the head has a bias.
     """
     directory = Path(directory)
+    if bias := critic.model.score.bias:
+        raise CheckpointError(
+            f"the critic's head has a bias of {bias:g}, and a critic directory has none: convert its "
+            "source with rlhf-critic export SOURCE OUT --head-bias reward-mean, which keeps the bias in the card"
+        )
     config, pad_token_id = critic.model.config, encoder.tokenizer.pad_token_id
     if config.pad_token_id != pad_token_id:
         raise CheckpointError(
@@ -308,7 +318,8 @@ def load_encoder(directory: str | Path, card: CriticCard) -> Encoder:
         CheckpointError: Its fingerprint differs from the card's.
     """
     tokenizer = load_tokenizer(str(directory), keeps_template=True)
-    encoder = Encoder(tokenizer, card.encoder.max_length, card.encoder.special_tokens_in_text)
+    saved = card.encoder
+    encoder = Encoder(tokenizer, saved.max_length, saved.special_tokens_in_text, saved.ignored_end_id)
     if encoder.fingerprint != card.encoder.fingerprint:
         raise CheckpointError(
             f"{directory}: the tokenizer or chat template is not the one this critic was trained with: fingerprint "

@@ -31,9 +31,9 @@ def export_critic(source: str | Path, out: str | Path, auto_map: bool) -> Critic
         shutil.copytree(
             source, building, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RESUME_FOLDER, "manifest-*")
         )
-        load_encoder(building, card)
         WeightReader(str(building))  # raises for a truncated file
         write_for_other_readers(building)
+        load_encoder(building, card)
         if auto_map:
             add_auto_map(building)
         write_manifest(building, 0, 1)

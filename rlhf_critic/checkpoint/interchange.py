@@ -17,8 +17,8 @@ from rlhf_critic.files import write_text_atomically
 
 NATIVE_SUFFIX = "ForSequenceClassification"
 SHIPPED_SUFFIX = "RewardModel"
-# The class that reads tokenizer.json as it is: its names in transformers 5 and in both versions.
-TOKENIZER_CLASS_5 = "TokenizersBackend"
+# The class that reads tokenizer.json as it is, by its name in both versions. A family's own class adds BOS to texts in
+# transformers 4 (Llama, Gemma), or is unknown there (transformers 5 has others).
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 MODEL_INPUT_NAMES = ["input_ids", "attention_mask"]
 # Entries of rope_parameters that are fields of their own in transformers 4, and their names there.
@@ -43,10 +43,8 @@ def write_for_other_readers(directory: Path) -> None:
     write_json(path, config)
     path = directory / "tokenizer_config.json"
     if path.is_file():
-        tokenizer = {**read_json(path), "model_input_names": MODEL_INPUT_NAMES}
-        if tokenizer.get("tokenizer_class") == TOKENIZER_CLASS_5:
-            tokenizer["tokenizer_class"] = TOKENIZER_CLASS
-        write_json(path, tokenizer)
+        names = {"model_input_names": MODEL_INPUT_NAMES, "tokenizer_class": TOKENIZER_CLASS}
+        write_json(path, {**read_json(path), **names})
 
 
 def native_class(name: str) -> str:

@@ -13,22 +13,17 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_critic.checkpoint.convert import FORMATS, NATIVE_FORMAT, open_foreign
+from rlhf_critic.checkpoint.convert import FORMATS, NATIVE_FORMAT, ignored_end_of, open_foreign, open_weights
 from rlhf_critic.checkpoint.critic_directory import (
     CARD_NAME,
     RESUME_FOLDER,
     OpenedCritic,
     open_critic,
+    read_card,
     verify_critic,
     weights_hash,
 )
-from rlhf_critic.config.model import (
-    AUTO_TEMPLATE,
-    OPENRLHF_PLAIN_TEMPLATE_NAME,
-    OPENRLHF_TEMPLATE_NAME,
-    AssumedEncoding,
-)
-from rlhf_critic.data.encoding import Encoder
+from rlhf_critic.config.model import AssumedEncoding
 from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.model.factory import HEAD_NAME
 from rlhf_critic.model.hf_config import load_config
@@ -81,21 +76,35 @@ def open_reward_model(
     if verify:
         verify_critic(directory)
     opened = _open_native(Path(directory), name, encoding)
-    if encoding.chat_template not in (OPENRLHF_TEMPLATE_NAME, OPENRLHF_PLAIN_TEMPLATE_NAME):
-        opened.encoder.ignored_end_id = _pad_token_id(Path(directory), opened.encoder)
-    version = f"{Path(name).name}@assumed-{_template_name(encoding)}-{opened.encoder.max_length}"
+    chat_template = opened.card.training["chat_template"]
+    version = f"{Path(name).name}@assumed-{chat_template}-{opened.encoder.max_length}"
     logger.info(
         "assumed encoding of a reward model without %s: checkpoint=%s chat_template=%s max_length=%d ending=%r "
         "ignored_at_the_end=%s head_bias=%g; change it with --chat-template and --max-length",
         CARD_NAME,
         name,
-        encoding.chat_template or AUTO_TEMPLATE,
+        chat_template,
         opened.encoder.max_length,
         opened.encoder.ending,
         opened.encoder.ignored_end_id,
         opened.head_bias,
     )
     return opened.named(version)
+
+
+def ignored_end_at_start(model: str) -> int | None:
+    """Returns the token that a critic must ignore at the end of texts if its training starts from this model.
+
+    It is the one that the model ignores: a critic of this project, or a sequence-classification model of another
+    system. A base model without a head has none, and neither has one that cannot be read, whose errors come later.
+    """
+    try:
+        if (Path(model) / CARD_NAME).is_file():
+            return read_card(model).encoder.ignored_end_id
+        ignored = ignored_end_of(load_config(model))
+        return ignored if ignored is not None and HEAD_NAME in WeightReader(model).names else None
+    except CheckpointError:
+        return None
 
 
 def verify_reward_model(directory: str | Path, name: str, encoding: AssumedEncoding | None = None) -> VerifiedModel:
@@ -125,12 +134,12 @@ def _open_native(directory: Path, name: str, encoding: AssumedEncoding) -> Opene
         CheckpointError: The weights have the names of another format, which must be converted, or are damaged; or the
             model has another kind of head.
     """
-    reader = WeightReader(str(directory), safetensors_only=True)
+    reader = open_weights(directory, safetensors_only=True)
     fitting = next((known for known, names in FORMATS.items() if names.fits(reader.names)), None)
     if fitting not in (None, NATIVE_FORMAT):
         raise CheckpointError(
             f"{name}: no {CARD_NAME}, and weights in the format {fitting}, whose texts have an encoding of their own: "
-            "convert it first, with rlhf-critic export CHECKPOINT OUT"
+            f"convert it first, with rlhf-critic export {name} OUT --from {fitting}"
         )
     kind = _architecture(directory)
     if fitting is None:
@@ -143,24 +152,12 @@ def _open_native(directory: Path, name: str, encoding: AssumedEncoding) -> Opene
     if kind != UNKNOWN_CLASS and not kind.endswith(NATIVE_CLASS):
         raise CheckpointError(
             f"{name}: {kind} cannot be scored, because it is not a *{NATIVE_CLASS} class and may compute its scores in "
-            "another way. If its head is one linear layer, convert it: rlhf-critic export CHECKPOINT OUT"
+            f"another way. If its head is one linear layer, convert it: rlhf-critic export {name} OUT"
         )
     try:
         return open_foreign(directory, NATIVE_FORMAT, head_bias="keep", safetensors_only=True, **encoding.model_dump())
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {kind} cannot be scored: {error}") from error
-
-
-def _pad_token_id(directory: Path, encoder: Encoder) -> int | None:
-    """Returns the model's own pad token if that can end a text: the model reads its score before such tokens.
-
-    A model of OpenRLHF, which names its head in the config, was trained to be read at the last token.
-    """
-    config = load_config(str(directory))
-    pad_token_id = getattr(config.get_text_config(), "pad_token_id", None)
-    if hasattr(config, "value_head_prefix") or pad_token_id == encoder.tokenizer.pad_token_id:
-        return None
-    return pad_token_id
 
 
 def _architecture(directory: Path) -> str:
@@ -171,7 +168,3 @@ def _architecture(directory: Path) -> str:
     except (OSError, ValueError, AttributeError):
         return UNKNOWN_CLASS
     return next((name for name in names if name.endswith(NATIVE_CLASS)), names[0] if names else UNKNOWN_CLASS)
-
-
-def _template_name(encoding: AssumedEncoding) -> str:
-    return Path(encoding.chat_template or AUTO_TEMPLATE).stem

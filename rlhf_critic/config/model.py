@@ -18,6 +18,7 @@ from rlhf_critic.config.base import (
 )
 
 SpecialTokensInText = Literal["text", "token"]
+TemplateDate = Literal["fixed", "today"]
 # Values of chat_template that are never file names, though there may be files of that name.
 AUTO_TEMPLATE = "auto"
 PLAIN_TEMPLATE_NAME = "plain"
@@ -105,6 +106,9 @@ class EncodingConfig(Section):
     special_tokens_in_text: SpecialTokensInText = "text"
     """How to read a special token, such as <|im_end|>, that is written inside a text. text: as ordinary text, so that
     an answer cannot end its own turn. token: as the token, as plain transformers does."""
+    template_date: TemplateDate = "fixed"
+    """Date that a chat template gets if it asks for the current one. fixed: 01 Jan 2025, so that a text keeps its
+    reward. today: the current date, as in plain transformers; rewards then change from day to day."""
 
 
 class AssumedEncoding(Section):
@@ -116,6 +120,9 @@ class AssumedEncoding(Section):
     max_length: PositiveInt | None = None
     """Maximum sequence length in tokens of a reward model without critic.json. None takes the limit of its tokenizer
     and config."""
+    template_date: TemplateDate | None = None
+    """Date for the chat template of a reward model without critic.json, if it asks for the current one: fixed or today,
+    as in training. None is fixed."""
 
     @property
     def encoding(self) -> AssumedEncoding:

@@ -16,6 +16,7 @@ from rlhf_critic.config.model import (
     EncodingConfig,
     OptimizerConfig,
     ShardingConfig,
+    TemplateDate,
 )
 
 SOURCE_KINDS = (
@@ -77,26 +78,30 @@ class ExportJobConfig(Section):
     For example: rlhf-critic export deepspeed-chat-output my-critic --base facebook/opt-350m
     """
 
-    checkpoint: tyro.conf.Positional[PathOrUri]
-    """Critic directory, such as a checkpoint of a run, or another system's; path or URI."""
+    checkpoint: tyro.conf.Positional[ModelPath]
+    """Critic directory, such as a checkpoint of a run, or another system's reward model, or adapters of peft. A path,
+    URI or hub id."""
     out: tyro.conf.Positional[str]
     """New directory for the exported critic."""
     auto_map: bool = False
     """Add a modeling file, so that trust_remote_code=True gives a value at every token as well."""
     source_format: Annotated[
-        Literal["auto", "deepspeed-chat", "trlx", "article", "native"], tyro.conf.arg(name="from")
+        Literal["auto", "deepspeed-chat", "trlx", "article", "llama-factory", "native"], tyro.conf.arg(name="from")
     ] = "auto"
     """Format of the weights. auto copies a directory with critic.json and recognises other formats by their keys.
     native is a sequence-classification model, such as those of TRL and OpenRLHF."""
     base: str | None = None
-    """Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks. Only for another system's
-    checkpoint."""
+    """Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks, or to merge adapters of
+    peft into. Only for another system's checkpoint."""
     max_length: PositiveInt | None = None
     """Maximum sequence length in tokens, by default the limit of a native model, else at most 1024. Only for another
     system's checkpoint."""
     chat_template: ChatTemplate | None = None
     """Chat template: auto, plain, openrlhf, openrlhf-plain, article or the path of a Jinja file; by default that of the
     other system. Only for another system's checkpoint."""
+    template_date: TemplateDate | None = None
+    """Date for a chat template that asks for the current one: fixed (the default) or today, as in training. Only for
+    another system's checkpoint."""
     head_bias: Literal["refuse", "reward-mean"] = "refuse"
     """Treatment of a head's bias, which a critic does not have: reject it, or store it in critic.json as bias and as
     negative reward mean. The other system's score is the reward plus the bias. Only for another system's checkpoint."""

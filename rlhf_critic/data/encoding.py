@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,25 +29,33 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf_critic.config.model import AUTO_TEMPLATE, EncodingConfig, SpecialTokensInText
+from rlhf_critic.config.model import AUTO_TEMPLATE, EncodingConfig, SpecialTokensInText, TemplateDate
 from rlhf_critic.data.chat_template import Change, ChatTemplate
 from rlhf_critic.data.conversation import Message, Prompt
 from rlhf_critic.data.special_tokens import LiteralTokens
-from rlhf_critic.data.templates import resolve_template
+from rlhf_critic.data.templates import resolve_template, without_trailing
 from rlhf_critic.errors import EncodingError
 
 PAD_TOKEN = "<|pad|>"
 BYTE_ORDER_MARK = "\ufeff"
+PROBES = (("please explain", " of course"), ("", "no."))  # their ends show whether an encoding ends with a token
+
+logger = logging.getLogger(__name__)
 
 
-def create_encoder(model: str, options: EncodingConfig) -> Encoder:
-    """Creates the encoder of a base model; see `load_tokenizer`."""
-    tokenizer = load_tokenizer(model, options.chat_template)
-    return Encoder(tokenizer, options.max_length, options.special_tokens_in_text)
+def create_encoder(model: str, options: EncodingConfig, ignored_end_id: int | None = None) -> Encoder:
+    """Creates the encoder of a base model; see `load_tokenizer` and `leave_out_at_end`."""
+    tokenizer = load_tokenizer(model, options.chat_template, template_date=options.template_date)
+    ignored_end_id = leave_out_at_end(tokenizer, ignored_end_id)
+    return Encoder(tokenizer, options.max_length, options.special_tokens_in_text, ignored_end_id)
 
 
 def load_tokenizer(
-    name_or_path: str, chat_template: str = AUTO_TEMPLATE, *, keeps_template: bool = False
+    name_or_path: str,
+    chat_template: str = AUTO_TEMPLATE,
+    *,
+    template_date: TemplateDate = "fixed",
+    keeps_template: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and sets its pad token and chat template; removes an implicit BOS.
 
@@ -57,8 +66,9 @@ def load_tokenizer(
         name_or_path: Directory or hub id.
         chat_template: ``auto`` (the tokenizer's template, else ``plain``), ``plain`` (prompt, response and EOS, without
             separators), another name of `rlhf_critic.data.templates`, or the path of a Jinja file.
+        template_date: Date that a template gets if it asks for the current one: a ``fixed`` one, or ``today``.
         keeps_template: Whether to keep the tokenizer's template to the character, as a saved critic needs. Otherwise
-            the template loses a byte order mark at its start.
+            the template loses a byte order mark at its start, and gets the fixed date.
 
     Returns:
         A fast tokenizer with the chat template. It pads on the right, truncates on the left and adds no special tokens.
@@ -87,12 +97,61 @@ def load_tokenizer(
     begins_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if isinstance(tokenizer.chat_template, str) and not keeps_template:
         tokenizer.chat_template = tokenizer.chat_template.removeprefix(BYTE_ORDER_MARK)
-    tokenizer.chat_template = resolve_template(tokenizer, chat_template, begins_with_bos)
+    fixes_date = template_date == "fixed" and not keeps_template
+    tokenizer.chat_template = resolve_template(tokenizer, chat_template, begins_with_bos, fixes_date)
     if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
         # The template adds all special tokens. A tokenizer that also adds BOS would double it for callers that omit
         # add_special_tokens=False.
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     return tokenizer
+
+
+def leave_out_at_end(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> int | None:
+    """Changes a chat template so that no text ends with a token that the model takes for padding.
+
+    Such a model reads its score before this token. An `Encoder` ignores the token by its id. The template does without
+    it for other readers of a saved critic, which read the score at the last token of a text.
+
+    Args:
+        tokenizer: Tokenizer that `load_tokenizer` returned. Its template changes in place.
+        token_id: The model's pad token, None if it has none.
+
+    Returns:
+        The id that the encoder must ignore; None if the token cannot end a text, as the pad token of the tokenizer.
+
+    Raises:
+        EncodingError: Without the token at the end, the other ids would change.
+    """
+    if token_id is None or token_id == tokenizer.pad_token_id:  # an encoder rejects texts that end with its pad
+        return None
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if token is None:  # an id beyond the vocabulary
+        return None
+
+    def ids_of_probes() -> list[list[int]]:
+        encoder = Encoder(tokenizer, 1)
+        return encoder.tokenize([encoder.render(*probe) for probe in PROBES])
+
+    before = ids_of_probes()
+    if not any(ids[-1] == token_id for ids in before):
+        return token_id
+    if token_id in tokenizer.added_tokens_decoder:  # others may join with the characters beside them
+        tokenizer.chat_template = without_trailing(tokenizer.chat_template, token)
+    for ids, shorter in zip(before, ids_of_probes(), strict=True):
+        while ids[-1] == token_id:
+            ids.pop()
+        if ids != shorter:
+            raise EncodingError(
+                f"{tokenizer.name_or_path}: the token {token!r} ends the texts of this chat template and is the pad "
+                "token of the model (config.json: pad_token_id), which reads its score before it, and leaving it out "
+                "changes other tokens: give a chat template without it"
+            )
+    logger.warning(
+        "encoding_changed left_out=%r reason=%s",
+        token,
+        "it is the model's pad token, so the model reads its score before it; the scores stay equal",
+    )
+    return token_id
 
 
 @dataclass(frozen=True)
@@ -131,13 +190,19 @@ class Encoder:
             is read at the end.
         special_tokens_in_text: How to read a special token inside a text: as ``token``, as plain transformers does, or
             as ordinary ``text``. See `special_tokens`.
+        ignored_end_id: Token to remove from the end of texts and token ids, because the model was trained to take it
+            for padding, such as an EOS token that was also the pad token. None removes nothing.
 
     Raises:
         EncodingError: The tokenizer has no chat template, no pad token, or the EOS token as pad token.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, special_tokens_in_text: SpecialTokensInText = "token"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        special_tokens_in_text: SpecialTokensInText = "token",
+        ignored_end_id: int | None = None,
     ) -> None:
         if tokenizer.chat_template is None:
             raise EncodingError(
@@ -151,8 +216,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.special_tokens_in_text = special_tokens_in_text
-        # Set for a reward model of another system that pads with a token that can end a text, such as EOS.
-        self.ignored_end_id: int | None = None
+        self.ignored_end_id = ignored_end_id
         self._template = ChatTemplate(tokenizer)
 
     def render(self, prompt: Prompt, response: str) -> str:
@@ -244,7 +308,7 @@ class Encoder:
         return all_ids
 
     def without_ignored_end(self, ids: list[int]) -> list[int]:
-        """Removes the tokens at the end that another system's model takes for padding; see `ignored_end_id`."""
+        """Removes the tokens at the end that the model takes for padding: those with `ignored_end_id`."""
         end = len(ids)
         while end and ids[end - 1] == self.ignored_end_id:
             end -= 1
@@ -373,8 +437,9 @@ class Encoder:
             "chat_template": self.tokenizer.chat_template,
             "max_length": self.max_length,
             "truncation_side": "left",
-            # Absent for "token", so that critics that were saved before this option keep their fingerprint.
+            # Absent for "token" and None, so that critics that were saved before keep their fingerprint.
             **({"special_tokens_in_text": "text"} if self._reads_text else {}),
+            **({} if self.ignored_end_id is None else {"ignored_end_id": self.ignored_end_id}),
         }
         canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()

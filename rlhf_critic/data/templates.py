@@ -22,7 +22,7 @@ from rlhf_critic.config.model import (
 )
 from rlhf_critic.errors import EncodingError
 
-# A template that reads the current date would give another reward tomorrow, so it always gets this date.
+# A template that reads the current date would give another reward tomorrow, so it gets this date.
 PINNED_DATE_MACRO = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 
 JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -45,13 +45,16 @@ BOS_AND_SPACE = "{{ bos_token }}{{ ' ' if text and not text.startswith(BEGINNING
 BOS_PROBES = ("a", "Ab c", " a", "  a", "\na", "\ta", "1", ".", "\u00e9", "\u2581a", "a\nb  c", "")
 
 
-def resolve_template(tokenizer: PreTrainedTokenizerBase, choice: str, begins_with_bos: bool) -> str:
+def resolve_template(
+    tokenizer: PreTrainedTokenizerBase, choice: str, begins_with_bos: bool, fixes_date: bool = True
+) -> str:
     """Returns the source of a chat template.
 
     Args:
         tokenizer: The tokenizer, with its own template and post-processor.
         choice: ``auto``, the name of a shipped template, or the path of a Jinja file.
         begins_with_bos: Whether the tokenizer begins texts with BOS.
+        fixes_date: Whether a template that asks for the current date gets a fixed one.
 
     Raises:
         EncodingError: The file cannot be read, or the tokenizer has several templates or an unknown kind of BOS.
@@ -70,9 +73,15 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, choice: str, begins_wit
     if choice in {AUTO_TEMPLATE, OPENRLHF_TEMPLATE_NAME} and not isinstance(tokenizer.chat_template, str | None):
         raise EncodingError("the tokenizer has several chat templates; pass one of them as a file in chat_template")
     template = shipped[choice]() if choice in shipped else _template_file(choice)
-    if "strftime_now" in template and not template.startswith(PINNED_DATE_MACRO):
+    if fixes_date and "strftime_now" in template and not template.startswith(PINNED_DATE_MACRO):
         template = PINNED_DATE_MACRO + template
     return template
+
+
+def template_name(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the name of the chosen template, for logs and names of versions. ``auto`` may have chosen ``plain``."""
+    is_plain = choice == AUTO_TEMPLATE and PLAIN in str(tokenizer.chat_template)
+    return PLAIN_TEMPLATE_NAME if is_plain else Path(choice).stem
 
 
 def without_trailing(template: str, token: str) -> str:

@@ -41,14 +41,16 @@ class TrainingData:
         return f"{self.train}\n{self.validation}{warning}"
 
 
-def load_data(config: TrainJobConfig) -> TrainingData:
+def load_data(config: TrainJobConfig, ignored_end_id: int | None = None) -> TrainingData:
     """Reads the data of a run, or maps it from the cache.
+
+    ``ignored_end_id`` is the token that the model at the start ignores at the end of texts; see `create_encoder`.
 
     Raises:
         CriticError: See `rlhf_critic.data.encoding.load_tokenizer` and `rlhf_critic.data.preferences.load_preferences`.
     """
     options = config.data
-    encoder = create_encoder(config.model.path, config.encoding)
+    encoder = create_encoder(config.model.path, config.encoding, ignored_end_id)
 
     def load(sources: Sequence[str]) -> EncodedPreferences:
         tables = [

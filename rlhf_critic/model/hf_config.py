@@ -13,6 +13,26 @@ from rlhf_critic.errors import CheckpointError
 # Every spelling of dropout in the configs of transformers' decoder families, e.g. attn_pdrop, attention_dropout,
 # hidden_dropout, hidden_dropout_prob, classifier_dropout, dropout, layerdrop.
 DROPOUT_FIELD = re.compile(r"(^|_)(p?drop|dropout)(_prob|_rate|_p)?$|^layerdrop$")
+# Files of directories that are no models, with their kind and what makes a model of them.
+MODEL_MAKERS = {
+    "adapter_config.json": (
+        "adapters of peft",
+        "merge them into their base model with rlhf-critic export ADAPTERS OUT --base BASE_MODEL",
+    ),
+    "zero_to_fp32.py": (
+        "a checkpoint of DeepSpeed",
+        "run the script zero_to_fp32.py in it with --safe_serialization, and add the model's config and tokenizer",
+    ),
+    "global_step*/*_model_states.pt": (
+        "a checkpoint of DeepSpeed",
+        "make a model of it with DeepSpeed's script zero_to_fp32.py",
+    ),
+    "model_world_size_*_rank_*.pt": ("FSDP shards of verl", "make a model of them with python -m verl.model_merger"),
+    "*.distcp": (
+        "a distributed checkpoint of torch",
+        "make a model of it with accelerate merge-weights, and add the model's config and tokenizer",
+    ),
+}
 
 
 def load_config(model_name_or_path: str) -> PreTrainedConfig:
@@ -26,7 +46,7 @@ def load_config(model_name_or_path: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
     # transformers checks the types of some configs and trips over wrong ones in others.
     except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        reject_adapters(model_name_or_path)
+        reject_other_kinds(model_name_or_path)
         why = " ".join(str(error).split())
         raise CheckpointError(f"{model_name_or_path}: no model config could be loaded: {why}") from error
     if hasattr(config, "auto_map"):
@@ -34,17 +54,15 @@ def load_config(model_name_or_path: str) -> PreTrainedConfig:
     return config
 
 
-def reject_adapters(name_or_path: str) -> None:
-    """Checks that what is no complete model is not a directory of adapters.
+def reject_other_kinds(name_or_path: str) -> None:
+    """Checks that what is no complete model is not something from which one can be made.
 
     Raises:
-        CheckpointError: It is one that peft saved.
+        CheckpointError: It is, such as adapters of peft. Names the tool that makes the model.
     """
-    if (Path(name_or_path) / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{name_or_path}: has adapters of peft and no complete model. Load them with peft on their base model, "
-            "call merge_and_unload() and save_pretrained(), and give that directory"
-        )
+    for pattern, (kind, advice) in MODEL_MAKERS.items():
+        if any(Path(name_or_path).glob(pattern)):
+            raise CheckpointError(f"{name_or_path}: has {kind} and no complete model: {advice}")
 
 
 def padded(rows: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from rlhf_critic.errors import CheckpointError
-from rlhf_critic.model.hf_config import reject_adapters
+from rlhf_critic.model.hf_config import reject_other_kinds
 from rlhf_critic.model.lora import adapter_parameters, adapters_of, merged
 
 
@@ -51,7 +51,7 @@ class WeightReader:
         names = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
         first = next(filter(None, map(self._resolve, names)), None)
         if first is None:
-            reject_adapters(name_or_path)
+            reject_other_kinds(name_or_path)
             raise CheckpointError(
                 f"{name_or_path}: no weights: neither {SAFE_WEIGHTS_NAME} nor {WEIGHTS_NAME} was found, single or "
                 "split. Use a directory that save_pretrained wrote, or a hub id that can be reached."
@@ -83,7 +83,7 @@ class WeightReader:
         if self._safetensors_only and path.suffix != ".safetensors":
             raise CheckpointError(
                 f"{path}: a pickle file, but a critic's weights are read from safetensors only: save the model again, "
-                "or convert it with jobs.export"
+                "or convert it with rlhf-critic export DIRECTORY OUT"
             )
         try:
             opened = safe_open(str(path), framework="pt") if path.suffix == ".safetensors" else _unpickled(path)
@@ -94,6 +94,17 @@ class WeightReader:
         self._open_files[path] = opened
         keys = opened.keys()
         self._place_of.update({key: (path, key) for key in keys})
+
+    def add_if_there(self, name: str) -> bool:
+        """Adds the tensors of a further file of the directory, if it has this file; returns whether it has.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
+        path = self._resolve(name)
+        if path is not None:
+            self._add_file(path)
+        return path is not None
 
     @property
     def files(self) -> list[Path]:

@@ -267,15 +267,15 @@ def _check_ids(index: int, item: Any, encoder: Encoder) -> list[int]:
         )
     if ids[-1] == encoder.tokenizer.pad_token_id:
         raise _rejected("no_end", index, " ends with the pad token: remove the padding")
-    if len(ids) > encoder.max_length:
-        raise _rejected(
-            "too_many_tokens",
-            index,
-            f" has {len(ids)} token ids, maximum {encoder.max_length}: give the last {encoder.max_length}",
-        )
     kept = encoder.without_ignored_end([int(token) for token in ids])
     if not kept:
         raise _rejected("no_end", index, " has no token but the model's pad token: there is nothing to score")
+    if len(kept) > encoder.max_length:
+        raise _rejected(
+            "too_many_tokens",
+            index,
+            f" has {len(kept)} token ids, maximum {encoder.max_length}: give the last {encoder.max_length}",
+        )
     return kept
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from rlhf_critic.data.conversation import NonEmptyText, Turns, to_prompt
+from rlhf_critic.data.conversation import NonEmptyText, Turn, Turns, to_prompt
 from rlhf_critic.data.rows import validate_row
 from rlhf_critic.errors import DataError
 from rlhf_critic.scoring.items import Conversation, Item, Text
@@ -58,7 +58,22 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
                 f"{place}: field {fields.get('messages', 'messages')!r}: the last turn must be the assistant's; fix or "
                 "remove this row"
             )
-        return [Conversation(to_prompt(before), last.content)]
-    prompt = to_prompt(parsed.prompt or ())
-    responses = (parsed.response,) if parsed.response is not None else parsed.responses or ()
-    return [Conversation(prompt, response) for response in responses]
+        return [_conversation(place, fields.get("messages", "messages"), before, last.content)]
+    prompt = parsed.prompt or ()
+    if parsed.response is not None:
+        return [_conversation(place, fields.get("response", "response"), prompt, parsed.response)]
+    name = fields.get("responses", "responses")
+    return [
+        _conversation(place, f"{name}.{position}", prompt, response)
+        for position, response in enumerate(parsed.responses or ())
+    ]
+
+
+def _conversation(place: str, field: str, prompt: str | Sequence[Turn], response: str) -> Conversation:
+    texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+    if not response and not any(texts):
+        raise DataError(
+            f"{place}: field {field!r}: the prompt and the response are empty, so there is nothing to score; fix or "
+            "remove this row"
+        )
+    return Conversation(to_prompt(prompt), response)

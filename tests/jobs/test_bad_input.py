@@ -201,7 +201,7 @@ MODELS = {
     "an integer for a number": (integer_for_a_number, "Validation error for field 'rms_norm_eps'"),
     "quantised weights": (quantised, "quantised: 1 tensors are float8_e4m3fn, such as model.layers.0.mlp.down_proj"),
     "adapters of peft": (adapters_only, "has adapters of peft and no complete model"),
-    "adapters of peft without a config": (adapters_without_config, "call merge_and_unload() and save_pretrained()"),
+    "adapters of peft without a config": (adapters_without_config, "rlhf-critic export ADAPTERS OUT --base BASE_MODEL"),
     "an encoder": (encoder, "BertForSequenceClassification (model type 'bert') has no 'score' head"),
     "an encoder and a decoder": (encoder_and_decoder, "T5ForSequenceClassification (model type 't5') has no 'score'"),
 }
@@ -222,7 +222,7 @@ def test_commands_on_what_is_no_critic(tiny_model, tmp_path, monkeypatch, capsys
 
 
 EXPORTS = {
-    "a base model": ({}, [], "(lm_head.*, model.*) do not match --from auto", "python -m jobs.train"),
+    "a base model": ({}, [], "(lm_head.*, model.*) do not match --from auto", "rlhf-critic train"),
     "a format it has not": (
         {},
         ["--from", "trlx"],

@@ -41,10 +41,13 @@ def peer(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Cont
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama whose rotary base is not the default, which other versions must not replace by theirs."""
+    """A random Llama whose rotary base is not the default, which other versions must not replace by theirs.
+
+    Its attention heads have 32 numbers each, the smallest size that vLLM computes on a CPU.
+    """
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     folder = tmp_path_factory.mktemp("bases") / "llama"
-    return save_tiny_model(folder, tie_word_embeddings=False, rope_parameters=rope)
+    return save_tiny_model(folder, tie_word_embeddings=False, rope_parameters=rope, hidden_size=128)
 
 
 @pytest.fixture(scope="session")

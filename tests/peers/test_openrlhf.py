@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from urllib.parse import unquote
 
 import pytest
 from transformers import AutoTokenizer
@@ -53,6 +54,30 @@ def test_a_model_that_they_saved_has_their_scores_here(peer, base, pairs, tmp_pa
         assert [one.ids for one in encoded] == answer["ids"]
         what = f"their checkpoint: rlhf-critic export --chat-template {template}"
         contract.compare(what, answer["chosen"] + answer["rejected"], ours_of(str(ours), pairs))
+
+
+def test_a_checkpoint_between_has_their_scores_here_though_it_pads_with_eos(peer, base, pairs, tmp_path):
+    """It does not name its head, as the last one does; OpenRLHF reads at the EOS all the same."""
+    contract = peer("openrlhf")
+    theirs, ours, padded = tmp_path / "theirs", tmp_path / "ours", tmp_path / "padded"
+    shutil.copytree(base, padded)
+    AutoTokenizer.from_pretrained(base, pad_token="</s>").save_pretrained(padded)
+    request = {"model": str(padded), "rows": rows_of_turns(pairs), "keys": TURNS, "train_to": str(theirs)}
+    answer = contract.run("ask_openrlhf", {**request, "is_last": False})
+    assert answer["pad_is_eos"]
+    assert "value_head_prefix" not in (theirs / "config.json").read_text()
+    convert_checkpoint(theirs, ours, max_length=512)
+    what = "their checkpoint between (pad = EOS): rlhf-critic export"
+    contract.compare(what, answer["chosen"] + answer["rejected"], ours_of(str(ours), pairs))
+
+
+def test_their_executor_shows_why_a_request_was_refused(peer, serving, export, base):
+    contract = peer("openrlhf")
+    url = serving(export, max_replicas=1)
+    request = {"model": base, "url": f"{url}/get_reward", "prompts": ["please"], "responses": ["1 " * 5000]}
+    answer = contract.run("ask_openrlhf", request)
+    assert not answer["rewards"]
+    assert any("422" in line and "tokens, maximum" in unquote(line) for line in answer["logged"]), answer["logged"]
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["response with EOS", "response cut before EOS"])

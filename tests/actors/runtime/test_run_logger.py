@@ -1,14 +1,15 @@
 """The history of a run is complete when it is saved, and a failed write is reported then and only then."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from actors.runtime.run_logger import RunLogger
+from actors.runtime.run_logger import RunLogger, validate_wandb
 from actors.runtime.storage import HistoryDirectory, resolve_run
-from rlhf_critic.errors import CheckpointError
+from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.training.metrics_log import read_metrics
 from tests.actors.groups import remote_file_system
 
@@ -69,3 +70,31 @@ def test_wandb_gets_the_numbers_of_the_run_of_this_name(tmp_path, monkeypatch):
     ]
     assert logged == [(5, {"validation/accuracy": 0.75})]
     assert finished == [True]
+
+
+def test_without_a_key_one_message_names_the_option_before_anything_is_written(monkeypatch):
+    """W&B would ask at a terminal, or fail in a worker, which is retried."""
+    asked = []
+
+    def login(*, prompt=True, verify=None):
+        asked.append((prompt, verify))
+        return False
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login, __spec__=ModuleSpec("wandb", None)))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(ConfigError, match=r"run\.wandb_project: .*no API key.*WANDB_API_KEY.*WANDB_MODE=offline"):
+        validate_wandb("critics")
+    assert asked == [(False, False)], "neither a question nor a request"
+    validate_wandb(None)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    validate_wandb("critics")
+    assert len(asked) == 1
+
+
+def test_a_start_that_wandb_refuses_is_one_message(tmp_path, monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(ConfigError, match=r"did not start: api_key not configured.*leave the option out"):
+        run_logger(HistoryDirectory(*resolve_run(str(tmp_path), "run")), wandb_project="critics")

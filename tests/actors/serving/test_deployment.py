@@ -239,6 +239,34 @@ def test_a_swap_that_failed_heals_without_anybody_who_publishes(serving, critics
 
 
 @pytest.mark.slow
+def test_a_link_that_moves_on_changes_nothing_and_callers_are_told_why_a_pool_is_down(serving, critics, tmp_path):
+    served, away, latest = tmp_path / "served", tmp_path / "away", tmp_path / "latest"
+    shutil.copytree(critics["first"], served)
+    latest.symlink_to(served)
+    serving(str(latest), min_replicas=1, max_replicas=1)
+    items = make_conversations(3)
+
+    def kill():
+        (pid,) = replica_pids()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: pid not in replica_pids(), "the end of the replica", 60)
+
+    with connect(deadline_s=120) as patient, connect(deadline_s=30) as waiting:
+        before = patient.score_items(items).model_version
+        latest.unlink()
+        latest.symlink_to(tmp_path / "nothing")
+        kill()
+        assert patient.score_items(items).model_version == before, "the directory that was published"
+        served.rename(away)
+        kill()
+        try:
+            with pytest.raises(ScorerUnavailable, match=rf"no scorer is running: .*{served}: no such directory"):
+                waiting.score_items(items)
+        finally:
+            control.stop("scorers")
+
+
+@pytest.mark.slow
 def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
     calls, kill_every_s = 1000, 2.0
     serving(critics["first"], min_replicas=3, max_replicas=3)

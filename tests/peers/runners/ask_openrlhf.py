@@ -1,7 +1,8 @@
 """Scores with OpenRLHF's reward model and data set, or asks a server as its executor does.
 
 Request: ``model``, ``texts``; ``rows`` and ``keys`` for its RewardDataset; ``train_to`` to save a reward model with a
-new head made from ``model``; or ``url`` with ``prompts`` and ``responses`` for its executor.
+new head made from ``model`` (``is_last``: as the last checkpoint); or ``url`` with ``prompts`` and ``responses`` for
+its executor.
 """
 
 import asyncio
@@ -50,7 +51,8 @@ def judge():
     if new:
         with torch.no_grad():
             model.score.weight.normal_(0.0, 1.0)
-        model.config.value_head_prefix = "score"  # as its train_rm does before it saves
+        if request.get("is_last", True):
+            model.config.value_head_prefix = "score"  # as its train_rm does before it saves the last checkpoint
         model.save_pretrained(request["train_to"])
         tokenizer.save_pretrained(request["train_to"])
     with torch.no_grad():
@@ -80,18 +82,21 @@ class _Engine:
 
 async def ask():
     """Lets its single-turn executor fetch rewards over HTTP for one rollout after another."""
+    from openrlhf.utils import agent
     from openrlhf.utils.agent import SingleTurnAgentExecutor
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(request["model"])
     executor = SingleTurnAgentExecutor(request["url"])
     sampling = types.SimpleNamespace(max_tokens=64, logprobs=None)
-    answer.update(rewards=[], scores=[])
+    answer.update(rewards=[], scores=[], logged=[])
+    agent.logger.info = answer["logged"].append
     for prompt, response in zip(request["prompts"], request["responses"], strict=True):
         ids = tokenizer(response, add_special_tokens=False)["input_ids"]
         output = await executor.execute(prompt, None, sampling, 512, tokenizer, _Engine(ids))
-        answer["rewards"].append(output["reward"][0])
-        answer["scores"].append(output["scores"][0])
+        if output["reward"] is not None:
+            answer["rewards"].append(output["reward"][0])
+            answer["scores"].append(output["scores"][0])
 
 
 if "url" in request:

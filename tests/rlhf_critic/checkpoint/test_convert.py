@@ -25,7 +25,7 @@ from transformers import (
 
 from rlhf_critic.checkpoint.convert import FORMATS, convert_checkpoint
 from rlhf_critic.checkpoint.critic_directory import load_critic
-from rlhf_critic.errors import CheckpointError
+from rlhf_critic.errors import CheckpointError, EncodingError
 from rlhf_critic.scoring.local import score_sequences
 from tests.helpers import save_tiny_tokenizer, tiny_config
 
@@ -158,7 +158,8 @@ def test_the_reward_is_the_systems_own_score(what, tmp_path):
     body, head = random_reward_model(name)
     source = save_foreign(tmp_path / "source", body, backbone, {head_name: head.weight.data})
     card = convert_checkpoint(source, tmp_path / "out")
-    assert card.training == {"converted_from": expected_format}
+    assert card.training["converted_from"] == expected_format
+    assert "head_bias" not in card.training
     assert card.reward_mean is None
     expected = scores(body, head, sequences)
     assert np.ptp(expected) > 0.1, "scores that differ"
@@ -223,7 +224,7 @@ def test_a_pad_token_that_cannot_be_left_out_is_refused(tmp_path):
     source = save_native(tmp_path / "source", pad_token_id=pad[-1])
     (tmp_path / "own.jinja").write_text("{{ messages[-1]['content'] }} please")
     with pytest.raises(
-        CheckpointError, match=r"config\.json: pad_token_id: the token .* is the pad token of the source"
+        EncodingError, match=r"the token .* ends the texts of this chat template and is the pad token of the model"
     ):
         convert_checkpoint(source, tmp_path / "out", chat_template=str(tmp_path / "own.jinja"))
 

@@ -198,6 +198,15 @@ def test_a_model_without_the_encoders_pad_token_is_not_saved(tiny_model, tmp_pat
         save_critic(tmp_path / "other", loaded.critic, loaded.encoder, loaded.card)
 
 
+def test_a_critic_with_a_bias_in_its_head_is_not_saved(tiny_model, tmp_path):
+    """A reward model of another system may have one in memory. Its file would give other rewards."""
+    loaded = load_critic(save(tiny_model, tmp_path / "saved"))
+    loaded.critic.model.score.bias = 0.375
+    with pytest.raises(CheckpointError, match=r"a bias of 0\.375.*--head-bias reward-mean"):
+        save_critic(tmp_path / "other", loaded.critic, loaded.encoder, loaded.card)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_card_of_an_older_format_is_read_and_one_of_a_newer_format_is_an_error(tiny_model, tmp_path, monkeypatch):
     path = save(tiny_model, tmp_path / "saved") / CARD_NAME
     card = json.loads(path.read_text())
@@ -206,7 +215,7 @@ def test_a_card_of_an_older_format_is_read_and_one_of_a_newer_format_is_an_error
     assert critic_directory.read_card(path.parent).version == card["version"]
     monkeypatch.undo()
     path.write_text(json.dumps({**card, "format_version": 7, "key_of_the_future": 1}))
-    newer = r"critic\.json: written by a newer version of rlhf-critic \(format 7, this version reads up to 2\): upgrade"
+    newer = r"critic\.json: written by a newer version of rlhf-critic \(format 7, this version reads up to 3\): upgrade"
     with pytest.raises(CheckpointError, match=newer):
         critic_directory.read_card(path.parent)
     for changes in ({"key_of_the_future": 1}, {"format_version": 0}, {"format_version": "new"}):

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from rlhf_critic.checkpoint.interchange import write_for_other_readers
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
+from tests.rlhf_critic.checkpoint.saved_critics import TOKENIZER_CLASSES, save_tokenizer_of_class
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}
 
@@ -73,8 +75,21 @@ def test_the_tokenizer_loads_in_both_versions(tmp_path):
     _, tokenizer = written(tmp_path, {}, {"tokenizer_class": "TokenizersBackend", "eos_token": "</s>"})
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
-    _, tokenizer = written(tmp_path, {}, {"tokenizer_class": "GPT2Tokenizer"})
-    assert tokenizer["tokenizer_class"] == "GPT2Tokenizer"
+
+
+@pytest.mark.parametrize("name", TOKENIZER_CLASSES)
+def test_the_class_of_a_family_is_replaced_without_changing_an_id(name, tmp_path):
+    """In transformers 4 a family's class may add BOS to texts that have one from the template, or not exist."""
+    encoder = save_tokenizer_of_class(name, tmp_path)
+    encoder.save(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    write_for_other_readers(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = Encoder(load_tokenizer(str(tmp_path), keeps_template=True), encoder.max_length)
+    assert again.fingerprint == encoder.fingerprint
+    pair = ("please  explain", " of\ncourse caf\u00e9 </s>")
+    assert again.encode(*pair).ids == encoder.encode(*pair).ids
 
 
 def test_a_config_that_is_no_json_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Shipped templates give the ids of the systems that they are named after, and a changed template renders the same."""
 
+import datetime
 import json
 from importlib.resources import files
 from importlib.util import find_spec
@@ -10,8 +11,9 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_critic.data.encoding import Encoder, load_tokenizer
-from rlhf_critic.data.templates import PINNED_DATE_MACRO, changed, without_trailing
+from rlhf_critic.config.model import EncodingConfig
+from rlhf_critic.data.encoding import Encoder, create_encoder, load_tokenizer
+from rlhf_critic.data.templates import PINNED_DATE_MACRO, changed, template_name, without_trailing
 from rlhf_critic.errors import EncodingError
 from tests.helpers import WORDS, save_tiny_tokenizer
 
@@ -180,3 +182,26 @@ def test_a_pinned_date_stays_in_front(tokenizer_dir, tmp_path):
     encoder.save(tmp_path / "saved")
     again = Encoder(load_tokenizer(str(tmp_path / "saved")), 64)
     assert again.fingerprint == Encoder(encoder.tokenizer, 64).fingerprint
+
+
+def test_the_date_of_a_template_is_fixed_or_todays_and_stays_so(tokenizer_dir, tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}"
+    source = tokenizer_dir(chat_template=template)
+    today = datetime.date.today().strftime("%d %b %Y")
+    dates = {"fixed": "01 Jan 2025", "today": today}
+    for template_date, date in dates.items():
+        encoder = create_encoder(source, EncodingConfig(template_date=template_date))
+        assert encoder.render("a", "b") == f"{date} b"
+        encoder.save(tmp_path / template_date)
+        saved = Encoder(load_tokenizer(str(tmp_path / template_date), keeps_template=True), 1024, "text")
+        assert saved.fingerprint == encoder.fingerprint
+        assert saved.render("a", "b") == f"{date} b"
+
+
+@pytest.mark.parametrize(
+    ("own", "choice", "name"),
+    [(None, "auto", "plain"), ("{{ messages[-1]['content'] }}", "auto", "auto"), (None, "openrlhf", "openrlhf")],
+)
+def test_a_chosen_template_has_the_name_of_what_was_chosen(own, choice, name, tokenizer_dir):
+    source = tokenizer_dir(chat_template=own)
+    assert template_name(choice, load_tokenizer(source, choice)) == name
