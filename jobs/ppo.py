@@ -20,13 +20,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.ppo.checkpoint import latest_checkpoint, quarantine_damaged_checkpoints, read_state
+from actors.ppo.checkpoint import (
+    latest_checkpoint,
+    quarantine_damaged_checkpoints,
+    read_state,
+    remove_unfinished_checkpoints,
+)
 from actors.ppo.trainer import PPOOutcome, PPOTrainer, critic_options
 from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
 from actors.serving.handle import connect
-from actors.serving.job_cleanup import ends_with_this_job
+from actors.serving.job_cleanup import ends_with_this_job, wait_for_earlier_jobs
 from jobs.cli import command, run_job, validate_outside_package
 from jobs.run_lock import lock_run, prepare_run
 from jobs.serve import join_ray, run_pool
@@ -72,6 +77,7 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
     config = config.resolved()
     directory = Path(config.run.storage_path) / config.run.name
     prepare_run(config.run.storage_path, config.run.name, config.resume)
+    remove_unfinished_checkpoints(directory)
     quarantine_damaged_checkpoints(directory)
     if not config.run.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -155,6 +161,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
             )
         yield
         return
+    wait_for_earlier_jobs(reward.app, config.run.start_timeout_s)
     if control.is_running(reward.app):
         raise ConfigError(
             f"a pool {reward.app!r} runs already: leave out reward.checkpoint to use it, or choose another --reward.app"
@@ -177,13 +184,9 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         start_timeout_s=config.run.start_timeout_s,
     )
     with ends_with_this_job(reward.app):
-        try:
-            _, version, _ = run_pool(options, lambda _: None)
-            logger.info("scorers started version=%s", version)
-            yield
-        finally:
-            if control.is_running(reward.app):
-                control.stop(reward.app)
+        _, version, _ = run_pool(options, lambda _: None)
+        logger.info("scorers started version=%s", version)
+        yield
 
 
 def show(console: Console, outcome: PPOOutcome) -> None:

@@ -1,6 +1,6 @@
 """The name of a run: free, to be resumed, or locked by the job at work on it.
 
-The lock is beside the run's directory and ends with the process that holds it. An object store has no locks, so nothing
+The lock of a directory is beside it and ends with the process that holds it. An object store has no locks, so nothing
 prevents two jobs on one run there. Knows nothing about what a job does.
 """
 
@@ -49,19 +49,36 @@ def _lock(storage_path: str, name: str) -> Iterator[None]:
     if not isinstance(filesystem, pafs.LocalFileSystem):
         yield
         return
-    lock = FileLock(Path(path).parent / f".{name}.lock")
+    taken = (
+        f"another job is at work on the run {name!r} in {storage_path}: wait until it ends, stop it, or choose another "
+        "--run.name"
+    )
+    with lock_directory(Path(path), f"run.storage_path {storage_path}", taken):
+        yield
+
+
+@contextmanager
+def lock_directory(directory: Path, what: str, taken: str) -> Iterator[None]:
+    """Locks a directory for the duration of the block. Its parent is created if it is missing.
+
+    Args:
+        directory: The directory, which need not exist.
+        what: The option that names it, with its value, for messages.
+        taken: The message if another process holds the lock.
+
+    Raises:
+        ConfigError: Another process holds the lock, or the parent cannot be written.
+    """
+    lock = FileLock(directory.parent / f".{directory.name}.lock")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise ConfigError(
-            f"another job is at work on the run {name!r} in {storage_path}: wait until it ends, stop it, or choose "
-            "another --run.name"
-        ) from None
+        raise ConfigError(taken) from None
     except NotImplementedError:
-        logger.warning("no file locks, so run only one job on this run path=%s run=%s", storage_path, name)
+        logger.warning("no file locks, so run only one job on this directory path=%s", directory)
     except OSError as error:
-        raise ConfigError(f"run.storage_path {storage_path}: cannot be written: {error}") from error
+        raise ConfigError(f"{what}: cannot be written: {error}") from error
     try:
         yield
     finally:

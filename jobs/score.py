@@ -30,6 +30,7 @@ from actors.runtime.storage import local_directory
 from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
 from actors.serving.scorer import version_name
 from jobs.cli import command, run_job, validate_outside_package
+from jobs.run_lock import lock_directory
 from rlhf_critic.checkpoint.reward_model import check_reward_model
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import resolve_dtype
@@ -62,7 +63,7 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         The summary that is also written to OUT.
 
     Raises:
-        CriticError: The critic, the data or the options are invalid, or OUT belongs to another job.
+        CriticError: The critic, the data or the options are invalid, or OUT belongs to another job or is in use.
     """
     started = time.perf_counter()
     if "://" in config.out:
@@ -87,18 +88,20 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         data, config.fields, out, "parquet" if is_parquet else "jsonl", schema, config.rows_per_part, config.best_of_n
     )
     same = {"data": fingerprint, "model_version": version, "fields": config.fields, "best_of_n": config.best_of_n}
-    _claim(out, same | {"format": job.format, "rows_per_part": config.rows_per_part})
-    parts = -(-rows // config.rows_per_part)
-    missing = [number for number in range(parts) if not job.path(number).exists()]
-    if missing:
-        (out / SUMMARY_NAME).unlink(missing_ok=True)
-        _score_parts(missing, rows, job, scorer, config)
-    if fingerprint_of(data) != fingerprint:
-        raise DataError(
-            f"{data}: changed during scoring, so rewards may belong to other rows: delete {out} and score again"
-        )
-    summary = _summarise(job, parts, version, time.perf_counter() - started)
-    write_text_atomically(out / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
+    taken = f"another job is at work on {out}: wait until it ends, stop it, or give another directory"
+    with lock_directory(out.absolute(), f"OUT {out}", taken):
+        _claim(out, same | {"format": job.format, "rows_per_part": config.rows_per_part})
+        parts = -(-rows // config.rows_per_part)
+        missing = [number for number in range(parts) if not job.path(number).exists()]
+        if missing:
+            (out / SUMMARY_NAME).unlink(missing_ok=True)
+            _score_parts(missing, rows, job, scorer, config)
+        if fingerprint_of(data) != fingerprint:
+            raise DataError(
+                f"{data}: changed during scoring, so rewards may belong to other rows: delete {out} and score again"
+            )
+        summary = _summarise(job, parts, version, time.perf_counter() - started)
+        write_text_atomically(out / SUMMARY_NAME, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -129,6 +129,10 @@ class ScorerUnavailable(CriticError):
     """No scorer answered before the deadline, because none is running, all are busy, or those called died."""
 
 
+class ScorerLost(ScorerUnavailable):
+    """The scorer that was working on a call died. A retry helps, unless an item of the call killed it."""
+
+
 class ScorerFailed(CriticError):
     """A scorer failed with an internal error during scoring."""
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,10 +52,11 @@ def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterat
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", ignore_cleanup_errors=True) as name:
-            yield Path(name)
-            os.chmod(name, 0o755)
+            building = Path(name) / path.name
+            building.mkdir()  # with the permissions of the user's umask, unlike the temporary directory
+            yield building
             try:
-                os.rename(name, path)
+                os.rename(building, path)
             except OSError:
                 if not (keep_existing and path.is_dir()):
                     raise
@@ -67,7 +69,7 @@ def atomic_directory(path: str | Path, *, keep_existing: bool = False) -> Iterat
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path; the file written there replaces ``path`` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids repeat on other nodes
     try:
         yield temporary
         os.replace(temporary, path)

@@ -3,9 +3,12 @@
     python -m tests.soak --minutes 10 --json
 
 Callers ask a pool of scorers through Ray and over HTTP while new critics are published to it; `jobs.train` trains a
-critic again and again. The seed decides what is killed and in which order; each kill is SIGKILL. The soak checks:
+critic again and again. The seed decides what is killed and in which order; each kill is SIGKILL. Other faults are in
+`tests.soak_chaos`. The soak checks:
 
 - no request is lost, and every answer is that of the version it names;
+- replicas do not serve several critics for more than a minute;
+- a component that hangs is reported, and other calls are answered;
 - every training run ends with the weights of an undisturbed run;
 - at the end no actor, process, shared memory or open file is left over, and no process has grown all the time.
 
@@ -31,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +62,7 @@ from rlhf_critic.scoring.http_client import connect_http
 from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import make_conversations, rewards_by_engine, save_tiny_critic
 from tests.helpers import save_tiny_model, write_preferences
+from tests.soak_chaos import COMPONENTS, Chaos, MixedWatch
 
 TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-6
@@ -158,11 +163,14 @@ class World:
         init_ray(address="local", num_cpus=8, logging_level="ERROR", log_to_driver=False)
         self.ray_address = ray.get_runtime_context().gcs_address
         token_file = str(directory / "token")
+        components = directory / "components.yaml"
+        components.write_text(COMPONENTS)
         config = ServeJobConfig(
             checkpoint=self.critics["soak@0"],
             port=free_port(),
             auth="on",
             token_file=token_file,
+            components=str(components),
             min_replicas=REPLICAS,
             max_replicas=REPLICAS,
             cpus_per_shard=0.5,
@@ -250,6 +258,7 @@ class Publisher:
 
     def __init__(self, world: World, tally: Tally, client: ScorerClient) -> None:
         self._world, self._tally, self._client = world, tally, client
+        self.publishing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._publish_on, daemon=True)
         self._thread.start()
@@ -267,8 +276,9 @@ class Publisher:
             number += 1
             version = versions[number % len(versions)]
             try:
-                told = control.publish("scorers", self._world.critics[version], DEADLINE_S, lambda _: None)
-                served = self._client.score_items(probe).model_version
+                with self.publishing:
+                    told = control.publish("scorers", self._world.critics[version], DEADLINE_S, lambda _: None)
+                    served = self._client.score_items(probe).model_version
             except Exception as error:  # any failure counts
                 self._tally.problem("publishes failed", f"{type(error).__name__}: {error}")
                 continue
@@ -481,6 +491,9 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
     watcher, callers = Watcher(), Callers(world, tally, options.seed)
     publisher = Publisher(world, tally, callers.clients[0])
     killer = Killer(tally, trainer, options.seed)
+    gateways = partial(pids_of, "ray::ServeReplica:scorers:Gateway")
+    chaos = Chaos(world, tally, callers.clients[1], publisher.publishing, gateways)
+    mixed = MixedWatch(tally)
     object_store_before = object_store_bytes()
     started = time.monotonic()
     ends = started + 60 * options.minutes
@@ -496,7 +509,7 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
             time.sleep(0.2)
     ended = time.monotonic()
     lives = watcher.long_lives(started, ended)
-    for part in (publisher, callers, trainer):
+    for part in (chaos, publisher, callers, trainer, mixed):
         part.end()
     object_store = wait_for_none(object_store_bytes, 10)
     control.stop("scorers")
@@ -519,6 +532,7 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
             tally.problem("open files that grow", f"{life['process']}: {life['more_files']:g} more")
     return {
         "minutes": (ended - started) / 60,
+        "longest_mixed_s": mixed.longest_s,
         "left_over": {what: len(remaining) for what, remaining in left.items()},
         "object_store_bytes": (object_store_before, object_store),
         # A worker that is killed while it saves leaves an unfinished copy in the temporary directory.
@@ -530,6 +544,7 @@ def soak(options: Options, directory: Path, tally: Tally) -> dict[str, Any]:
 
 
 WANTED = ("requests sent", "requests answered", "publishes done", "runs finished")
+OF_FAULTS = ("swaps that failed once", "seconds to heal", "hanging components reported")
 
 
 def show(console: Console, tally: Tally, figures: dict[str, Any]) -> None:
@@ -538,8 +553,9 @@ def show(console: Console, tally: Tally, figures: dict[str, Any]) -> None:
     table.add_column("what")
     table.add_column("figure", justify="right")
     wrong = ("requests lost", "wrong answers", "publishes failed", "runs failed", "runs with other weights")
-    for what in (*WANTED, "runs resumed", *wrong):
+    for what in (*WANTED, "runs resumed", *OF_FAULTS, *wrong):
         table.add_row(what, f"{tally.counts[what]:,}")
+    table.add_row("seconds with several critics, at most", f"{figures['longest_mixed_s']:.0f}")
     for kind, number in sorted(tally.kills.items()):
         table.add_row(f"killed: {kind}", str(number))
     for what, number in figures["left_over"].items():

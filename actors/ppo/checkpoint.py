@@ -7,6 +7,7 @@ appears atomically.
 from __future__ import annotations
 
 import logging
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ FREE_OPTIONS = (
     *("policy.optimizer.gradient_checkpointing", "critic.optimizer.gradient_checkpointing", "critic.offload"),
     *("prompts.", "rollout.workers", "rollout.cpus_per_worker", "rollout.timeout_s", "ppo.max_kl", "run.", "resume"),
     *("reward.app", "reward.checkpoint", "reward.components", "reward.normalize", "reward.deadline_s"),
-    *("reward.chat_template", "reward.max_length"),
+    *("reward.patience_s", "reward.chat_template", "reward.max_length"),
     *("reward.min_replicas", "reward.max_replicas", "reward.cpus_per_replica", "reward.allow_mixed_versions"),
 )
 
@@ -63,6 +64,13 @@ class RunState(BaseModel):
 def checkpoints(directory: Path) -> list[Path]:
     """Lists a run's checkpoints, the oldest first. All were written completely, but may be damaged since."""
     return sorted(directory.glob(CHECKPOINT_PATTERN.format(0)[:-6] + "[0-9]*"))
+
+
+def remove_unfinished_checkpoints(directory: Path) -> None:
+    """Removes checkpoints of which a killed job had written a part. The caller holds the lock of the run."""
+    for unfinished in directory.glob(f".{CHECKPOINT_PATTERN.format(0)[:-6]}*"):
+        shutil.rmtree(unfinished)
+        logger.warning("removed an unfinished checkpoint path=%s", unfinished)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -42,8 +42,8 @@ def evaluation_values(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def component_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns the mean of each component of the reward."""
-    names = rollouts[0].components
+    """Returns the mean of each component of the reward. Two versions of a reward model may have different ones."""
+    names = [name for name in rollouts[0].components if all(name in rollout.components for rollout in rollouts)]
     return {f"reward_{name}": float(np.mean([rollout.components[name] for rollout in rollouts])) for name in names}
 
 

@@ -7,6 +7,7 @@ critics, advantages or updates.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -24,11 +25,14 @@ from actors.ppo.policy_group import PolicyOptions, PolicyWeights
 from actors.runtime.environment import compute_environment
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.data.conversation import Prompt
-from rlhf_critic.errors import CriticError, RankLost, RolloutsUnavailable
+from rlhf_critic.errors import CriticError, RankLost, RolloutsUnavailable, ScorerUnavailable
 from rlhf_critic.logs import configure_logging
 from rlhf_critic.scoring.client import ScorerClient
-from rlhf_critic.scoring.items import conversations
+from rlhf_critic.scoring.items import Item, Scores, conversations
 
+logger = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 5.0
 TASKS_PER_WORKER = 2  # one is sampled while one is scored
 MAX_LOSSES = 5  # per worker on average and call; more are no accident
 
@@ -101,11 +105,17 @@ class RolloutWorker:
     """Samples responses and requests their rewards from scorers; runs in an actor with two threads."""
 
     def __init__(
-        self, options: PolicyOptions, client: ScorerClient, max_new_tokens: int, threads: int, use_gpu: bool
+        self,
+        options: PolicyOptions,
+        client: ScorerClient,
+        max_new_tokens: int,
+        patience_s: float,
+        threads: int,
+        use_gpu: bool,
     ) -> None:
         configure_logging()
         self._options, self._client, self._max_new_tokens = options, client, max_new_tokens
-        self._threads, self._use_gpu = threads, use_gpu
+        self._patience_s, self._threads, self._use_gpu = patience_s, threads, use_gpu
         self._sampling = threading.Lock()
         self._version: int | None = None
 
@@ -135,7 +145,7 @@ class RolloutWorker:
             sampled = self._generator.generate(task.prompt_ids, self._max_new_tokens, task.seed)
             texts = [self._text(response.ids, response.truncated) for response in sampled]
             generated = time.perf_counter()
-        scores = self._client.score_items(conversations(task.prompts, texts))
+        scores = score_patiently(self._client, conversations(task.prompts, texts), self._patience_s)
         timings = Timings(generated - started, time.perf_counter() - generated)
         rollouts = [
             Rollout(
@@ -177,6 +187,7 @@ class RolloutWorkers:
         options: Options of the policy.
         client: Client of the scorers.
         max_new_tokens: Maximum tokens of a response.
+        patience_s: See `score_patiently`.
         cpus_per_worker: CPUs that Ray reserves for each worker, and torch threads if there is no GPU.
         use_gpu: Whether each worker has a GPU.
     """
@@ -188,6 +199,7 @@ class RolloutWorkers:
         client: ScorerClient,
         max_new_tokens: int,
         *,
+        patience_s: float = 0.0,
         cpus_per_worker: float = 1.0,
         use_gpu: bool = False,
     ) -> None:
@@ -198,7 +210,7 @@ class RolloutWorkers:
             max_concurrency=TASKS_PER_WORKER,
             runtime_env={"env_vars": compute_environment(use_gpu)},
         )(RolloutWorker)
-        self._arguments = (options, client, max_new_tokens, max(1, int(cpus_per_worker)), use_gpu)
+        self._arguments = (options, client, max_new_tokens, patience_s, max(1, int(cpus_per_worker)), use_gpu)
         self._calls: dict[Any, _Worker] = {}
         self._workers: list[_Worker] = []
         for _ in range(workers):
@@ -309,13 +321,39 @@ class RolloutWorkers:
         return list(lost.tasks.values())
 
 
-def score_again(rollouts: Sequence[Rollout], client: ScorerClient) -> list[Rollout]:
+def score_patiently(client: ScorerClient, items: Sequence[Item], patience_s: float) -> Scores:
+    """Scores items, and keeps asking while no scorer answers, so that a run waits for a pool that will return.
+
+    Args:
+        client: Client of the scorers, with a deadline of its own.
+        items: Items to score.
+        patience_s: Seconds to keep asking after the first deadline.
+
+    Raises:
+        ScorerUnavailable: No scorer answered in this time.
+        CriticError: See `rlhf_critic.scoring.client.ScorerClient.score_items`.
+    """
+    ends: float | None = None
+    while True:
+        try:
+            return client.score_items(items)
+        except ScorerUnavailable as error:
+            now = time.monotonic()
+            ends = now + patience_s if ends is None else ends
+            if now >= ends:
+                raise
+            logger.warning("waiting for scorers longest_wait_s=%.0f reason=%s", ends - now, error)
+            time.sleep(min(ASK_AGAIN_S, ends - now))
+
+
+def score_again(rollouts: Sequence[Rollout], client: ScorerClient, patience_s: float = 0.0) -> list[Rollout]:
     """Scores rollouts again, all by one version of the reward model.
 
     Raises:
-        CriticError: See `rlhf_critic.scoring.client.ScorerClient.score_items`.
+        CriticError: See `score_patiently`.
     """
-    scores = client.score_items(conversations([one.prompt for one in rollouts], [one.response for one in rollouts]))
+    items = conversations([one.prompt for one in rollouts], [one.response for one in rollouts])
+    scores = score_patiently(client, items, patience_s)
     return [
         replace(
             rollout,

@@ -11,8 +11,8 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,9 +54,10 @@ from rlhf_critic.config.ppo import CriticConfig, PolicyConfig, PPOJobConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import validate_same_tokens
 from rlhf_critic.data.prompts import Prompts
-from rlhf_critic.errors import ConfigError
+from rlhf_critic.errors import CheckpointError, ConfigError, DivergedError, RankLost
 from rlhf_critic.files import atomic_directory, write_manifest
 from rlhf_critic.scoring.client import ScorerClient
+from rlhf_critic.training.metrics_log import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class PPOTrainer:
         self._moments = RunningMoments()
         self._weights: PolicyWeights | None = None
         self._model_versions: set[str] = set()
+        self._is_whole = True  # policy and critic are those after the last complete iteration
         checkpoint = latest_checkpoint(self.directory)
         state = None if checkpoint is None else read_state(checkpoint, config, prompts)
         self._reference = reference_digest(config.policy.model.path) if state is None else state.reference
@@ -123,7 +125,12 @@ class PPOTrainer:
                 lambda: actors.enter_context(PolicyGroup(policy, **placement(config.policy))),
                 lambda: actors.enter_context(CriticGroup(critic_options(config), **placement(config.critic))),
                 lambda: actors.enter_context(
-                    RolloutWorkers(*workers, cpus_per_worker=rollout.cpus_per_worker, use_gpu=run.use_gpu)
+                    RolloutWorkers(
+                        *workers,
+                        patience_s=config.reward.patience_s,
+                        cpus_per_worker=rollout.cpus_per_worker,
+                        use_gpu=run.use_gpu,
+                    )
                 ),
             )
             if checkpoint is not None and state is not None:
@@ -142,33 +149,63 @@ class PPOTrainer:
     def run(self) -> PPOOutcome:
         """Runs the remaining iterations.
 
+        A checkpoint comes before the evaluation after the same iteration. An error that leaves policy and critic whole,
+        such as that of a scorer, is raised after the last complete iteration was saved.
+
         Raises:
             RankLost: A rank of the critic or policy was lost; another attempt resumes from the last checkpoint.
             DivergedError: The policy is too far from its reference, or a number became NaN.
             CriticError: Rollouts or rewards did not come in time, or the history could not be written.
         """
-        options = self.config
-        total = options.ppo.iterations
+        total = self.config.ppo.iterations
         with (
             self._run_logger() as history,
             tqdm(desc="iterations", total=total, initial=self._iteration, disable=None) as bar,
         ):
-            if self._iteration == 0:
-                self._evaluate(history)
-            while self._iteration < total:
-                metrics = self._iterate()
-                history.write("train", self._iteration, metrics)
-                stop_if_diverged(metrics, self._iteration, options.ppo.max_kl)
-                bar.update(1)
-                bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.2f}")
-                is_last = self._iteration == total
-                if is_last or is_due(self._iteration, options.run.evaluate_every):
-                    self._evaluate(history)
-                if is_last or is_due(self._iteration, options.run.checkpoint_every):
-                    history.save()
-                    self._checkpoint()
+            try:
+                self._run_iterations(history, bar)
+            except (RankLost, DivergedError):
+                raise
+            except Exception as error:
+                self._save_whole_iteration(history, error)
+                raise
         first, last = (read_samples(self.directory, one) if self._held_out else [] for one in (0, total))
         return PPOOutcome(self.directory, checkpoints(self.directory)[-1], first, last)
+
+    def _run_iterations(self, history: RunLogger, bar: tqdm) -> None:
+        run, total = self.config.run, self.config.ppo.iterations
+        evaluated = {
+            row["step"] for row in read_metrics(self.directory / HISTORY_FOLDER) if row["kind"] == "validation"
+        }
+        while True:
+            is_due_now = self._iteration in {0, total} or is_due(self._iteration, run.evaluate_every)
+            if is_due_now and self._iteration not in evaluated:  # a job that resumes may have ended before it
+                self._evaluate(history)
+            if self._iteration >= total:
+                history.save()
+                return
+            metrics = self._iterate()
+            history.write("train", self._iteration, metrics)
+            stop_if_diverged(metrics, self._iteration, self.config.ppo.max_kl)
+            bar.update(1)
+            bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.2f}")
+            if self._iteration == total or is_due(self._iteration, run.checkpoint_every):
+                history.save()
+                self._checkpoint()
+
+    def _save_whole_iteration(self, history: RunLogger, error: Exception) -> None:
+        """Saves policy and critic before the job ends with an error, if they are whole and not saved yet."""
+        is_saved = (self.directory / CHECKPOINT_PATTERN.format(self._iteration)).exists()
+        if not self._is_whole or is_saved or self._iteration == 0:
+            return
+        logger.warning("saving before the job ends, to continue with --resume iteration=%d", self._iteration)
+        try:
+            self._critic.onload()
+            with suppress(CheckpointError):  # the lines are in the local file
+                history.save()
+            self._checkpoint()
+        except Exception:
+            logger.exception("could not save before the end error=%s", error)
 
     def _run_logger(self) -> RunLogger:
         run = self.config.run
@@ -190,7 +227,7 @@ class PPOTrainer:
         seconds_rollouts = time.perf_counter() - started
         sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
         prompt_lengths = [len(rollout.prompt_ids) for rollout in rollouts]
-        (values, seconds_values), (ref_log_probs, seconds_reference) = run_concurrently(
+        (values, seconds_values), (ref_log_probs, seconds_reference) = self._run_groups(
             lambda: timed(self._critic.values, sequences),
             lambda: timed(self._policy.reference_log_probs, sequences, prompt_lengths),
         )
@@ -211,7 +248,8 @@ class PPOTrainer:
         update_policy = partial(self._policy.update, clip=ppo.clip, entropy_coefficient=ppo.entropy_coefficient)
         critic_columns = (sequences, prompt_lengths, targets.returns, targets.old_values)
         policy_columns = (sequences, prompt_lengths, batch.log_probs, targets.advantages)
-        (critic_updates, seconds_critic), (policy_updates, seconds_policy) = run_concurrently(
+        self._is_whole = False
+        (critic_updates, seconds_critic), (policy_updates, seconds_policy) = self._run_groups(
             lambda: timed(self._update, "critic", update_critic, minibatches, *critic_columns),
             lambda: timed(self._update, "policy", update_policy, of_policy, *policy_columns),
         )
@@ -219,6 +257,7 @@ class PPOTrainer:
             self._weights = None
         self._moments = targets.moments
         self._iteration += 1
+        self._is_whole = True
         seconds = time.perf_counter() - started
         tokens = sum(len(ids) for ids in sequences)
         return {
@@ -240,6 +279,16 @@ class PPOTrainer:
             "seconds_update_critic": seconds_critic,
             "seconds_update_policy": seconds_policy,
         }
+
+    def _run_groups(self, *actions: Callable[[], Any]) -> tuple[Any, ...]:
+        """Runs actions of policy and critic. If one group is lost, the other ends in the middle of its work."""
+
+        def end_both(error: BaseException) -> None:
+            if isinstance(error, RankLost | DivergedError):
+                self._policy.shutdown()
+                self._critic.shutdown()
+
+        return run_concurrently(*actions, on_failure=end_both)
 
     def _update(
         self, who: Literal["critic", "policy"], update: Callable[..., T], minibatches: list[list[int]], *columns: Any
@@ -266,10 +315,11 @@ class PPOTrainer:
         if options.critic.offload:
             self._critic.offload()
         with tqdm(desc="rollouts", total=len(rows), leave=False, disable=None) as bar:
-            rollouts, timings = self._workers.run(tasks, self._weights, options.rollout.timeout_s, bar.update)
+            timeout_s = options.rollout.timeout_s + options.reward.patience_s
+            rollouts, timings = self._workers.run(tasks, self._weights, timeout_s, bar.update)
         versions = {rollout.model_version for rollout in rollouts}
         if len(versions) > 1 and not options.reward.allow_mixed_versions:
-            rollouts = score_again(rollouts, self._client)
+            rollouts = score_again(rollouts, self._client, options.reward.patience_s)
             versions = {rollout.model_version for rollout in rollouts}
         if versions != self._model_versions:
             logger.info("reward model iteration=%d versions=%s", self._iteration + 1, ",".join(sorted(versions)))
@@ -283,8 +333,8 @@ class PPOTrainer:
         if self._held_out is None:
             return
         rollouts, _ = self._roll_out(self._held_out, range(len(self._held_out)), (EVALUATION_DRAWS,))
-        history.write("validation", self._iteration, evaluation_values(rollouts))
         write_samples(self.directory, self._iteration, rollouts)
+        history.write("validation", self._iteration, evaluation_values(rollouts))
 
     def _checkpoint(self) -> None:
         """Writes policy, critic and state atomically, then removes checkpoints that are not kept."""
@@ -296,13 +346,15 @@ class PPOTrainer:
             reference=self._reference,
         )
         path = self.directory / CHECKPOINT_PATTERN.format(self._iteration)
+        self._is_whole = False  # a group that cannot write has ended
         with atomic_directory(path) as building:
-            run_concurrently(
+            self._run_groups(
                 lambda: self._policy.save(building / POLICY_FOLDER),
                 lambda: self._critic.save(building / CRITIC_FOLDER, name=self.config.run.name),
             )
             (building / PPO_STATE_NAME).write_text(state.model_dump_json(indent=2), encoding="utf-8")
             write_manifest(building, 0, 1, PPO_STATE_NAME)
+        self._is_whole = True
         for old in checkpoints(self.directory)[: -self.config.run.keep_checkpoints]:
             shutil.rmtree(old)
 
@@ -347,10 +399,21 @@ def critic_options(config: PPOJobConfig) -> CriticOptions:
     return critic
 
 
-def run_concurrently(*actions: Callable[[], Any]) -> tuple[Any, ...]:
-    """Runs actions in threads, waits for all, and raises the error of the first in the list that failed."""
+def run_concurrently(
+    *actions: Callable[[], Any], on_failure: Callable[[BaseException], object] = lambda _: None
+) -> tuple[Any, ...]:
+    """Runs actions in threads, waits for all, and raises the error of the one that failed first.
+
+    ``on_failure`` is called with that error while other actions may still be at work, which it can end.
+    """
     with ThreadPoolExecutor(len(actions)) as threads:
         futures = [threads.submit(action) for action in actions]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        failure = next((error for future in futures if future in done and (error := future.exception())), None)
+        if failure is not None:
+            on_failure(failure)
+    if failure is not None:
+        raise failure
     return tuple(future.result() for future in futures)
 
 

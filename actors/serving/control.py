@@ -11,11 +11,13 @@ import copy
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
@@ -25,13 +27,16 @@ from actors.runtime.storage import local_directory
 from actors.serving.deployment import deployment_hash
 from actors.serving.handle import DEFAULT_APP, SCORER_DEPLOYMENT
 from actors.serving.http_api import is_loopback
-from actors.serving.replica_status import read_status, status_of
+from actors.serving.replica_status import NAMESPACE, ON_HEAD, read_status, status_of
 from rlhf_critic.config.model import AssumedEncoding
 from rlhf_critic.config.serve import ScorerConfig, ServeJobConfig
 from rlhf_critic.errors import CheckpointError, ConfigError, PlacementError
 
 IMPORT_PATH = "actors.serving.deployment:app"
 POLL_S = 0.2
+WATCH_EVERY_S = 0.5  # the controller, which answers, also scales and heals
+WRITER_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 300.0
 SEQUENCER_CPUS = 0.1
 SCALING_OPTIONS = {"min_replicas", "max_replicas", "target_ongoing_requests", "upscale_delay_s", "downscale_delay_s"}
 # Environment variables that replicas take over from the process that starts them.
@@ -196,7 +201,7 @@ def wait_until_served(app: str, timeout_s: float, progress: Progress, wanted: st
                 f"{len(current)} of {max(len(running), target)} replicas of {app!r} serve the published critic after "
                 f"{timeout_s:g} s ({why}): add nodes, lower --min-replicas, or raise --start-timeout-s"
             )
-        time.sleep(POLL_S)
+        time.sleep(WATCH_EVERY_S)
 
 
 def stop(app: str) -> None:
@@ -209,7 +214,13 @@ def stop(app: str) -> None:
         raise ConfigError(f"there is no pool {app!r} to stop")
     # First, so that an interrupted stop leaves a pool that can be stopped again, not a status actor alone.
     ray.kill(status_of(app))
-    serve.delete(app)
+    with only_writer():
+        serve.delete(app, _blocking=False)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while _client().get_serve_details()["applications"].get(app) is not None and not is_running(app):
+        if time.monotonic() > deadline:
+            raise PlacementError(f"the pool {app!r} did not end within {STOP_TIMEOUT_S:g} s: see `serve status`")
+        time.sleep(POLL_S)
 
 
 def is_running(app: str) -> bool:
@@ -224,13 +235,15 @@ def _change(
     # A unique name, so that earlier reports about the same critic are not taken for reports about this publication.
     _replicas(after)["user_config"]["publication"] = uuid.uuid4().hex
     wanted = deployment_hash(_replicas(after)["user_config"])
+    found = None if before is None else _hash(before)
     before = before and _at_its_size(app, before)
-    _apply(app, _at_its_size(app, after))
+    if not _apply(app, _at_its_size(app, after), only_if=found):
+        raise ConfigError(f"the pool {app!r} was changed or stopped by another process meanwhile")
     try:
         return wait_until_served(app, timeout_s, progress, wanted)
     except BaseException:  # also an interrupt, which would leave replicas with different critics
-        if before is not None and _published(app) == wanted:
-            _apply(app, before)
+        if before is not None:
+            _apply(app, before, only_if=wanted)
         raise
 
 
@@ -246,7 +259,11 @@ def _at_its_size(app: str, config: dict[str, Any]) -> dict[str, Any]:
 def _published(app: str) -> str | None:
     """Returns the hash of the configuration that a pool was given last, None if there is no pool."""
     deployed = _deployed(app)
-    return None if deployed is None else deployment_hash(_replicas(deployed)["user_config"])
+    return None if deployed is None else _hash(deployed)
+
+
+def _hash(config: dict[str, Any]) -> str:
+    return deployment_hash(_replicas(config)["user_config"])
 
 
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
@@ -289,12 +306,59 @@ def _configs() -> dict[str, dict[str, Any]]:
     }
 
 
-def _apply(app: str, config: dict[str, Any]) -> None:
-    """Replaces one application's config. Serve stops applications that a config does not name, so all are passed."""
-    configs = {**_configs(), app: config}
-    client = _client()
-    http = {"host": client.http_config.host, "port": client.http_config.port}
-    client.deploy_apps(ServeDeploySchema(applications=list(configs.values()), http_options=http))
+def _apply(app: str, config: dict[str, Any], only_if: str | None = None) -> bool:
+    """Replaces one application's config. Serve stops applications that a config does not name, so all are passed.
+
+    Args:
+        app: The pool's name.
+        config: Its new entry in Serve's configuration.
+        only_if: Replace only the configuration with this hash; see `deployment_hash`.
+
+    Returns:
+        Whether the config was replaced.
+    """
+    with only_writer():
+        configs = _configs()
+        if only_if is not None and (app not in configs or _hash(configs[app]) != only_if):
+            return False
+        client = _client()
+        http = {"host": client.http_config.host, "port": client.http_config.port}
+        configs[app] = config
+        client.deploy_apps(ServeDeploySchema(applications=list(configs.values()), http_options=http))
+    return True
+
+
+class _Writer:
+    """An actor without methods. Its name belongs to one process at a time, and is free when that process has ended."""
+
+
+@contextmanager
+def only_writer() -> Iterator[None]:
+    """Waits until no other process of the cluster writes Serve's configuration, and keeps others from writing.
+
+    Each write contains the configs of all pools. Without it, a write undoes what another process wrote since the read.
+
+    Raises:
+        PlacementError: Another process has been writing for too long.
+    """
+    writer: Any = ray.remote(_Writer).options(
+        name="pool-writer", namespace=NAMESPACE, num_cpus=0, resources=ON_HEAD, lifetime="non_detached"
+    )
+    deadline = time.monotonic() + WRITER_TIMEOUT_S
+    while True:
+        try:
+            turn = writer.remote()
+            break
+        except ActorAlreadyExistsError as error:
+            if time.monotonic() > deadline:
+                raise PlacementError(
+                    f"another process has been writing Serve's configuration for {WRITER_TIMEOUT_S:g} s: stop it"
+                ) from error
+            time.sleep(POLL_S)
+    try:
+        yield
+    finally:
+        ray.kill(turn)
 
 
 def _replicas(application: dict[str, Any]) -> dict[str, Any]:

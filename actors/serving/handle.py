@@ -9,11 +9,11 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from actors.runtime.session import init_ray
-from rlhf_critic.errors import CriticError, ScorerFailed, ScorerUnavailable
+from rlhf_critic.errors import CriticError, ScorerFailed, ScorerLost, ScorerUnavailable
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Item, Scores
 
@@ -54,6 +54,8 @@ class HandleTransport:
             raise ScorerFailed(f"a scorer failed: {type(error.cause).__name__}: {error.cause}") from error
         except BackPressureError as error:
             raise ScorerUnavailable("the pool's queue is full") from error
+        except ActorDiedError as error:
+            raise ScorerLost(f"a replica died during the call: {error}") from error
         except (RayError, RayServeException, TaskCancelledError) as error:
             raise ScorerUnavailable(f"{type(error).__name__}: {error}") from error
         if isinstance(answer, CriticError):

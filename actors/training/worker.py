@@ -6,6 +6,7 @@ connects them to Ray Train. Knows nothing about command lines.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -108,6 +109,7 @@ class _TrainingRun:
         self.is_main = self.context.get_world_rank() == 0
         self.is_first_of_node = self.context.get_local_rank() == 0
         raise_on_all_ranks(lambda: validate_wandb(config.run.wandb_project) if self.is_main else None)
+        self._on_each_node(lambda: remove_unfinished_saves(config.run.storage_path, config.run.name))
         # One rank of a node encodes what is not cached yet; then all map its files.
         self._on_each_node(lambda: load_data(config, _ignored_end_id(config)))
         self.data = raise_on_all_ranks(lambda: load_data(config, _ignored_end_id(config)))
@@ -241,7 +243,8 @@ class _TrainingRun:
                 "progress": asdict(self.progress),
             },
         )
-        name_of_save = _same_on_all_ranks(lambda: f"rlhf-critic-{uuid.uuid4().hex}")
+        prefix = prefix_of_saves(self.config.run.storage_path, name)
+        name_of_save = _same_on_all_ranks(lambda: f"{prefix}{uuid.uuid4().hex}")
         # One directory per node, even where nodes share a disk: one node would remove what another still uploads.
         directory = Path(tempfile.gettempdir()) / f"{name_of_save}-{node}"
         stored = checkpoint_name(step)
@@ -284,6 +287,18 @@ class _TrainingRun:
         what = f"{', '.join(train.reports)} ({len(sampled)} training preferences)"
         mean, std = float(rewards_R.mean()), float(rewards_R.std())
         return {"reward_mean": mean, "reward_std": std, "reward_reference": what}
+
+
+def prefix_of_saves(storage_path: str, name: str) -> str:
+    """Returns how the names of a run's temporary directories begin, which hold checkpoints until they are stored."""
+    return f"rlhf-critic-{hashlib.sha256(f'{storage_path}/{name}'.encode()).hexdigest()[:16]}-"
+
+
+def remove_unfinished_saves(storage_path: str, name: str) -> None:
+    """Removes temporary directories that killed workers of a run left on this node. Call it before the first save."""
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix_of_saves(storage_path, name)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+        logger.warning("removed what a killed worker left path=%s", left)
 
 
 def stored_checkpoints(filesystem: pafs.FileSystem, run_path: str) -> list[tuple[str, Checkpoint]]:

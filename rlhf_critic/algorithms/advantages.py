@@ -83,8 +83,9 @@ def compute_advantages(
     values_SL, _ = ppo.pad_rows(old_values)
     truncated_S = torch.from_numpy(batch.truncated_S)
     raw_S = torch.from_numpy(batch.rewards_S)
-    rewards_S = raw_S - reward.missing_eos_penalty * truncated_S
-    moments = moments.updated(rewards_S)
+    rewards_S = ppo.finite_rewards(raw_S - reward.missing_eos_penalty * truncated_S)
+    # Truncated responses that are bootstrapped have no reward.
+    moments = moments.updated(rewards_S[~truncated_S] if algorithm.bootstrap_truncated else rewards_S)
     if reward.scaling == "running":
         rewards_S = rewards_S / moments.std
     if reward.clip is not None:

@@ -32,6 +32,8 @@ from torch import Tensor
 
 from rlhf_critic.errors import NonFiniteRewardError
 
+EQUAL_REWARDS = 1e-4  # spread, relative to the mean, below which rewards count as equal
+
 
 def action_values(
     values_S: Sequence[NDArray[np.float32]], prompt_lengths_S: Sequence[int]
@@ -152,7 +154,7 @@ def clip_rewards(rewards_S: Tensor, limit: float) -> Tensor:
     """
     if not limit > 0:
         raise ValueError(f"the limit of rewards must be positive, not {limit}")
-    return _finite_rewards(rewards_S).clamp(-limit, limit)
+    return finite_rewards(rewards_S).clamp(-limit, limit)
 
 
 def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coefficient: float) -> Tensor:
@@ -176,7 +178,7 @@ def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coeffic
     """
     _same_shape("KL divergences and mask", kl_SL.shape, mask_SL.shape)
     _same_shape("rewards and the mask's rows", rewards_S.shape, mask_SL.shape[:1])
-    rewards_S = _finite_rewards(rewards_S)
+    rewards_S = finite_rewards(rewards_S)
     actions_left_SL = mask_SL.flip(1).cumsum(1).flip(1)
     rewards_SL = rewards_S[:, None] * (actions_left_SL == 1)
     return (rewards_SL - kl_coefficient * kl_SL.float()).masked_fill(~mask_SL, 0.0)
@@ -390,7 +392,7 @@ class RunningMoments:
         Raises:
             NonFiniteRewardError: A reward is NaN or infinite, which would make all later moments so.
         """
-        rewards_S = _finite_rewards(rewards_S).double()
+        rewards_S = finite_rewards(rewards_S).double()
         added = float(rewards_S.numel())
         if not added:
             return self
@@ -402,10 +404,13 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation (divided by n - 1); 1 for fewer than two rewards or equal rewards."""
-        if self.count < 2 or self.squares == 0.0:
-            return 1.0
-        return math.sqrt(self.squares / (self.count - 1.0))
+        """Sample standard deviation (divided by n - 1); 1 for fewer than two rewards or equal rewards.
+
+        Rewards count as equal if they differ less than a critic's rounding errors. Dividing by those would make rewards
+        of any size.
+        """
+        std = math.sqrt(self.squares / (self.count - 1.0)) if self.count >= 2 else 0.0
+        return std if std > EQUAL_REWARDS * max(1.0, abs(self.mean)) else 1.0
 
 
 def _mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,7 +425,12 @@ def _mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x_SL - mean).masked_fill(~mask_SL, 0.0).square().sum() / count
 
 
-def _finite_rewards(rewards_S: Tensor) -> Tensor:
+def finite_rewards(rewards_S: Tensor) -> Tensor:
+    """Returns rewards ``[S]`` in fp32.
+
+    Raises:
+        NonFiniteRewardError: A reward is NaN or infinite.
+    """
     rewards_S = rewards_S.float()
     bad = (~torch.isfinite(rewards_S)).nonzero().flatten().tolist()
     if bad:

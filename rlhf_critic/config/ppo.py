@@ -122,6 +122,9 @@ class RewardConfig(AssumedEncoding):
     """CPUs per scorer replica (only with reward.checkpoint)."""
     deadline_s: PositiveFloat = 600.0
     """Seconds to wait for rewards, retries included."""
+    patience_s: NonNegativeFloat = 1800.0
+    """Seconds to keep asking scorers that did not answer within reward.deadline_s. The run pauses meanwhile, and
+    rollout.timeout_s is extended by this time."""
     missing_eos_penalty: NonNegativeFloat = 0.0
     """Penalty subtracted from the reward of a response truncated at rollout.max_new_tokens."""
     scaling: Literal["none", "running"] = "none"

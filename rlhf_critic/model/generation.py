@@ -17,13 +17,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import CheckpointError, DivergedError, EncodingError
-from rlhf_critic.model.policy import SUPPRESSED_LOGIT, create_policy, sampling_logits
+from rlhf_critic.model.hf_config import load_config
+from rlhf_critic.model.policy import SUPPRESSED_LOGIT, create_policy, sampling_logits, suppressed_ids
 from rlhf_critic.model.weights import persistent_tensors
 
 
@@ -162,20 +169,33 @@ class VllmGenerator:
 
         self._temperature = temperature
         self._stop = stop_ids(tokenizer)
-        self._suppressed = {int(tokenizer.pad_token_id): SUPPRESSED_LOGIT}
+        config = load_config(model.path)
+        rows = config.get_text_config().vocab_size  # vLLM has the rows of the base model, the policy a few more
+        self._suppressed = {token: SUPPRESSED_LOGIT for token in suppressed_ids(tokenizer, rows) if token < rows}
+        self._tokens = len(tokenizer)
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        self._shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
         overrides = {} if model.num_layers is None else {"hf_overrides": {"num_hidden_layers": model.num_layers}}
         self._llm = LLM(
             model.path, dtype=model.dtype, logprobs_mode="processed_logprobs", enable_prefix_caching=True, **overrides
         )
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Loads new weights. vLLM's models accept the names of Hugging Face checkpoints."""
-        tensors = dict(weights)
+        """Loads new weights. vLLM's models accept the names of Hugging Face checkpoints, and their shapes only."""
+        tensors = {
+            name: tensor if tensor.shape == self._shapes[name] else tensor[: self._shapes[name][0]]
+            for name, tensor in weights.items()
+        }
         self._llm.reset_prefix_cache()
         self._llm.apply_model(lambda model: model.load_weights(tensors.items()))
 
     def generate(self, prompts: Sequence[TokenIds], max_new_tokens: int, seed: int) -> list[Response]:
-        """Samples a response to each prompt."""
+        """Samples a response to each prompt.
+
+        Raises:
+            CheckpointError: vLLM sampled an id that is no token.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -194,8 +214,12 @@ class VllmGenerator:
         outputs = self._llm.generate(inputs, settings, use_tqdm=False)
         return [self._response(output.outputs[0]) for output in outputs]
 
-    @staticmethod
-    def _response(output: Any) -> Response:
+    def _response(self, output: Any) -> Response:
         log_probs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
         ids = np.array(output.token_ids, dtype=np.int64)
+        if len(ids) and ids.max() >= self._tokens:
+            raise CheckpointError(
+                f"vLLM sampled the id {ids.max()}, and the policy's tokenizer has {self._tokens} tokens: this version "
+                "of vLLM ignores logit_bias; install another, or uninstall it to sample with transformers"
+            )
         return Response(ids, np.array(log_probs, dtype=np.float32), truncated=output.finish_reason == "length")

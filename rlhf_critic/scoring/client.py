@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from rlhf_critic.errors import ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.errors import ScorerFailed, ScorerLost, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scoring.items import Item, Scores, conversations
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FIRST_WAIT_S = 0.05
 MAX_WAIT_S = 2.0
+LOSSES_PER_ITEM = 2  # scorers that die while they score an item alone, until the item counts as their killer
 GRACE_S = 30.0  # time after a deadline before the client counts as broken
 
 
@@ -39,6 +40,7 @@ class Transport(Protocol):
         """Makes one attempt.
 
         Raises:
+            ScorerLost: The scorer died during the call.
             ScorerUnavailable: No scorer exists or answered in time. A retry may help.
             ScorerRejected: The items cannot be scored. A retry does not help.
             VersionMismatch: The served version is not ``version``.
@@ -60,8 +62,9 @@ class _Running(NamedTuple):
 class ScorerClient:
     """Requests rewards from scorers, from any thread and any event loop. It can be sent to other processes.
 
-    Every answer is checked: one finite reward per item, and the version that was requested. A forked process continues
-    with connections of its own.
+    Every answer is checked: one finite reward per item, and the version that was requested. If a scorer dies during a
+    call, the items are scored one by one. An item whose own calls kill two scorers is rejected. A forked process
+    continues with connections of its own.
 
     Args:
         transport: Connection to the scorers.
@@ -206,28 +209,35 @@ class ScorerClient:
         if not items:
             raise ScorerRejected("no_items", "there is nothing to score: give at least one item")
         deadline = time.monotonic() + deadline_s
-        parts = [items[start : start + self._max_items] for start in range(0, len(items), self._max_items)]
+        # By the index of their first item.
+        parts = {start: items[start : start + self._max_items] for start in range(0, len(items), self._max_items)}
         answers: dict[int, Scores] = {}
 
-        async def answer(index: int) -> None:
-            answers.pop(index, None)
+        async def answer(start: int) -> None:
+            answers.pop(start, None)
+            part = parts[start]
             try:
-                answers[index] = await self._ask(parts[index], values, version, deadline, deadline_s, in_flight)
+                answers[start] = await self._ask(part, values, version, deadline, deadline_s, in_flight)
             except ScorerRejected as error:
-                raise error.after(index * self._max_items) from error
+                raise error.after(start) from error
+            except ScorerLost as error:
+                if len(part) == 1:
+                    raise ScorerRejected(
+                        "kills_scorers",
+                        f"item {start}: {LOSSES_PER_ITEM} scorers died while they scored it alone: leave it out, and "
+                        f"report it with the log of a replica; the last error: {error}",
+                        start,
+                    ) from error
+                parts.update({start + index: [item] for index, item in enumerate(part)})
+                await _run_all(answer(start + index) for index in range(len(part)))
 
-        missing = list(range(len(parts)))
+        missing = list(parts)
         while True:
-            tasks = [asyncio.create_task(answer(index)) for index in missing]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:  # if one failed, the others still run
-                    task.cancel()
+            await _run_all(map(answer, missing))
             *_, latest = (scores.model_version for scores in answers.values())  # in order of arrival
-            missing = [index for index, scores in answers.items() if scores.model_version != latest]
+            missing = [start for start, scores in answers.items() if scores.model_version != latest]
             if not missing:
-                return _join([answers[index] for index in range(len(parts))])
+                return _join([answers[start] for start in sorted(parts)])
             if _left(deadline) < FIRST_WAIT_S:
                 raise VersionMismatch(
                     f"no single version answered all {len(items)} items within {deadline_s:g} s; the versions "
@@ -245,6 +255,13 @@ class ScorerClient:
         deadline_s: float,
         in_flight: asyncio.Semaphore,
     ) -> Scores:
+        """Asks for a part until a scorer answers.
+
+        Raises:
+            ScorerLost: Scorers died too often during this part.
+            ScorerUnavailable: No scorer answered before the deadline.
+        """
+
         async def once() -> Scores:
             async with in_flight:
                 scores = await self._transport.ask(part, values, version, _left(deadline))
@@ -253,6 +270,7 @@ class ScorerClient:
 
         backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)
         reason = "they are all busy"
+        losses_left = LOSSES_PER_ITEM if len(part) == 1 else 1
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(ScorerUnavailable),
@@ -266,13 +284,26 @@ class ScorerClient:
                         raise ScorerUnavailable(reason) from error
                     except ScorerUnavailable as error:
                         reason = str(error)
+                        losses_left -= isinstance(error, ScorerLost)
+                        if not losses_left:
+                            break
                         raise
         except RetryError as error:
             raise ScorerUnavailable(
                 f"no scorer answered {len(part)} items within {deadline_s:g} s ({reason}): check that the pool is "
                 "running, add replicas, or raise the deadline"
             ) from error
-        raise AssertionError("unreachable: an attempt returns or raises")
+        raise ScorerLost(reason)
+
+
+async def _run_all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Runs coroutines together; if one fails, the others end."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _left(deadline: float) -> float:

@@ -246,7 +246,35 @@ def _manifest(version: str, kind: str, spec: Schema) -> Schema:
     )
 
 
+_SELECTOR = record(
+    matchLabels=map_of(TEXT),
+    matchExpressions=list_of(
+        record(
+            *("key", "operator"),
+            key=TEXT,
+            operator=one_of("In", "NotIn", "Exists", "DoesNotExist"),
+            values=list_of(TEXT),
+        )
+    ),
+)
+
 MANIFESTS = {
+    "NetworkPolicy": _manifest(
+        "networking.k8s.io/v1",
+        "NetworkPolicy",
+        record(
+            *("podSelector", "policyTypes"),
+            podSelector=_SELECTOR,
+            policyTypes=list_of(one_of("Ingress", "Egress")),
+            ingress=list_of(
+                record(
+                    "from",
+                    **{"from": list_of(record(podSelector=_SELECTOR, namespaceSelector=_SELECTOR))},
+                    ports=list_of(record("port", port=NATURAL, protocol=one_of("TCP", "UDP"))),
+                )
+            ),
+        ),
+    ),
     "RayCluster": _manifest("ray.io/v1", "RayCluster", _CLUSTER),
     "RayJob": _manifest(
         "ray.io/v1",

@@ -152,6 +152,19 @@ def test_every_node_has_the_token_and_asks_for_it(name):
     assert not {"head_run_options", "worker_run_options"} & set(config["docker"])
 
 
+@pytest.mark.parametrize("name", RAY_UP)
+def test_nobody_becomes_root_in_the_container(name):
+    assert any(one.startswith("--security-opt no-new-privileges") for one in ray_up(name)["docker"]["run_options"])
+    config = ray_up(name)
+    commands = [*config["setup_commands"], *config["head_setup_commands"], *config["worker_setup_commands"]]
+    commands += [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
+    assert not [one for one in commands if "sudo" in one]
+    *_, before_last, last = re.findall(r"^USER (\S+)(.*?)(?=^USER|\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert before_last[0] == "root"
+    assert "rm -f /usr/bin/sudo" in before_last[1]
+    assert last[0] == "ray"
+
+
 def test_aws_lets_in_whom_our_own_group_lets_in():
     for node in cluster_file("aws")["available_node_types"].values():
         assert node["node_config"]["SecurityGroupIds"], "without one Ray opens port 22 to the world"

@@ -181,6 +181,28 @@ def test_scorers_that_answer_strangers_cannot_write_what_trainers_read():
         assert [mount["readOnly"] for one in pod["containers"] for mount in one["volumeMounts"]] == [True]
 
 
+def test_only_rays_pods_and_named_callers_connect_to_rays_pods():
+    """Everything else in Kubernetes is refused, whatever token it has."""
+    policy = manifest("networkpolicy")["spec"]
+    assert policy["policyTypes"] == ["Ingress"]
+    own, *others = policy["ingress"]
+    assert own == {"from": [{"podSelector": policy["podSelector"]}]}
+    ports = {name: port["containerPort"] for pod in pods("rayservice-scorers") for name, port in ports_of(pod)}
+    assert [entry["ports"] for entry in others] == [
+        [{"protocol": "TCP", "port": port}] for port in (ports["dashboard"], ports["serve"], 8080)
+    ]
+    for entry in others:
+        # An empty selector is everybody.
+        assert all(all(one.values()) and one for one in (peer["podSelector"] for peer in entry["from"]))
+    submitter = others[0]["from"][1]["podSelector"]["matchLabels"]["job-name"]
+    assert submitter == manifest("rayjob-train")["metadata"]["name"]
+
+
+def ports_of(pod):
+    """Returns the ports of a pod by name."""
+    return [(port["name"], port) for container in pod["containers"] for port in container["ports"]]
+
+
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_versions_are_those_of_the_project(name):
     assert ray_cluster(name)["rayVersion"] in RAY.specifier

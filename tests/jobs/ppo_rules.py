@@ -1,15 +1,32 @@
 """Rules that score responses, for scorers to import."""
 
+import os
 import time
 import uuid
 from pathlib import Path
 
 from tests.helpers import wait_until
 
+HANG, DIE = "hang", "die"  # responses
+
 
 def exclaims(prompts, responses):
     """Returns the share of exclamation marks among characters that are not spaces."""
     return [response.count("!") / max(1, len("".join(response.split()))) for response in responses]
+
+
+def hangs(prompts, responses):
+    """Returns zeros, or never returns if a response asks for it."""
+    while HANG in responses:
+        time.sleep(60)
+    return [0.0] * len(responses)
+
+
+def dies(prompts, responses):
+    """Returns zeros, or ends the process if a response asks for it."""
+    if DIE in responses:
+        os._exit(1)
+    return [0.0] * len(responses)
 
 
 def exclaims_slowly(prompts, responses):

@@ -29,12 +29,13 @@ from actors.ppo.evaluation import Sample
 from actors.ppo.rollout_workers import RolloutWorkers
 from actors.ppo.trainer import PPOOutcome, PPOTrainer
 from actors.serving import control
-from actors.serving.handle import connect
+from actors.serving.handle import HandleTransport, connect
 from jobs import ppo
 from jobs.cli import EXIT_REFUSED
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.config.ppo import PPOJobConfig
-from rlhf_critic.errors import ConfigError, EncodingError, ScorerUnavailable
+from rlhf_critic.errors import ConfigError, EncodingError, ScorerFailed, ScorerUnavailable
+from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import rewards_by_engine
 from tests.helpers import WORDS, save_tiny_model, wait_until
@@ -377,6 +378,58 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
     assert run.versions == [old, old, old, old | new if allow_mixed_versions else new, new, new]
 
 
+class Switchable(HandleTransport):
+    """A connection to the pool that fails while a file exists."""
+
+    def __init__(self, broken: Path) -> None:
+        super().__init__("scorers")
+        self._broken = broken
+
+    def __reduce__(self):
+        return Switchable, (self._broken,)
+
+    async def ask(self, *arguments):
+        if self._broken.exists():
+            raise ScorerFailed("a component is broken")
+        return await super().ask(*arguments)
+
+
+class BreaksAt(PPOTrainer):
+    """A run whose scorers are broken from some iteration on: in its rollouts, or in the evaluation behind it."""
+
+    def __init__(self, broken: Path, iteration: int, of_evaluation: bool, *arguments) -> None:
+        super().__init__(*arguments)
+        self._at = broken, iteration, of_evaluation
+
+    def _roll_out(self, prompts, rows, seeds):
+        broken, iteration, of_evaluation = self._at
+        if self._iteration == iteration and (prompts is self._held_out) == of_evaluation:
+            broken.touch()
+        return super()._roll_out(prompts, rows, seeds)
+
+
+@pytest.mark.slow
+def test_scorers_that_fail_cost_no_iteration(options, undisturbed, tmp_path):
+    """No checkpoint is due before the end. The critic is away from its devices while rollouts are made."""
+    broken = tmp_path / "broken"
+    changes = {"ppo": of_length(2), "run": {"checkpoint_every": 0}, "critic": {"offload": True}}
+    run = directory_of(options, "broken")
+    for resume, at, saved in ((False, (1, False), 1), (True, (2, True), 2)):
+        config = config_of(options, run.name, resume=resume, **changes)
+        prompts, held_out = ppo.read_prompts(config)
+        with (
+            ScorerClient(Switchable(broken), deadline_s=120) as client,
+            BreaksAt(broken, *at, config, prompts, held_out, client) as attempt,
+            pytest.raises(ScorerFailed, match="a component is broken"),
+        ):
+            attempt.run()
+        broken.unlink()
+        assert [path.name for path in checkpoints(run)][-1] == f"iteration-{saved:06d}"
+        assert_nothing_is_left_running()
+    ppo.run(config_of(options, run.name, resume=True, **changes))
+    assert_same_beginning(run, undisturbed, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -457,7 +510,8 @@ def test_responses_that_look_like_markup_are_shown_as_they_are(tmp_path):
 @pytest.mark.slow
 def test_scorers_that_stop_answering_end_the_job_after_the_deadline(options):
     """The last test of this module: it ends the pool."""
-    config = config_of(options, "no-scorers", ppo=of_length(500), reward={"deadline_s": 4}, run={"checkpoint_every": 2})
+    impatient = {"deadline_s": 4, "patience_s": 0}
+    config = config_of(options, "no-scorers", ppo=of_length(500), reward=impatient, run={"checkpoint_every": 0})
     run = directory_of(options, "no-scorers")
     failures: list[BaseException] = []
 
@@ -476,4 +530,5 @@ def test_scorers_that_stop_answering_end_the_job_after_the_deadline(options):
     assert isinstance(failures[0], ScorerUnavailable), failures
     assert "within 4 s" in str(failures[0])
     assert_nothing_is_left_running()
-    assert checkpoints(run)
+    last = max(record["step"] for record in history_of(run))
+    assert [path.name for path in checkpoints(run)] == [f"iteration-{last:06d}"]

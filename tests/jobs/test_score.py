@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from jobs import score
 from jobs.cli import EXIT_REFUSED
+from jobs.run_lock import lock_directory
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import wait_until
@@ -160,6 +161,18 @@ def test_what_is_of_another_job_is_left_alone(ray_address, critics, tmp_path, mo
     assert code == EXIT_REFUSED
     assert "is not empty and holds no job.json" in message
     assert read(out) == before
+
+
+def test_an_out_that_another_job_writes_is_left_alone(critics, tmp_path, monkeypatch, capsys):
+    data = write(tmp_path / "a.jsonl", [item._asdict() for item in make_conversations(2)])
+    out = tmp_path / "new" / "out"
+    with lock_directory(out, "OUT", "taken"):
+        out.mkdir()
+        (out / ".part-000000.jsonl.half").touch()
+        code, _, message = run(score.main, [critics["first"], data, str(out)], monkeypatch, capsys)
+    assert code == EXIT_REFUSED
+    assert f"another job is at work on {out}: wait until it ends" in message
+    assert [path.name for path in out.iterdir()] == [".part-000000.jsonl.half"]
 
 
 def test_an_out_that_is_no_path_is_refused_and_not_taken_for_one(critics, tmp_path, monkeypatch, capsys):

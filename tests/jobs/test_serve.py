@@ -1,6 +1,8 @@
 """``jobs.serve`` on the command line against a running cluster: start, publish, reject, stop."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -78,6 +80,21 @@ def test_a_token_file_that_others_may_read_or_guess_is_refused(tmp_path):
     file.chmod(0o600)
     with pytest.raises(ConfigError, match="can be guessed"):
         read_token(str(file))
+
+
+def test_two_first_starts_have_one_token(tmp_path):
+    for number in range(20):
+        path = tmp_path / str(number) / "token"
+        ready = threading.Barrier(4)
+
+        def start(path=path, ready=ready):
+            ready.wait(30)
+            return read_token(str(path))
+
+        with ThreadPoolExecutor(4) as starts:
+            tokens = {one.result(30) for one in [starts.submit(start) for _ in range(4)]}
+        assert len(tokens) == 1
+        assert [one.name for one in path.parent.iterdir()] == ["token"]
 
 
 def test_serve_off_loopback_wants_a_token():

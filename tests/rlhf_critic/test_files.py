@@ -1,6 +1,7 @@
 """Files and directories appear complete or not at all, and importing the module that writes them is cheap."""
 
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -27,6 +28,29 @@ def test_a_file_is_replaced_when_its_block_ends_and_kept_when_it_fails(tmp_path)
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Writers on two nodes may have the same process id."""
+    path = tmp_path / "file.txt"
+    with atomic_file(path) as one, atomic_file(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert one != other
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o007, 0o770)])
+def test_a_directory_has_the_permissions_that_the_user_wants(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "critic") as building:
+            (building / "file").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "critic").stat().st_mode & 0o777 == mode
+    assert [path.name for path in tmp_path.rglob("*")] == ["critic", "file"]
 
 
 def test_of_two_processes_that_build_one_directory_the_second_keeps_that_of_the_first(tmp_path):

@@ -11,6 +11,7 @@ from actors.ppo.checkpoint import (
     free_options,
     latest_checkpoint,
     quarantine_damaged_checkpoints,
+    remove_unfinished_checkpoints,
 )
 from rlhf_critic.config.base import changed_options
 from rlhf_critic.config.ppo import PPOJobConfig
@@ -71,6 +72,16 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(run):
     with pytest.raises(CheckpointError, match=r"iteration-000009.*missing"):
         quarantine_damaged_checkpoints(run)
     assert names(run) == before
+
+
+def test_what_a_killed_save_left_is_removed(run):
+    before = names(run)
+    (run / ".iteration-000012-84c2dhn_" / "policy").mkdir(parents=True)
+    (run / ".iteration-000012-84c2dhn_" / "policy" / "model.safetensors").write_text("half")
+    (run / "history").mkdir()
+    remove_unfinished_checkpoints(run)
+    assert names(run) == sorted([*before, "history"])
+    remove_unfinished_checkpoints(run / "not begun")
 
 
 def test_options_of_an_earlier_version_are_compared_by_their_new_names_and_new_options_by_their_defaults():

@@ -261,8 +261,11 @@ def test_what_was_too_long_for_the_scorers_says_so(undisturbed, client):
     assert [one.prompt_truncated_for_reward for one in score_again([long, short], client)] == [True, False]
 
 
-def test_scorers_that_are_gone_are_an_error_of_the_call_after_its_deadline(options, tasks, weights, slow_scorers):
+def test_scorers_that_are_gone_end_a_call_after_its_deadline_unless_they_come_back_in_time(
+    options, tasks, weights, serving, critics
+):
     """The last test of this module, because it ends the pool."""
+    serving(critics["first"])
     with connect(deadline_s=4) as impatient, RolloutWorkers(1, options, impatient, TOKENS, cpus_per_worker=0.3) as made:
         made.run(tasks[:1], weights, 120)
         gone = threading.Thread(target=control.stop, args=("scorers",))
@@ -271,3 +274,9 @@ def test_scorers_that_are_gone_are_an_error_of_the_call_after_its_deadline(optio
         wait_until(lambda: not pids_of("ServeReplica:scorers:Scorer"), "the replicas to end")
         with pytest.raises(ScorerUnavailable, match=r"no scorer answered \d+ items within 4 s"):
             made.run(tasks, weights, 120)
+    patience = {"patience_s": 120, "cpus_per_worker": 0.3}
+    with connect(deadline_s=1) as client, RolloutWorkers(1, options, client, TOKENS, **patience) as made:
+        back = threading.Timer(5, serving, (critics["first"],))
+        back.start()
+        assert len(made.run(tasks[:1], weights, 120)[0]) == PROMPTS
+        back.join()

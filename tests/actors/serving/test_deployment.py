@@ -33,6 +33,7 @@ from rlhf_critic.scoring.http_client import connect_http
 from rlhf_critic.scoring.items import Conversation, Text
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import wait_until
+from tests.jobs.ppo_rules import DIE
 
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.timeout(600)
@@ -302,6 +303,27 @@ def test_replicas_that_are_killed_lose_no_request(serving, critics, client):
     wait_until(lambda: len(replica_pids()) == 3, "three replicas again", 120)
     assert not set(killed) & set(replica_pids())
     assert client.score_items(items[:3]).rewards_S == pytest.approx(wanted[:3], abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_item_that_kills_replicas_is_named_by_its_index_and_others_are_scored(serving, critics, tmp_path):
+    components = tmp_path / "components.yaml"
+    components.write_text(
+        "components:\n- {kind: critic}\n"
+        "- {kind: python, name: dies, weight: 0.0, function: 'tests.jobs.ppo_rules:dies'}\n"
+    )
+    url = serving(critics["first"], min_replicas=2, max_replicas=2, components=str(components))
+    items = make_conversations(12)
+    poisoned = [*items[:7], Conversation("please", DIE), *items[7:]]
+    with connect(deadline_s=200) as client, connect_http(url, deadline_s=200) as over_http:
+        before = set(replica_pids())
+        for ask in (client, over_http):
+            with pytest.raises(ScorerRejected, match="item 7: 2 scorers died while they scored it alone") as refused:
+                ask.score_items(poisoned)
+            assert (refused.value.kind, refused.value.item) == ("kills_scorers", 7)
+        assert not before & set(replica_pids())
+        wanted = rewards_by_engine(critics["first"], items)
+        np.testing.assert_allclose(client.score_items(items).rewards_S, wanted, atol=TOLERANCE)
 
 
 def test_a_full_pool_turns_callers_away_at_their_deadline_and_recovers(serving, critics):

@@ -1,12 +1,13 @@
 """The options that a resumed run may change, and the downloads of a remote checkpoint."""
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from actors.training.worker import FREE_OPTIONS, stored_checkpoints
+from actors.training.worker import FREE_OPTIONS, prefix_of_saves, remove_unfinished_saves, stored_checkpoints
 from rlhf_critic.config.base import changed_options
 from rlhf_critic.config.train import TrainJobConfig
 from tests.actors.groups import remote_file_system
@@ -32,6 +33,18 @@ def test_options_that_decide_the_weights_are_named():
 def test_paths_speed_and_how_often_something_is_kept_may_change():
     assert changed(model={"path": "elsewhere"}, data={"train": "moved"}, run={"max_failures": 0}) == []
     assert changed(train={"token_budget": 1, "validate_every": 3, "checkpoint_every": 4}) == []
+
+
+def test_what_killed_workers_left_is_removed_for_this_run_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, of_another, other = (
+        tmp_path / f"{prefix_of_saves('/runs', name)}0f-0" for name in ("mine", "mine-2", "another")
+    )
+    for directory in (left, of_another, other):
+        (directory / "resume").mkdir(parents=True)
+        (directory / "resume" / "half").write_text("of a checkpoint")
+    remove_unfinished_saves("/runs", "mine")
+    assert sorted(tmp_path.iterdir()) == sorted([of_another, other])
 
 
 def open_newest(storage: str) -> tuple[str, str, str]:

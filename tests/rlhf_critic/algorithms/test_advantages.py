@@ -62,7 +62,8 @@ def slow_experience(judged: RolloutBatch, algorithm: AlgorithmConfig, reward: Re
         float(r) - (reward.missing_eos_penalty if cut else 0.0)
         for r, cut in zip(judged.rewards_S, judged.truncated_S, strict=True)
     ]
-    seen = [*earlier, *rewards]
+    bootstrapped = judged.truncated_S & algorithm.bootstrap_truncated
+    seen = [*earlier, *(r for r, unscored in zip(rewards, bootstrapped, strict=True) if not unscored)]
     if reward.scaling == "running":
         mean = sum(seen) / len(seen)
         spread = math.sqrt(sum((r - mean) ** 2 for r in seen) / (len(seen) - 1))
@@ -219,6 +220,14 @@ def test_minibatches_hold_every_rollout_once_and_a_prompts_rollouts_together(min
     of_batches = [{PROMPTS_OF_ROLLOUTS[row] for row in batch} for batch in batches]
     assert sum(len(prompts) for prompts in of_batches) == len(set(PROMPTS_OF_ROLLOUTS))
     assert max(len(prompts) for prompts in of_batches) - min(len(prompts) for prompts in of_batches) <= 1
+
+
+def test_rewards_that_are_not_used_scale_nothing():
+    bootstrapped = PLAIN.model_copy(update={"bootstrap_truncated": True})
+    for unused in (3.0, 1e6):
+        judged = replace(two_rollouts(), rewards_S=floats(1.0, unused))
+        made = compute_advantages(judged, bootstrapped, RewardConfig(scaling="running"), EARLIER)
+        assert made.moments == EARLIER.updated(torch.tensor([1.0]))
 
 
 def test_no_minibatch_is_empty_where_there_are_fewer_prompts():

@@ -407,6 +407,16 @@ def test_running_moments_without_spread_scale_by_1():
         assert moments.std == 1.0
 
 
+@pytest.mark.parametrize("level", [0.0, 0.5, -3.0, 1000.0])
+@pytest.mark.parametrize("spread", [0.0, 1e-30, 1e-8, 1e-5, 1e-3, 1.0])
+def test_scaled_rewards_have_a_bound(level, spread):
+    """Rewards that differ in their last digit only, which scorers' batches decide, are not blown up."""
+    rewards = (level + spread * torch.tensor([0.0, 0.0, 1.0, -1.0], dtype=torch.float64)).float()
+    scaled = rewards / RunningMoments().updated(rewards).std
+    assert (scaled.abs() <= rewards.abs().clamp(max=1e6) * 1e4).all()
+    assert RunningMoments().updated(torch.tensor([0.5, 0.5, 0.50000006, 0.5])).std == 1.0
+
+
 def test_running_moments_survive_json_and_cannot_be_changed():
     moments = RunningMoments().updated(torch.tensor([1.0, 2.0, 4.0], dtype=torch.bfloat16))
     assert RunningMoments(**json.loads(json.dumps(dataclasses.asdict(moments)))) == moments

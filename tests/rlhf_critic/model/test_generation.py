@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM
 
 from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.errors import CheckpointError, DivergedError
-from rlhf_critic.model.generation import Response, TransformersGenerator, create_generator, stop_ids
-from rlhf_critic.model.policy import create_policy
+from rlhf_critic.model.generation import Response, TransformersGenerator, VllmGenerator, create_generator, stop_ids
+from rlhf_critic.model.policy import SUPPRESSED_LOGIT, create_policy
 from rlhf_critic.model.weights import persistent_tensors
 from tests.helpers import save_tiny_model
 from tests.rlhf_critic.families import family_configs, save_base_model
@@ -266,6 +271,71 @@ def test_weights_that_lack_one_or_have_one_too_many_are_refused(tiny_model):
         with pytest.raises(CheckpointError, match=name):
             generator.load(unfit)
     assert ids_of(generator.generate(PROMPTS, 4, seed=0)) == ids_of(before)
+
+
+class FakeVllm:
+    """The part of vLLM's interface that generation uses: it answers with given ids, and takes weights of its shapes."""
+
+    def __init__(self, path: str, **_: object) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path)
+        self.answer = [5]
+        self.settings: list[Any] = []
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+    def apply_model(self, change: Callable[[Any], None]) -> None:
+        self.model.load_weights = lambda tensors: self.model.load_state_dict(dict(tensors), strict=False)
+        change(self.model)
+
+    def generate(self, inputs: list[Any], settings: list[Any], use_tqdm: bool) -> list[Any]:
+        self.settings = settings
+        steps = [{token: SimpleNamespace(logprob=-1.0)} for token in self.answer]
+        output = SimpleNamespace(token_ids=self.answer, logprobs=steps, finish_reason="stop")
+        return [SimpleNamespace(outputs=[output]) for _ in inputs]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM needs a GPU and is no dependency, so these tests check what this project tells it."""
+    kinds = {"LLM": FakeVllm, "SamplingParams": SimpleNamespace}
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(**kinds))
+    monkeypatch.setitem(sys.modules, "vllm.inputs", SimpleNamespace(TokensPrompt=dict))
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("fixture", ["tiny_model", "tied_model", "wide_model"])
+def test_vllm_excludes_what_the_policy_excludes_and_gets_weights_of_its_shapes(request, tmp_path, fixture):
+    """Covers a pad token that was added, one that is EOS, and a base model with more rows than tokens."""
+    if fixture == "wide_model":
+        source = save_tiny_model(tmp_path / "wide", tie_word_embeddings=False)
+        base = AutoModelForCausalLM.from_pretrained(source)
+        base.resize_token_embeddings(base.config.vocab_size + 11)
+        base.save_pretrained(source)
+    else:
+        source = request.getfixturevalue(fixture)
+    tokenizer = load_tokenizer(source)
+    generator = VllmGenerator(BodyConfig(path=source), tokenizer, 1.0)
+    engine = generator._llm
+    rows = engine.model.config.vocab_size
+    generator.generate([[7]], 4, seed=0)
+    policy = create_policy(BodyConfig(path=source), tokenizer)
+    (settings_of_prompt,) = engine.settings
+    assert sorted(settings_of_prompt.logit_bias) == [token for token in policy.suppressed if token < rows]
+    assert set(settings_of_prompt.logit_bias.values()) <= {SUPPRESSED_LOGIT}
+    assert len(settings_of_prompt.logit_bias) > 10 or fixture != "wide_model"
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(1.0)
+    weights = persistent_tensors(policy.model)
+    assert policy.model.config.vocab_size > rows or fixture == "wide_model"
+    generator.load({name: tensor.detach() for name, tensor in weights.items()})
+    for name, tensor in engine.model.state_dict().items():
+        if name in weights:
+            torch.testing.assert_close(tensor, weights[name][: len(tensor)], rtol=0, atol=0)
+    engine.answer = [len(tokenizer)]
+    with pytest.raises(CheckpointError, match=rf"vLLM sampled the id {len(tokenizer)}"):
+        generator.generate([[7]], 4, seed=0)
 
 
 def test_without_a_gpu_transformers_generates(tiny_model):

@@ -12,7 +12,7 @@ import pytest
 
 from actors.serving.scorer import Scorer
 from rlhf_critic.config.serve import ScorerConfig
-from rlhf_critic.errors import ScorerFailed, ScorerRejected, ScorerUnavailable, VersionMismatch
+from rlhf_critic.errors import ScorerFailed, ScorerLost, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation, Scores, Text
 from tests.actors.scorers import make_conversations, rewards_by_engine
@@ -283,6 +283,53 @@ def test_what_may_be_retried_is_and_nothing_else():
                 client.score(["a"], ["bcd"])
             assert len(transport.calls) == 1
             assert client.score(["a"], ["bcd"]).tolist() == [3.0]
+
+
+class Poisoned(Lengths):
+    """Scorers that die of a response of a given length."""
+
+    def __init__(self, length, **options):
+        super().__init__(**options)
+        self.length, self.died_of = length, []
+
+    async def ask(self, items, values, version, timeout_s):
+        if any(len(item.response) == self.length for item in items):
+            await asyncio.sleep(0.01)
+            self.died_of.append(len(items))
+            raise ScorerLost("a replica died during the call")
+        return await super().ask(items, values, version, timeout_s)
+
+
+@pytest.mark.parametrize("index", [0, 3, 6, 9])
+def test_an_item_that_kills_scorers_is_named_and_asked_for_no_more(index):
+    transport = Poisoned(index)
+    with ScorerClient(transport, max_items_per_call=4, deadline_s=60) as client:
+        with pytest.raises(ScorerRejected, match=f"item {index}: 2 scorers died while they scored it alone") as refused:
+            client.score_items(conversations_of(10))
+        assert (refused.value.kind, refused.value.item) == ("kills_scorers", index)
+        part = 2 if index == 9 else 4
+        assert transport.died_of == [part, 1, 1], "three scorers in all"
+        with pytest.raises(ScorerRejected, match="item 0: 2 scorers died"):
+            client.score(["p"], ["x" * index])
+        assert transport.died_of[3:] == [1, 1]
+        wait_until(lambda: transport.in_flight == 0, "the other items to be taken back", 30)
+
+
+@pytest.mark.parametrize("losses", [1, 4])
+def test_items_that_were_there_when_a_scorer_died_are_scored(losses):
+    transport = Lengths([ScorerLost("a node was taken away")] * losses, versions=["v1"] * 3 + ["v2"])
+    with ScorerClient(transport, max_items_per_call=4, deadline_s=60) as client:
+        scores = client.score_items(conversations_of(14), values=True)
+    assert scores.rewards_S.tolist() == list(range(14))
+    assert [len(values) for values in scores.values] == list(range(14))
+    assert scores.model_version == "v2"
+    with ScorerClient(Lengths([ScorerLost("gone")])) as client:
+        assert client.score(["a"], ["bcd"]).tolist() == [3.0]
+    with (
+        ScorerClient(Lengths([ScorerUnavailable("busy")] * 9 + [ScorerLost("gone")] * 2)) as client,
+        pytest.raises(ScorerRejected, match="gone"),
+    ):
+        client.score(["a"], ["bcd"])
 
 
 def test_the_deadline_is_kept_and_says_why():
