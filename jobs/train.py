@@ -179,12 +179,13 @@ def _train(config: TrainJobConfig) -> ray.train.Result:
             reason = error.controller_failure if isinstance(error, ray.train.ControllerError) else error
             if isinstance(reason, WorkerGroupStartupTimeoutError):
                 raise PlacementError(_why_not_placed(config, "num_workers")) from error
-            if getattr(reason, "errno", None) in FULL_DISK:
+            fault = fault_of(error)
+            if fault is not None and getattr(fault, "errno", None) in FULL_DISK:
                 raise CheckpointError(
-                    f"{run.storage_path}: {reason}; the checkpoints of the run {run.name!r} are complete. Free some "
-                    "space and continue with --resume"
+                    f"{run.storage_path}: {last_line(fault)}; the checkpoints of the run {run.name!r} are complete. "
+                    "Free some space, then continue with --resume"
                 ) from error
-            if (fault := fault_of(error)) is not None:
+            if fault is not None:
                 raise describe_error(fault) from error
             # Ray Train replaces workers that it loses later. A worker that dies during the start ends the attempt.
             if reason is error or failures > run.max_failures:

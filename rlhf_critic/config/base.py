@@ -58,14 +58,15 @@ def absolute_path(path: str) -> str:
 
 
 def _absolute_if_local(name: str) -> str:
+    """Makes a path absolute, also of a file that is not there yet; a hub id stays as it is."""
     is_path = name.startswith((".", "/", "~")) or Path(name).exists()
     return absolute_path(name) if is_path else name
 
 
 def _absolute_source(source: str) -> str:
-    source = os.path.expanduser(source)
-    is_local = "://" not in source and (Path(source).exists() or Path(re.sub(r":\w+$", "", source)).is_dir())
-    return os.path.abspath(source) if is_local else source
+    """Makes a path absolute that may end in ``:SPLIT``, as `_absolute_if_local` does."""
+    is_directory = "://" not in source and Path(re.sub(r":\w+$", "", source)).is_dir()
+    return absolute_path(source) if is_directory else _absolute_if_local(source)
 
 
 def _as_tuple(sources: Any) -> Any:

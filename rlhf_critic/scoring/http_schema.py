@@ -194,16 +194,19 @@ class ScoreResponse(_Message):
 
 
 class GetRewardRequest(BaseModel):
-    """Body that OpenRLHF's ``remote_rm_url`` clients send. Fields that other versions add are ignored."""
+    """Body that clients of OpenRLHF (``query``) and LLaMA-Factory (``messages``) send. Further fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
-    query: StrictStr | ListOf[StrictStr] = Field(description="Finished texts: prompt and response together.")
+    query: StrictStr | ListOf[StrictStr] = Field(
+        validation_alias=AliasChoices("query", "messages"),
+        description="Finished texts: prompt and response together.",
+    )
     prompts: StrictStr | ListOf[StrictStr] | None = Field(None, description="Prompt at the start of each query.")
     labels: Any = Field(None, description="Accepted for compatibility and ignored.")
 
 
 class GetRewardResponse(_Message):
-    """Answer that OpenRLHF's clients read. Lists are in the order of ``query``."""
+    """Answer that clients of OpenRLHF and LLaMA-Factory read. Lists are in the order of ``query``."""
 
     rewards: list[float]
     scores: list[float]

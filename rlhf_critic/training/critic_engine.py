@@ -29,9 +29,10 @@ from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.data.preference_dataset import EncodedPreferences
 from rlhf_critic.errors import DataError, NonFiniteLossError
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
+from rlhf_critic.model.backbone import Batch
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
-from rlhf_critic.training.engine import PROBE_LENGTH, Batch, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
+from rlhf_critic.training.engine import PROBE_LENGTH, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
 from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.rollout_step import TokensOnDevice, take_rollout_step

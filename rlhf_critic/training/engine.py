@@ -27,16 +27,14 @@ from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
 
 from rlhf_critic.batching.device_copy import HostCopy, is_gpu
-from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.planner import MicroBatch, plan_micro_batches
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
 from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError
 from rlhf_critic.files import write_text_atomically
-from rlhf_critic.model.backbone import Backbone
+from rlhf_critic.model.backbone import Backbone, Batch
 from rlhf_critic.model.device import configure_device
 from rlhf_critic.model.weights import full_shape
 from rlhf_critic.training.offload import Offloaded
@@ -53,8 +51,6 @@ from rlhf_critic.training.token_budget import (
 ENGINE_STATE_NAME = "engine.json"
 STATE_TAG = "state"
 PROBE_LENGTH = 128  # tokens of each sequence in the probe of the token budget
-
-Batch = PrefixTreeBatch | PaddedBatch
 
 
 @dataclass(frozen=True, eq=False)

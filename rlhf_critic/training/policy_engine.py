@@ -26,10 +26,10 @@ from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
-from rlhf_critic.model.backbone import forward_micro_batches
+from rlhf_critic.model.backbone import Batch, forward_micro_batches
 from rlhf_critic.model.policy import SampledTokenStats, create_policy
 from rlhf_critic.model.weights import gathered, persistent_tensors, save_weights
-from rlhf_critic.training.engine import Batch, StepResult, TrainingEngine
+from rlhf_critic.training.engine import StepResult, TrainingEngine
 from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.rollout_step import TokensOnDevice, copy_tokens, take_rollout_step
 

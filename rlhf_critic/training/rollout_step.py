@@ -18,7 +18,8 @@ from torch import Tensor
 from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
 from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.prefix_tree import TokenIds
-from rlhf_critic.training.engine import Batch, MicroBatchLoss, StepResult, TrainingEngine
+from rlhf_critic.model.backbone import Batch
+from rlhf_critic.training.engine import MicroBatchLoss, StepResult, TrainingEngine
 
 
 class TokensOnDevice(NamedTuple):

@@ -22,6 +22,7 @@ def test_lengths_are_those_of_the_profile(profile):
     )
 
 
+@pytest.mark.slow
 def test_both_scorers_score_the_same(tmp_path):
     save_model(tmp_path, layers=1)
     common = {"model": str(tmp_path), "profile": "hh", "n": 3, "prompts": 3, "file": ""}

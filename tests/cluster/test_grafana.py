@@ -23,6 +23,7 @@ METRIC = re.compile(r"ray_rlhf_critic_\w+")
 GAUGE_LIFE_S = 21  # Ray exports a gauge for two report intervals of 10 s after it was set
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_metric_of_a_pool_is_on_the_dashboard(no_pool, serving, critics):
     pool_url = serving(critics["first"], max_replicas=1)

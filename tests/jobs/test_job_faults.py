@@ -55,6 +55,7 @@ def test_an_error_of_a_worker_is_told_once(name, arguments, ray_address, tmp_pat
     check(name, code, message, tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_fails_and_the_terminal_shows_one_message(arguments, tmp_path):
     """In a Ray of its own, whose log lines come to the terminal. The other rank waits in a collective."""
     options = [*arguments, "--run.name", "save", "--run.num-workers", "2"]

@@ -191,6 +191,7 @@ def cell(planner: Planner, world_size: int) -> str:
     return f"offload, {_gb(memory.peak)} and {_gb(memory.host)}" if planner.fits(setup) else "no"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not README.exists(), reason="there is no cluster/README.md")
 def test_the_table_in_the_cluster_guide_is_what_the_planner_calculates():
     text = README.read_text(encoding="utf-8")

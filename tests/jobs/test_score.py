@@ -19,7 +19,7 @@ from jobs.cli import EXIT_REFUSED
 from jobs.run_lock import lock_directory
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from tests.actors.scorers import make_conversations, rewards_by_engine
-from tests.helpers import wait_until
+from tests.helpers import slow_except, wait_until
 from tests.jobs.command_line import run
 
 pytestmark = pytest.mark.timeout(300)
@@ -61,7 +61,10 @@ def rows_of(shape, items, encoder):
 
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [("pairs", "a.jsonl"), ("chats", "a.jsonl.gz"), ("texts", "a.parquet"), ("ids", "a.jsonl")],
+    slow_except(
+        [("chats", "a.jsonl.gz"), ("texts", "a.parquet")],
+        [("pairs", "a.jsonl"), ("chats", "a.jsonl.gz"), ("texts", "a.parquet"), ("ids", "a.jsonl")],
+    ),
 )
 def test_rewards_are_those_of_the_engine(ray_address, critics, tmp_path, monkeypatch, capsys, shape, name):
     items = make_conversations(23)
@@ -105,6 +108,7 @@ def test_best_of_n_and_all_of_n(ray_address, critics, tmp_path, monkeypatch, cap
     assert [row["note"] for row in best] == [None, None, None, "only here", None, None]
 
 
+@pytest.mark.slow
 def test_components_are_written_one_by_one(ray_address, critics, tmp_path, monkeypatch, capsys):
     (tmp_path / "c.yaml").write_text("components:\n- {kind: critic, weight: 2}\n- {kind: length_penalty}\n")
     items = make_conversations(6)
@@ -117,6 +121,7 @@ def test_components_are_written_one_by_one(ray_address, critics, tmp_path, monke
         assert row["reward"] == pytest.approx(2 * row["reward_critic"] + row["reward_length_penalty"], abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_writes_every_row_once(ray_address, critics, tmp_path, monkeypatch, capsys):
     items = make_conversations(400)
     data = write(tmp_path / "a.jsonl", [{"id": number, **item._asdict()} for number, item in enumerate(items)])

@@ -190,6 +190,7 @@ def test_what_a_lost_attempt_left_of_its_first_checkpoint_keeps_no_run_from_star
     verify_manifest(left)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_step_changes_nothing(submitted, options):
     run = storage_of(options) / "worker-killed"
     finished: list[object] = []
@@ -221,6 +222,18 @@ def test_a_worker_killed_while_workers_start_is_replaced_too(ray_address, option
     assert [record["step"] for record in history_of(run)] == [1, 2]
 
 
+@pytest.mark.slow
+def test_a_resumed_job_goes_on_from_its_last_checkpoint_and_changes_nothing(submitted, options):
+    """The job ended behind a checkpoint: steps that follow it are in the history, and are made again."""
+    run = storage_of(options) / "resumed"
+    shutil.copytree(submitted[0], run)
+    shutil.rmtree(run / f"step-{STEPS:06d}")
+    (run / "checkpoint_manager_snapshot.json").unlink()  # it names the last one
+    assert train(config_of(options, run={"name": run.name}, resume=True)).return_value.steps == STEPS
+    assert_same_run(run, submitted[0])
+
+
+@pytest.mark.slow
 def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, request):
     run = storage_of(options) / "killed [3], à l'essai"  # DeepSpeed takes brackets for a pattern; metrics take ASCII
     config = tmp_path / "config.yaml"
@@ -260,6 +273,7 @@ def test_a_killed_job_resumes_and_changes_nothing(submitted, options, tmp_path, 
     assert_same_run(run, submitted[0])
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(options, validation_file):
     """The data is a blend of two sources, of which a part is held out."""
     exploding = {
@@ -287,6 +301,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_checkpoint(
     assert kept - 40 / 2 <= shown <= kept - (40 - 13) / 2 + 1
 
 
+@pytest.mark.slow
 def test_wrong_data_ends_the_run_without_another_try(options, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')

@@ -79,6 +79,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tiny_model, preference_fil
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_seeds_early_stopping_and_the_best_checkpoint(tiny_model, tmp_path, ray_address):
     """Two runs that get worse soon, because the validation data contradicts the training data."""
     write_preferences(tmp_path / "train.jsonl", 60)

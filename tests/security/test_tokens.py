@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.helpers import slow_except, wait_until
+from tests.helpers import wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
 TOKEN = secrets.token_hex(32)
@@ -138,7 +138,8 @@ def test_a_job_is_run_for_those_with_the_token_only(head, tmp_path):
     assert TOKEN not in accepted.stdout + accepted.stderr
 
 
-@pytest.mark.parametrize("way", slow_except(["address"], ["address", "client"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["address", "client"])
 def test_ray_itself_answers_those_with_the_token_only(head, way, tmp_path):
     def ask(**credentials):
         known = environment(HOME=str(tmp_path), **credentials)

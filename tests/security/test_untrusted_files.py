@@ -176,6 +176,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_training_workers_do_not_run_it_either(critics, preference_file, ray_address, tmp_path, marker):
     model = shutil.copytree(critics["first"], tmp_path / "model")
     download_code(model, marker)

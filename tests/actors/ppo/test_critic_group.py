@@ -168,7 +168,7 @@ def pair(ray_address, critics, tmp_path_factory):
         yield live(group, *PAIR, tmp_path_factory.mktemp("pair") / "saved")
 
 
-@pytest.fixture(scope="module", params=slow_except([(1, 0), PAIR], WORLDS, of_fixture=True), ids=str)
+@pytest.fixture(scope="module", params=slow_except([PAIR], WORLDS, of_fixture=True), ids=str)
 def life(request, ray_address, critics, tmp_path_factory):
     if request.param == PAIR:
         yield request.getfixturevalue("pair")
@@ -390,6 +390,7 @@ def test_a_checkpoint_that_is_damaged_or_none_of_a_group_is_refused_before_anyth
     assert pair.group.state().step >= STEPS, "the group answers afterwards"
 
 
+@pytest.mark.slow
 def test_another_number_of_shards_takes_up_a_checkpoint(pair):
     def go_on(group: CriticGroup) -> list[float]:
         return [group.update(*ROLLOUTS.arguments, clip=CLIP).loss for _ in range(3)]
@@ -400,6 +401,7 @@ def test_another_number_of_shards_takes_up_a_checkpoint(pair):
         np.testing.assert_allclose(go_on(alone), go_on(pair.group), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_that_lost_a_shard_ends_with_the_weights_of_one_that_did_not(ray_address, critics, tmp_path, monkeypatch):
     works = [make_rollouts(prompts=4, seed=seed) for seed in range(4)]
@@ -451,9 +453,8 @@ def kill_in_an_update(group: CriticGroup, rank: psutil.Process, rollouts: Rollou
     return killed_at[0]
 
 
-@pytest.mark.parametrize(
-    ("model", "shards", "stage"), slow_except([("tied_model", 2, 3)], [("tied_model", 2, 3), ("tiny_model", 1, 0)])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "shards", "stage"), [("tied_model", 2, 3), ("tiny_model", 1, 0)])
 def test_a_base_model_starts_with_values_of_zero_and_becomes_a_critic(
     ray_address, request, tmp_path, model, shards, stage
 ):
@@ -480,6 +481,7 @@ def test_a_loss_that_is_not_finite_ends_the_group(ray_address, critics):
             group.values([[3]])
 
 
+@pytest.mark.slow
 def test_offloading_gives_the_system_its_memory_back(ray_address, tmp_path):
     model = save_tiny_model(
         tmp_path / "larger", tie_word_embeddings=True, hidden_size=512, intermediate_size=1536, num_hidden_layers=6
@@ -503,6 +505,7 @@ class SecondCannotBuild(CriticRank):
         super().build(options)
 
 
+@pytest.mark.slow
 def test_a_group_that_cannot_start_leaves_nothing_behind(ray_address, critics, tiny_model, tmp_path, monkeypatch):
     headless = shutil.copytree(critics["first"], tmp_path / "headless")
     weights = load_file(headless / "model.safetensors")

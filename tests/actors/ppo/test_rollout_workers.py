@@ -228,6 +228,7 @@ class Holder:
         return (ray.put(weights),)
 
 
+@pytest.mark.slow
 def test_weights_that_went_with_their_shard_are_a_lost_rank_which_a_job_survives(workers, tasks, weights):
     holder = Holder.remote()
     (kept,) = ray.get(holder.put.remote(ray.get(weights.tensors[0])))
@@ -261,6 +262,7 @@ def test_what_was_too_long_for_the_scorers_says_so(undisturbed, client):
     assert [one.prompt_truncated_for_reward for one in score_again([long, short], client)] == [True, False]
 
 
+@pytest.mark.slow
 def test_scorers_that_are_gone_end_a_call_after_its_deadline_unless_they_come_back_in_time(
     options, tasks, weights, serving, critics
 ):

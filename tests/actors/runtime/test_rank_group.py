@@ -20,6 +20,7 @@ from actors.runtime import rank_group
 from actors.runtime.rank_group import Rank, RankGroup
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError, PlacementError, RankLost
 from tests.actors.groups import CPUS, leaves_nothing, processes, require_gone
+from tests.helpers import slow_except
 
 RESTING_S = 600.0  # far longer than any test: such a rank is killed and not waited for
 
@@ -122,6 +123,7 @@ def test_ranks_of_which_only_one_refuses_end(doomed):
         doomed.call_all("agree", "agree_on", 1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_one_that_refused_is_not_waited_for_without_end(doomed, monkeypatch):
     monkeypatch.setattr(rank_group, "AGREEMENT_TIMEOUT_S", 2.0)
     begin = time.monotonic()
@@ -130,6 +132,7 @@ def test_a_rank_that_waits_for_one_that_refused_is_not_waited_for_without_end(do
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.slow
 def test_what_no_rank_is_known_to_survive_ends_all(doomed):
     with pytest.raises(RankLost, match=r"talking rank 1 failed to add: ZeroDivisionError at .*: by nothing"):
         doomed.call_all("add", "raise_on", (1,), ZeroDivisionError("by nothing"), True)
@@ -149,7 +152,7 @@ def test_a_call_that_takes_too_long_says_what_was_waited_for(doomed):
         doomed.call_all("come to an end", "rest", timeout_s=1.5)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", slow_except([1], [0, 1]))
 def test_a_rank_that_is_killed_in_a_collective_ends_all_at_once(doomed, killed):
     ranks = processes(doomed)
     threading.Timer(2.0, lambda: os.kill(ranks[killed].pid, signal.SIGKILL)).start()
@@ -184,7 +187,9 @@ def test_without_room_nothing_is_left_behind(ray_address):
 @pytest.mark.parametrize(
     ("actor_class", "message"),
     [
-        (SecondCannotStart, "rank 1 was lost during a call to join.*no such device"),
+        pytest.param(
+            SecondCannotStart, "rank 1 was lost during a call to join.*no such device", marks=pytest.mark.slow
+        ),
         (SecondCannotMeet, r"rank 1 failed to join: OSError at .*: no route to host"),
     ],
 )
@@ -205,6 +210,7 @@ class Owner:
             group.close()
 
 
+@pytest.mark.slow
 def test_ranks_in_the_bundles_of_their_owner_reserve_nothing_else(ray_address):
     with leaves_nothing():
         group = ray.util.placement_group([{"CPU": CPUS}] * 3)

@@ -89,3 +89,13 @@ def test_other_clients_get_the_error_at_once():
     for headers, path in ((JSON, "/get_reward"), (OF_OPENRLHF, "/score")):
         (answer,) = ask(Service(), ("POST", path, headers, b"{}"))
         assert answer.status_code == 422
+
+
+def test_the_request_of_llama_factory_is_one_of_openrlhf_by_another_name():
+    (answer, wrong) = ask(
+        Service(),
+        ("POST", "/get_reward", JSON, b'{"model": "model", "messages": ["a", "b"]}'),
+        ("POST", "/get_reward", JSON, b'{"model": "model", "messages": ["a", 3]}'),
+    )
+    assert answer.json()["scores"] == [0.0, 0.0]
+    assert error_of(wrong)["param"] == "messages[1]"

@@ -25,7 +25,7 @@ from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonCompo
 from rlhf_critic.errors import CheckpointError, ComponentError, ConfigError, ScorerUnavailable
 from rlhf_critic.model.weights import WeightReader
 from tests.actors.scorers import make_conversations, rewards_by_engine
-from tests.helpers import wait_until
+from tests.helpers import slow_except, wait_until
 
 TOLERANCE = 1e-5
 
@@ -209,7 +209,7 @@ def test_two_critics_of_one_name_are_told_apart_by_their_manifests(critics, tmp_
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", slow_except([1], [1, 2]))
 def test_a_remote_critic_is_downloaded_once(ray_address, critics, tmp_path, monkeypatch, shards):
     from ray.train import _checkpoint
 

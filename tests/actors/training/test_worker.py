@@ -56,6 +56,7 @@ def open_newest(storage: str) -> tuple[str, str, str]:
         return name, directory, content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2])
 def test_ranks_of_a_node_share_one_download_of_a_remote_checkpoint(ranks, tmp_path, world_size):
     for step in (3, 6):

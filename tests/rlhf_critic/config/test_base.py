@@ -129,8 +129,11 @@ def test_local_paths_become_absolute_and_words_uris_and_hub_ids_stay(tmp_path, m
         ("", ""),
     ):
         assert train(model={"path": given}).model.path == stored
-    sources = ["a.jsonl", "saved:test", "owner/name:test", "s3://bucket/a.jsonl"]
-    expected = (f"{tmp_path}/a.jsonl", f"{tmp_path}/saved:test", "owner/name:test", "s3://bucket/a.jsonl")
+    sources = ["a.jsonl", "saved:test", "owner/name:test", "s3://bucket/a.jsonl", ".cache/not-yet.jsonl", "~/b.csv"]
+    expected = (
+        *(f"{tmp_path}/a.jsonl", f"{tmp_path}/saved:test", "owner/name:test", "s3://bucket/a.jsonl"),
+        *(f"{tmp_path}/.cache/not-yet.jsonl", "/home/me/b.csv"),
+    )
     assert train(data={"train": sources}).data.train == expected
     assert PPOJobConfig.model_validate({"prompts": {"train": "a.jsonl"}}).prompts.train == expected[:1]
     assert train(encoding={"chat_template": "plain"}).encoding.chat_template == "plain"

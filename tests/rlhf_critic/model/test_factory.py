@@ -306,6 +306,7 @@ def peak_during_construction(source: str, stage: int) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_under_zero3_no_rank_ever_holds_the_whole_model(ranks, tmp_path):
     source = save_tiny_model(tmp_path / "big", tie_word_embeddings=True, **BIG)
     for measured in ranks(2).run(peak_during_construction, source, 3):

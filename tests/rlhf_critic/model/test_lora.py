@@ -94,7 +94,7 @@ def cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("stage", slow_except([3], [0, 2, 3]))
+@pytest.mark.parametrize("stage", slow_except([2], [0, 2, 3]))
 def test_adapters_alone_are_fitted_and_merged_on_disk_and_go_on_where_they_were(
     ranks, tiny_model, preference_file, cache, tmp_path, stage
 ):
@@ -122,14 +122,22 @@ def test_adapters_alone_are_fitted_and_merged_on_disk_and_go_on_where_they_were(
         torch.testing.assert_close(weights_after[name], expected, rtol=0, atol=1e-6)
 
 
-def test_adapters_give_the_same_losses_at_every_stage_and_in_padded_batches(ranks, tiny_model, preference_file, cache):
-    runs = [
-        ranks(size).run(losses_of, tiny_model, preference_file, cache, {**LORA, "prefix_tree": tree}, {"zero_stage": z})
-        for size, z, tree in ((1, 0, True), (1, 0, False), (2, 1, True), (2, 3, True), (2, 3, False))
-    ]
-    for run in runs[1:]:
-        np.testing.assert_allclose(run[0][0], runs[0][0][0], rtol=1e-4)
-        np.testing.assert_allclose(run[0][1], runs[0][0][1], rtol=0, atol=2e-4)  # after four steps of rounding
+@pytest.fixture(scope="module")
+def losses_on_one_rank(ranks, tiny_model, preference_file, cache) -> tuple:
+    return ranks(1).run(losses_of, tiny_model, preference_file, cache, LORA, {"zero_stage": 0})[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "tree"),
+    slow_except([(1, 0, False), (2, 3, True)], [(1, 0, False), (2, 1, True), (2, 3, True), (2, 3, False)]),
+)
+def test_adapters_give_the_same_losses_at_every_stage_and_in_padded_batches(
+    ranks, tiny_model, preference_file, cache, losses_on_one_rank, size, stage, tree
+):
+    model = {**LORA, "prefix_tree": tree}
+    losses = ranks(size).run(losses_of, tiny_model, preference_file, cache, model, {"zero_stage": stage})[0]
+    np.testing.assert_allclose(losses[0], losses_on_one_rank[0], rtol=1e-4)
+    np.testing.assert_allclose(losses[1], losses_on_one_rank[1], rtol=0, atol=2e-4)  # after four steps of rounding
 
 
 def scores_of_both_batches(source: str, data: str, cache: str) -> tuple[np.ndarray, np.ndarray]:
