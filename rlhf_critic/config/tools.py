@@ -58,7 +58,7 @@ class EvaluateJobConfig(AssumedEncoding):
     saves it. A path, URI or hub id."""
     data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
     use_gpu: bool = False
-    """Use one GPU."""
+    """Compute on one GPU instead of CPUs."""
     dtype: AutoDtype = "auto"
     """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU multiplies
     in TF32. Rewards are always float32."""
