@@ -12,6 +12,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.session import init_ray
 from rlhf_critic.errors import CriticError, ScorerFailed, ScorerLost, ScorerUnavailable
 from rlhf_critic.scoring.client import ScorerClient
@@ -55,7 +56,7 @@ class HandleTransport:
         except BackPressureError as error:
             raise ScorerUnavailable("the pool's queue is full") from error
         except ActorDiedError as error:
-            raise ScorerLost(f"a replica died during the call: {error}") from error
+            raise ScorerLost(f"a replica died during the call: {str(error).splitlines()[0]}") from error
         except (RayError, RayServeException, TaskCancelledError) as error:
             raise ScorerUnavailable(f"{type(error).__name__}: {error}") from error
         if isinstance(answer, CriticError):
@@ -70,6 +71,7 @@ class HandleTransport:
             ScorerUnavailable: There is none, and the reason is known.
         """
         task = asyncio.ensure_future(_awaited(response))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs an unread one
         try:
             for wait_s in (min(timeout_s, CHECK_AFTER_S), max(0.0, timeout_s - CHECK_AFTER_S)):
                 done, _ = await asyncio.wait({task}, timeout=wait_s)
@@ -92,14 +94,17 @@ async def _awaited(response: Any) -> Any:
 
 def why_down(app: str) -> str:
     """Returns why no replica of a pool can start; empty if one runs, or the first one has not failed yet."""
-    application = serve.status().applications.get(app)
-    if application is None:
+    client = get_serve_client(raise_if_no_controller_running=False)
+    # Not `serve.status`, which fails if two threads call it at once.
+    application = client and client.get_serve_details()["applications"].get(app)
+    if not application:
         return f"there is no pool {app!r}"
-    scorers = application.deployments.get(SCORER_DEPLOYMENT)
-    if scorers is None or any(scorers.replica_states.get(state) for state in ANSWERING):
+    scorers = application["deployments"].get(SCORER_DEPLOYMENT)
+    if scorers is None or any(replica["state"] in ANSWERING for replica in scorers["replicas"]):
         return ""
-    lines = [line.strip() for line in scorers.message.splitlines() if line.strip()]  # the last one names the error
-    return f"no scorer is running: {lines[-1]}" if "fail" in scorers.message else ""
+    message: str = scorers["message"]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]  # the last one names the error
+    return f"no scorer is running: {lines[-1]}" if "fail" in message else ""
 
 
 def _cancel(response: Any) -> None:

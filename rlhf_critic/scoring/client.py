@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -52,18 +53,23 @@ class Transport(Protocol):
 
 
 class _Running(NamedTuple):
-    """The event loop of a client, its thread, and the places for parts that wait for an answer."""
+    """The event loop of a client, its thread, the places for parts that wait for an answer, and the one for suspects.
+
+    A scorer takes all calls down with it that it works on. So of the items that may have killed one, this client asks
+    for one at a time.
+    """
 
     loop: asyncio.AbstractEventLoop
     thread: threading.Thread
     in_flight: asyncio.Semaphore
+    suspects: asyncio.Lock
 
 
 class ScorerClient:
     """Requests rewards from scorers, from any thread and any event loop. It can be sent to other processes.
 
     Every answer is checked: one finite reward per item, and the version that was requested. If a scorer dies during a
-    call, the items are scored one by one. An item whose own calls kill two scorers is rejected. A forked process
+    call, its items are scored one by one. An item whose own calls kill two scorers is rejected. A forked process
     continues with connections of its own.
 
     Args:
@@ -157,7 +163,7 @@ class ScorerClient:
         with self._starting:  # `close` either cancels this call or leaves it to the next loop
             if self._running is None:
                 self._running = _start(self._max_in_flight)
-            work = self._score(list(items), values, version, deadline_s, self._running.in_flight)
+            work = self._score(list(items), values, version, deadline_s, self._running)
             return asyncio.run_coroutine_threadsafe(work, self._running.loop)
 
     async def score_async(
@@ -203,7 +209,7 @@ class ScorerClient:
         await self._transport.close()
 
     async def _score(
-        self, items: list[Item], values: bool, version: str | None, deadline_s: float, in_flight: asyncio.Semaphore
+        self, items: list[Item], values: bool, version: str | None, deadline_s: float, running: _Running
     ) -> Scores:
         """Scores all parts by one version. Parts that another version answered are scored again."""
         if not items:
@@ -213,15 +219,15 @@ class ScorerClient:
         parts = {start: items[start : start + self._max_items] for start in range(0, len(items), self._max_items)}
         answers: dict[int, Scores] = {}
 
-        async def answer(start: int) -> None:
+        async def answer(start: int, is_suspect: bool = False) -> None:
             answers.pop(start, None)
             part = parts[start]
             try:
-                answers[start] = await self._ask(part, values, version, deadline, deadline_s, in_flight)
+                answers[start] = await self._ask(part, values, version, deadline, deadline_s, running, is_suspect)
             except ScorerRejected as error:
                 raise error.after(start) from error
             except ScorerLost as error:
-                if len(part) == 1:
+                if is_suspect:
                     raise ScorerRejected(
                         "kills_scorers",
                         f"item {start}: {LOSSES_PER_ITEM} scorers died while they scored it alone: leave it out, and "
@@ -229,7 +235,7 @@ class ScorerClient:
                         start,
                     ) from error
                 parts.update({start + index: [item] for index, item in enumerate(part)})
-                await _run_all(answer(start + index) for index in range(len(part)))
+                await _run_all(answer(start + index, is_suspect=True) for index in range(len(part)))
 
         missing = list(parts)
         while True:
@@ -253,9 +259,10 @@ class ScorerClient:
         version: str | None,
         deadline: float,
         deadline_s: float,
-        in_flight: asyncio.Semaphore,
+        running: _Running,
+        is_suspect: bool,
     ) -> Scores:
-        """Asks for a part until a scorer answers.
+        """Asks for a part until a scorer answers. Of the parts that are suspects, one is asked for at a time.
 
         Raises:
             ScorerLost: Scorers died too often during this part.
@@ -263,14 +270,14 @@ class ScorerClient:
         """
 
         async def once() -> Scores:
-            async with in_flight:
+            async with running.suspects if is_suspect else nullcontext(), running.in_flight:
                 scores = await self._transport.ask(part, values, version, _left(deadline))
             _validate(scores, len(part), values, version)
             return scores
 
         backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)
         reason = "they are all busy"
-        losses_left = LOSSES_PER_ITEM if len(part) == 1 else 1
+        losses_left = LOSSES_PER_ITEM if is_suspect else 1
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(ScorerUnavailable),
@@ -361,7 +368,7 @@ def _start(max_in_flight: int) -> _Running:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=_run_loop, args=(loop,), name="scorer-client", daemon=True)
     thread.start()
-    return _Running(loop, thread, asyncio.Semaphore(max_in_flight))
+    return _Running(loop, thread, asyncio.Semaphore(max_in_flight), asyncio.Lock())
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

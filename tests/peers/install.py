@@ -85,8 +85,8 @@ PEERS = {
     ),
     "infinity": Peer(
         "infinity-emb",
-        f"{TORCH} transformers<5 optimum<2 sentence-transformers<4 fastapi uvicorn orjson posthog typer<0.13 click<8.2 "
-        "prometheus-fastapi-instrumentator diskcache rich<14 numpy<2",
+        f"{TORCH} transformers>=4.48,<4.49 optimum<2 sentence-transformers<4 fastapi uvicorn orjson posthog typer<0.13 "
+        "click<8.2 prometheus-fastapi-instrumentator diskcache rich<14 numpy<2",
         alone="infinity-emb==0.0.78",
     ),
 }

@@ -1,9 +1,12 @@
 """A reward model that LLaMA-Factory's own trainer made and saved has its scores here, on its token ids."""
 
+import shutil
+
 import pytest
 
 from rlhf_critic.checkpoint.convert import convert_checkpoint
 from rlhf_critic.checkpoint.critic_directory import load_critic
+from rlhf_critic.checkpoint.interchange import write_for_other_readers
 from rlhf_critic.scoring.local import score_sequences
 
 
@@ -14,10 +17,12 @@ def test_a_model_that_it_saved_has_its_scores_here(peer, base, pairs, tmp_path, 
     rows = [
         {"instruction": str(one.prompt), "chosen": one.response, "rejected": other.response} for one, other in pairs
     ]
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    request = {"model": base, "rows": rows, "steps": 2, "save_to": str(theirs), "adapters": adapters}
+    model, theirs, ours = tmp_path / "model", tmp_path / "theirs", tmp_path / "ours"
+    shutil.copytree(base, model)
+    write_for_other_readers(model)  # its environment has transformers 4
+    request = {"model": str(model), "rows": rows, "steps": 2, "save_to": str(theirs), "adapters": adapters}
     answer = contract.run("ask_llamafactory", request)
-    card = convert_checkpoint(theirs, ours, base=base, head_bias="reward-mean")
+    card = convert_checkpoint(theirs, ours, base=str(model), head_bias="reward-mean")
     assert card.training["converted_from"] == "llama-factory"
     critic = load_critic(ours).critic
     rewards = score_sequences(critic, answer["chosen_ids"] + answer["rejected_ids"], 2000) + card.training["head_bias"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.serving import control
 from actors.serving.deployment import deployment_hash
-from actors.serving.handle import connect
+from actors.serving.handle import connect, why_down
 from actors.serving.replica_status import read_status
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.errors import (
@@ -107,6 +107,14 @@ def test_normalised_rewards_are_on_the_scale_of_the_card(serving, critics, clien
     items = make_conversations(5)
     plain = rewards_by_engine(critics["first"], items)
     np.testing.assert_allclose(client.score_items(items).rewards_S, (plain - 0.25) / 2.0, atol=TOLERANCE)
+
+
+def test_many_threads_ask_at_once_whether_a_pool_is_down(serving, critics):
+    """Callers that wait for long ask so, and Ray's own `serve.status` fails in several threads."""
+    serving(critics["first"], max_replicas=1)
+    with ThreadPoolExecutor(16) as threads:
+        assert set(threads.map(why_down, ["scorers"] * 200)) == {""}
+        assert why_down("other") == "there is no pool 'other'"
 
 
 def test_a_version_that_is_not_served_gives_no_rewards(serving, critics, client):

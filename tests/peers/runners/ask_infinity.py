@@ -13,7 +13,12 @@ with open(sys.argv[1], encoding="utf-8") as file:
 async def main():
     """Answers with the scores as they are and with the raw ones."""
     arguments = EngineArgs(
-        model_name_or_path=request["model"], engine="torch", device="cpu", dtype="float32", bettertransformer=False
+        model_name_or_path=request["model"],
+        engine="torch",
+        device="cpu",
+        dtype="float32",
+        bettertransformer=False,
+        model_warmup=False,
     )
     engines = AsyncEngineArray.from_args([arguments])
     answer = {}

@@ -57,7 +57,7 @@ template = get_template_and_fix_tokenizer(parts["tokenizer"], data_args)
 rows = get_dataset(template, model_args, data_args, training_args, stage="rm", **parts)["train_dataset"]
 model = load_model(parts["tokenizer"], model_args, finetuning_args, True, add_valuehead=True).float()
 with torch.no_grad():
-    model.v_head.summary.weight.normal_(0.0, 1.0)
+    model.v_head.summary.weight.normal_(0.0, 0.2)
 collator = PairwiseDataCollatorWithPadding(template=template, model=model, pad_to_multiple_of=8, **parts)
 trainer = PairwiseTrainer(
     model=model,
@@ -72,8 +72,8 @@ trainer.save_model()
 answer = {
     "chosen": [],
     "rejected": [],
-    "chosen_ids": rows["chosen_input_ids"],
-    "rejected_ids": rows["rejected_input_ids"],
+    "chosen_ids": [row["chosen_input_ids"] for row in rows],
+    "rejected_ids": [row["rejected_input_ids"] for row in rows],
 }
 model.eval()
 with torch.no_grad():

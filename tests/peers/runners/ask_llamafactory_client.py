@@ -3,10 +3,15 @@
 import json
 import os
 import sys
+import types
+from importlib.machinery import ModuleSpec
 
 os.environ["DISABLE_VERSION_CHECK"] = "1"
+# It loads audio with this package, whose builds are for GPUs.
+sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
 
-from llamafactory.train.ppo.ppo_utils import get_rewards_from_server
+from llamafactory.train.ppo.ppo_utils import get_rewards_from_server  # noqa: E402
 
 with open(sys.argv[1], encoding="utf-8") as file:
     request = json.load(file)
