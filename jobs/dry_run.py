@@ -11,6 +11,7 @@ from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.prefix_tree import PrefixTree
 from rlhf_critic.batching.sampler import rows_of_step
 from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
+from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
 from rlhf_critic.model.critic import Critic
@@ -26,11 +27,13 @@ def plan_table(config: TrainJobConfig) -> Table:
     Raises:
         CriticError: The model or the data cannot be read.
     """
+    config = config.resolved()
     data = load_data(config, ignored_end_at_start(config.model.path))
     model = check_critic_model(config.model.path, data.encoder.tokenizer, config.model.num_layers)
     validate_positions(model, data.encoder.max_length)
     embedding = sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
     options = config.train
+    hardware = Hardware(on_gpu=config.run.use_gpu, ranks=config.run.num_workers)
     critic = Critic(model, prefix_tree=config.model.prefix_tree)
     limit_training(critic, config.model, options.seed)
     critic.to(DTYPE_OF[config.model.dtype])
@@ -50,7 +53,7 @@ def plan_table(config: TrainJobConfig) -> Table:
     recompute, rewards_only = options.gradient_checkpointing, not needs_values(options)
     kept = activation_bytes(critic, budget, length, gradient_checkpointing=recompute, rewards_only=rewards_only)
     planned = f"{np.mean(micro_batches):.1f} per rank" if micro_batches else "measured at the start"
-    memory = shard_memory(count, config.model, options, config.run.num_workers, kept)
+    memory = shard_memory(count, config.model, options, hardware, kept)
     title = f"plan of {config.run.name}, calculated without starting anything"
     table = Table("quantity", Column("value", overflow="fold"), title=title, title_justify="left")
     for row in (

@@ -17,6 +17,7 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import LoadedCritic
 from rlhf_critic.checkpoint.reward_model import open_reward_model
 from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.model import resolve_dtype
 from rlhf_critic.config.tools import EvaluateJobConfig
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.data.sources import read_rows
@@ -40,6 +41,8 @@ from rlhf_critic.evaluation.report import (
     write_report,
     wrong_example,
 )
+from rlhf_critic.model.device import configure_device, select_device
+from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.scoring.local import score_sequences
 
 
@@ -69,10 +72,13 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
         The evaluation, and the content of its report.
 
     Raises:
-        CriticError: The checkpoint or the data cannot be read.
+        CriticError: The checkpoint or the data cannot be read, or there is no GPU for ``use_gpu``.
     """
+    device, dtype = select_device(config.use_gpu), DTYPE_OF[resolve_dtype(config.dtype, config.use_gpu)]
+    configure_device(device, dtype)
     with local_directory(config.checkpoint) as directory:
-        loaded = open_reward_model(directory, config.checkpoint, config.encoding).load()
+        loaded = open_reward_model(directory, config.checkpoint, config.encoding).load(dtype)
+    loaded.critic.to(device)
     _, first_row = next(read_rows(config.data))
     return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)
 

@@ -78,6 +78,7 @@ def plan_values(planner: Planner, groups: list[NodeGroup]) -> dict[str, Any]:
         "gpu": {"name": setup.gpu, "memory": planner.gpu.memory, "usable": USABLE},
         "fits": planner.fits(setup),
         "smallest_zero_stage_that_fits": planner.smallest_stage(setup),
+        "recommended_zero_stage": planner.recommended_stage(setup),
         "way_out": changes_that_fit(planner),
         "nodes": {group.name: group.nodes(setup.world_size) for group in groups},
         "step_seconds": planner.step_seconds(),
@@ -105,6 +106,10 @@ def plan_table(planner: Planner, groups: list[NodeGroup]) -> Table:
     usable = f"{_gb(USABLE * gpu.memory)}, {USABLE:.0%} of {gpu.name}"
     table.add_row("fits", f"{'yes' if planner.fits(setup) else 'NO'}: usable are {usable}")
     table.add_row("lowest ZeRO stage that fits", "none" if stage is None else str(stage))
+    if (recommended := planner.recommended_stage(setup)) == 1:
+        table.add_row("recommended ZeRO stage", "1: it reduces gradients once a step")
+    elif recommended is not None:
+        table.add_row("recommended ZeRO stage", str(recommended))
     for way in changes_that_fit(planner):
         table.add_row("fits with", way)
     table.add_section()

@@ -46,12 +46,12 @@ def model_config(name: str) -> PreTrainedConfig:
 
 GPUS = {
     "a10g": Gpu("A10G", 24 * GB, {"bfloat16": 70e12, "float32": 35e12}),
-    "l4": Gpu("L4", 24 * GB, {"bfloat16": 121e12, "float32": 30.3e12}),
-    "l40s": Gpu("L40S", 48 * GB, {"bfloat16": 362e12, "float32": 91.6e12}),
-    "a100-40g": Gpu("A100 40 GB", 40 * GB, {"bfloat16": 312e12, "float32": 19.5e12}),
-    "a100-80g": Gpu("A100 80 GB", 80 * GB, {"bfloat16": 312e12, "float32": 19.5e12}),
-    "h100": Gpu("H100 SXM", 80 * GB, {"bfloat16": 989e12, "float32": 67e12}),
-    "h200": Gpu("H200 SXM", 141 * GB, {"bfloat16": 989e12, "float32": 67e12}),
+    "l4": Gpu("L4", 24 * GB, {"bfloat16": 121e12, "float32": 60e12}),
+    "l40s": Gpu("L40S", 48 * GB, {"bfloat16": 362e12, "float32": 183e12}),
+    "a100-40g": Gpu("A100 40 GB", 40 * GB, {"bfloat16": 312e12, "float32": 156e12}),
+    "a100-80g": Gpu("A100 80 GB", 80 * GB, {"bfloat16": 312e12, "float32": 156e12}),
+    "h100": Gpu("H100 SXM", 80 * GB, {"bfloat16": 989e12, "float32": 494e12}),
+    "h200": Gpu("H200 SXM", 141 * GB, {"bfloat16": 989e12, "float32": 494e12}),
 }
 
 

@@ -74,6 +74,7 @@ def run(config: PPOJobConfig) -> PPOOutcome:
 
 
 def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PPOOutcome:
+    config = config.resolved()
     directory = Path(config.run.storage_path) / config.run.name
     prepare_run(config.run.storage_path, config.run.name, config.resume)
     remove_unfinished_checkpoints(directory)

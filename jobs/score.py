@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from actors.runtime.environment import compute_environment
 from actors.runtime.session import init_ray
 from actors.runtime.storage import local_directory
 from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
@@ -32,6 +33,7 @@ from jobs.cli import command, run_job, validate_outside_package
 from jobs.run_lock import lock_directory
 from rlhf_critic.checkpoint.reward_model import check_reward_model
 from rlhf_critic.config.base import parse_command_line
+from rlhf_critic.config.model import resolve_dtype
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
 from rlhf_critic.data.sources import fingerprint_of, read_rows
 from rlhf_critic.errors import ConfigError, DataError, PlacementError
@@ -74,7 +76,7 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
             card.reward_scale()
     scorer = config.scorer_config(config.checkpoint, model.digest)
     data = config.data
-    version = version_name(card.version, model.digest, scorer)
+    version = version_name(card.version, model.digest, scorer, resolve_dtype(scorer.dtype, config.use_gpu))
     fingerprint = fingerprint_of(data)
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)
@@ -225,7 +227,7 @@ def _run_chunks(
             fn_constructor_args=(job, scorer, config.use_gpu),
             num_cpus=config.cpus_per_worker,
             num_gpus=int(config.use_gpu),
-            runtime_env={"env_vars": {} if config.use_gpu else {"DS_ACCELERATOR": "cpu"}},
+            runtime_env={"env_vars": compute_environment(config.use_gpu)},
         )
         for batch in results.iter_batches(batch_size=1, prefetch_batches=0, batch_format="pandas"):
             yield batch.to_dict("records")[0]

@@ -18,6 +18,7 @@ import ray.train
 from rich.console import Console
 from rich.table import Column, Table
 
+from actors.runtime.environment import compute_environment
 from actors.runtime.ray_internals import WorkerGroupStartupTimeoutError
 from actors.runtime.run_logger import validate_wandb_package
 from actors.runtime.session import init_ray
@@ -132,9 +133,12 @@ def _train(config: TrainJobConfig) -> ray.train.Result:
     # Ray Train's wrapper around print() would split the lines that carry the progress bar.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
-    worker_environment = {"PYTHONWARNINGS": "ignore::FutureWarning"}
+    worker_environment = {
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        **compute_environment(run.use_gpu, run.deterministic),
+    }
     if not run.use_gpu:
-        worker_environment["DS_ACCELERATOR"] = os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if not run.name.isascii():
         os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"  # the name is a tag of Ray's metrics, which take ASCII only
     if not ray.is_initialized():

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.ppo.policy_group import PolicyOptions, PolicyWeights
+from actors.runtime.environment import compute_environment
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.data.conversation import Prompt
 from rlhf_critic.errors import CriticError, RankLost, RolloutsUnavailable, ScorerUnavailable
@@ -207,7 +208,7 @@ class RolloutWorkers:
             num_gpus=int(use_gpu),
             max_restarts=0,
             max_concurrency=TASKS_PER_WORKER,
-            runtime_env={"env_vars": {} if use_gpu else {"DS_ACCELERATOR": "cpu"}},
+            runtime_env={"env_vars": compute_environment(use_gpu)},
         )(RolloutWorker)
         self._arguments = (options, client, max_new_tokens, patience_s, max(1, int(cpus_per_worker)), use_gpu)
         self._calls: dict[Any, _Worker] = {}

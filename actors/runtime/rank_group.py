@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors import SafetensorError
 from torch.distributed import TCPStore
 
+from actors.runtime.environment import compute_environment
 from actors.runtime.failures import is_loss
 from rlhf_critic.errors import (
     CriticError,
@@ -120,7 +121,7 @@ class RankGroup:
             share = 1.0 if group is self._own_group else 0.5
             # Without OMP_NUM_THREADS, Ray derives the number of threads from the reserved CPUs.
             variables = {"OMP_NUM_THREADS": str(max(1, int(cpus_per_rank)))}
-            variables |= {} if use_gpu else {"DS_ACCELERATOR": "cpu"}
+            variables |= compute_environment(use_gpu)
             reserved = {"num_cpus": share * cpus_per_rank, "num_gpus": share if use_gpu else 0}
             remote_class = ray.remote(**reserved, max_restarts=0, runtime_env={"env_vars": variables})(actor_class)
             self._ranks = [

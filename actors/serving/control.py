@@ -21,6 +21,7 @@ from ray.exceptions import ActorAlreadyExistsError
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from actors.runtime.environment import compute_environment
 from actors.runtime.ray_internals import get_serve_client
 from actors.runtime.storage import local_directory
 from actors.serving.deployment import deployment_hash
@@ -282,8 +283,7 @@ def _runtime_environment(use_gpu: bool) -> dict[str, Any]:
     """Returns the ``runtime_env`` of replicas: this process's variables and, in a submitted job, its code."""
     mine = ray.get_runtime_context().runtime_env
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    if not use_gpu:
-        passed_on["DS_ACCELERATOR"] = "cpu"
+    passed_on |= compute_environment(use_gpu)
     return {**{name: mine[name] for name in ("working_dir", "py_modules") if mine.get(name)}, "env_vars": passed_on}
 
 

@@ -27,12 +27,15 @@ from rlhf_critic.batching.planner import MicroBatch
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, OpenedCritic
 from rlhf_critic.checkpoint.reward_model import verify_reward_model
+from rlhf_critic.config.model import Dtype, resolve_dtype
 from rlhf_critic.config.serve import CallLimits, ScorerConfig
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.model.backbone import forward_micro_batches
+from rlhf_critic.model.device import configure_device, is_working, select_device
+from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.scoring.items import Adjusted, Item, ScorerInfo, Scores, encode_items, finish_items
-from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, Outputs, RequestBatcher
+from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, OutOfDeviceMemory, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
 if TYPE_CHECKING:
@@ -52,17 +55,41 @@ class LocalCritic:
         CheckpointError: See `rlhf_critic.checkpoint.critic_directory.OpenedCritic.build`.
     """
 
-    def __init__(self, opened: OpenedCritic, token_budget: int, use_gpu: bool) -> None:
-        loaded = opened.load()
+    def __init__(self, opened: OpenedCritic, token_budget: int, use_gpu: bool, dtype: Dtype = "float32") -> None:
+        self._device = select_device(use_gpu)
+        configure_device(self._device, DTYPE_OF[dtype])
+        loaded = opened.load(DTYPE_OF[dtype])
         self.card: CriticCard = loaded.card
         self.encoder: Encoder = loaded.encoder
-        self._device = torch.device("cuda" if use_gpu else "cpu")
         self._critic = loaded.critic.to(self._device)
         self.prefix_tree = self._critic.prefix_tree
         self.tokens_at_once = token_budget
+        self._broken = ""
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
-        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`."""
+        """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`.
+
+        Raises:
+            OutOfDeviceMemory: The micro-batch is too large for the device.
+            ScorerUnavailable: The device does not work any more.
+        """
+        self.check_healthy()
+        try:
+            return self._forward(sequences, rewards_only)
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+        except RuntimeError as error:
+            if is_working(self._device):
+                raise
+            self._broken = f"the device of this scorer does not work any more: {error}"
+            raise ScorerUnavailable(self._broken) from error
+        torch.cuda.empty_cache()  # here, because an exception keeps the tensors of its frames
+        raise OutOfDeviceMemory(
+            f"{sum(map(len, sequences))} tokens in {len(sequences)} sequences do not fit the device's memory: use a "
+            f"lower token_budget or max_tokens, or a device with more memory ({message})"
+        )
+
+    def _forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
         whole = [MicroBatch(tuple(range(len(sequences))))]
         ((_, output, tokens),) = forward_micro_batches(
             self._critic,
@@ -77,12 +104,20 @@ class LocalCritic:
         return Computed([row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)], tokens)
 
     def check_healthy(self) -> None:
-        """Does nothing: a critic in one process cannot lose a part."""
+        """Checks that the device works.
+
+        Raises:
+            ScorerUnavailable: An earlier micro-batch found that it does not.
+        """
+        if self._broken:
+            raise ScorerUnavailable(self._broken)
 
     def close(self) -> None:
         """Frees the weights at once. Serve excludes the model's reference cycles from garbage collection."""
         for tensor in (*self._critic.parameters(), *self._critic.buffers()):
             tensor.data = tensor.new_empty(0)
+        if not self._broken:
+            torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 class _Version:
@@ -91,6 +126,7 @@ class _Version:
     def __init__(
         self,
         config: ScorerConfig,
+        dtype: Dtype,
         backend: LocalCritic | ShardedCritic,
         digest: str,
         on_batch: Callable[[BatchRecord], None],
@@ -99,7 +135,7 @@ class _Version:
         self.backend = backend
         self.encoder = backend.encoder
         self.components = RewardComponents(config.components, self._count_tokens, lambda: backend.encoder.ending)
-        self.name = version_name(backend.card.version, digest, config)
+        self.name = version_name(backend.card.version, digest, config, dtype)
         self.limits = CallLimits(**config.model_dump(include=set(CallLimits.model_fields)))
         self._encoding = threading.Lock()  # two threads must not use a tokenizer at once
         bos_token = self.encoder.tokenizer.bos_token or ""
@@ -253,7 +289,8 @@ class Scorer:
         """Checks that the scorer can answer.
 
         Raises:
-            ScorerUnavailable: A shard was lost, the critic computes without end, or all calls of a component hang.
+            ScorerUnavailable: A shard or the device was lost, the critic computes without end, or all calls of a
+                component hang.
         """
         served = self._version
         served.backend.check_healthy()
@@ -290,8 +327,11 @@ class Scorer:
                     f"expected {str(config.digest)[:12]}): restore them, and publish a changed critic under another "
                     "path"
                 )
+            dtype = resolve_dtype(config.dtype, self._use_gpu)
             if self._shards == 1:
-                backend: LocalCritic | ShardedCritic = LocalCritic(model.opened, config.token_budget, self._use_gpu)
+                backend: LocalCritic | ShardedCritic = LocalCritic(
+                    model.opened, config.token_budget, self._use_gpu, dtype
+                )
             else:
                 from actors.serving.sharded_critic import ShardedCritic
 
@@ -299,7 +339,7 @@ class Scorer:
                     config, directory, model.opened, self._shards, self._cpus_per_shard, self._use_gpu
                 )
         try:
-            return _Version(config, backend, model.digest, self._on_batch)
+            return _Version(config, dtype, backend, model.digest, self._on_batch)
         except BaseException:
             backend.close()
             raise
@@ -310,10 +350,11 @@ def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
         beginning.result().outputs.cancel()
 
 
-def version_name(version: str, digest: str, config: ScorerConfig) -> str:
+def version_name(version: str, digest: str, config: ScorerConfig, dtype: Dtype) -> str:
     """Returns the name of a served version: the critic's name, and a hash of everything that decides a reward."""
     # Without time limits, which decide no reward.
     how = config.model_dump_json(
         include={"normalize", "components"}, exclude={"components": {"__all__": {"timeout_s"}}}
     )
+    how += "" if dtype == "float32" else dtype  # names from before the option stay
     return f"{version}#{hashlib.sha256(f'{digest}{how}'.encode()).hexdigest()[:8]}"

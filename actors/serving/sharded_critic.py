@@ -19,6 +19,7 @@ from actors.runtime.storage import local_directory
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, OpenedCritic
 from rlhf_critic.checkpoint.reward_model import open_reward_model
+from rlhf_critic.config.model import Dtype, resolve_dtype
 from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import RankLost, ScorerUnavailable
@@ -40,13 +41,14 @@ class ShardedCriticRank(Rank):
         self._opened = ExitStack()
         return str(self._opened.enter_context(local_directory(checkpoint))) if self.rank in ranks else None
 
-    def load(self, directories: Sequence[str], config: ScorerConfig) -> bool:
+    def load(self, directories: Sequence[str], config: ScorerConfig, dtype: Dtype) -> bool:
         """Loads this rank's shard from its node's directory; returns whether its batches are prefix trees."""
+        from rlhf_critic.model.factory import DTYPE_OF
         from rlhf_critic.training.inference_engine import InferenceEngine
 
         with self._opened:
             opened = open_reward_model(directories[self.rank], config.checkpoint, config.encoding, verify=False)
-            self._engine = InferenceEngine.from_checkpoint(opened, config.token_budget)
+            self._engine = InferenceEngine.from_checkpoint(opened, config.token_budget, DTYPE_OF[dtype])
         return self._engine.critic.prefix_tree
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed | None:
@@ -95,7 +97,8 @@ class ShardedCritic:
         )
         try:
             directories = self._directories(config.checkpoint, directory)
-            loaded = self._group.call_all("load the critic", "load", directories, config, timeout_s=LOAD_TIMEOUT_S)
+            arguments = (directories, config, resolve_dtype(config.dtype, use_gpu))
+            loaded = self._group.call_all("load the critic", "load", *arguments, timeout_s=LOAD_TIMEOUT_S)
         except BaseException:
             self.close()
             raise

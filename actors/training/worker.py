@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from functools import partial
@@ -52,8 +53,10 @@ from rlhf_critic.errors import CheckpointError, ConfigError, describe_error
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
 from rlhf_critic.logs import configure_logging
+from rlhf_critic.model.device import configure_device
+from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.model.weights import WeightReader
-from rlhf_critic.training.critic_engine import CriticEngine
+from rlhf_critic.training.critic_engine import CriticEngine, PreparedPreferences
 from rlhf_critic.training.process_group import init_distributed, raise_on_all_ranks
 
 T = TypeVar("T")
@@ -80,10 +83,11 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
         CriticError: The run cannot continue, and another attempt would fail as well.
     """
     configure_logging()
-    config = TrainJobConfig.model_validate(loop_config)
+    config = TrainJobConfig.model_validate(loop_config).resolved()
     if config.run.use_gpu:
         # NCCL's collectives use the current device, which is the first one unless it is set.
         torch.cuda.set_device(ray.train.torch.get_device())
+        configure_device(torch.device("cuda"), DTYPE_OF[config.model.dtype], config.run.deterministic)
     else:
         torch.set_num_threads(config.run.cpus_per_worker)
     try:
@@ -175,12 +179,16 @@ class _TrainingRun:
             if bar:
                 bar.update(engine.step)
                 stack.enter_context(closing(bar))
+            # Prepares a step while the device computes the one before it.
+            thread = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare"))
+            following: Future[PreparedPreferences] | None = None
             while engine.step < self.total_steps and not self._gave_up():
-                rows = rows_of_step(
-                    self.data.train.prompts_N, options.global_batch_size, options.seed, engine.step, options.epochs
-                )
                 started = time.perf_counter()
-                metrics = engine.train_step(self.data.train, rows)
+                # The first step of all is prepared here, because that may measure a token budget on all ranks.
+                prepared = following.result() if following else self._prepare(engine.step)
+                is_next = engine.step + 1 < self.total_steps
+                following = thread.submit(self._prepare, engine.step + 1) if is_next else None
+                metrics = engine.take_step(prepared)
                 if history and bar:
                     values = {**asdict(metrics), "tokens_per_second": metrics.tokens / (time.perf_counter() - started)}
                     history.write("train", values.pop("step"), values)
@@ -201,6 +209,11 @@ class _TrainingRun:
         if evaluation is None and self.data.validation is not None:
             evaluation = engine.evaluate(self.data.validation)
         return TrainOutcome(steps=engine.step, checkpoint=self.newest, evaluation=evaluation, progress=self.progress)
+
+    def _prepare(self, step: int) -> PreparedPreferences:
+        data, options = self.data.train, self.config.train
+        rows = rows_of_step(data.prompts_N, options.global_batch_size, options.seed, step, options.epochs)
+        return self.engine.prepare(data, rows)
 
     def _run_logger(self) -> RunLogger:
         run = self.config.run

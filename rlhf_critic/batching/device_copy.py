@@ -1,7 +1,7 @@
-"""Copies of host tensors to a device: to a GPU all together, from pinned memory, without waiting for the GPU.
+"""Copies between the host and a device that wait as little as possible: through pinned memory on a GPU.
 
 A copy from ordinary memory makes the host wait until the GPU has done all work before it, so that the GPU idles
-afterwards. One copy from pinned memory is queued like a kernel. Knows nothing about the contents of the tensors.
+afterwards. A copy from or to pinned memory is queued like a kernel. Knows nothing about the contents of the tensors.
 """
 
 from __future__ import annotations
@@ -57,3 +57,23 @@ def unpack(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
     """Returns the part of a buffer at an offset as a tensor of the shape and dtype of ``like``."""
     size = like.numel() * like.element_size()
     return buffer[offset : offset + size].view(like.dtype).view(like.shape)
+
+
+class HostCopy:
+    """A copy of a tensor to the host, queued behind the work that computes the tensor. Later work does not delay it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor
+        self._done: torch.cuda.Event | None = None
+        if is_gpu(tensor.device):
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> list[float]:
+        """Waits for the copy and returns its numbers."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: list[float] = self._copy.tolist()
+        return numbers

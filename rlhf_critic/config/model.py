@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
 
@@ -38,6 +38,18 @@ def _absolute_template(template: str) -> str:
     return template if template in SHIPPED_TEMPLATE_NAMES else absolute_path(template)
 
 
+BodyT = TypeVar("BodyT", bound="BodyConfig")
+Dtype = Literal["float32", "bfloat16"]
+AutoDtype = Literal["auto", "float32", "bfloat16"]
+
+
+def resolve_dtype(dtype: AutoDtype, on_gpu: bool) -> Dtype:
+    """Returns the dtype that auto stands for: bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return "bfloat16" if on_gpu else "float32"
+    return dtype
+
+
 ChatTemplate = Annotated[str, AfterValidator(_absolute_template), AS_TYPED]
 
 
@@ -50,13 +62,18 @@ class BodyConfig(Section):
     """Number of first layers to keep; None keeps all."""
     freeze_layers: NonNegativeInt = 0
     """Freeze the embeddings and this many of the first layers; 0 trains everything."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of parameters and activations. Values, rewards and log-probabilities are always float32."""
+    dtype: AutoDtype = "auto"
+    """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU multiplies
+    in TF32. Values, rewards and log-probabilities are always float32."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel of transformers. auto is sdpa where the model family supports it, else eager. flash_attention_2
     needs a GPU and its own package, and runs padded batches."""
     prefix_tree: bool = True
     """Compute shared prefixes once; off runs padded batches with the same results."""
+
+    def resolved(self: BodyT, on_gpu: bool) -> BodyT:
+        """Returns these options with the dtype that auto stands for on this kind of device."""
+        return self.model_copy(update={"dtype": resolve_dtype(self.dtype, on_gpu)})
 
 
 class ModelConfig(BodyConfig):

@@ -254,6 +254,13 @@ class PPOJobConfig(Section):
             raise ValueError(f"{given[0]} needs reward.checkpoint, because it configures the pool of that checkpoint")
         return self
 
+    def resolved(self) -> PPOJobConfig:
+        """Returns these options with the dtypes that auto stands for on the devices of this run."""
+        on_gpu = self.run.use_gpu
+        policy = self.policy.model_copy(update={"model": self.policy.model.resolved(on_gpu)})
+        critic = self.critic.model_copy(update={"model": self.critic.model.resolved(on_gpu)})
+        return self.model_copy(update={"policy": policy, "critic": critic})
+
     def validate_complete(self) -> None:
         """Checks options that have no default.
 

@@ -20,7 +20,7 @@ from rlhf_critic.config.base import (
     Source,
     load_config_file,
 )
-from rlhf_critic.config.model import AssumedEncoding
+from rlhf_critic.config.model import AssumedEncoding, AutoDtype
 
 COMPONENT_NAME = r"[A-Za-z_]\w*"
 
@@ -110,6 +110,9 @@ def load_components(path: str | None) -> tuple[Component, ...]:
 class ScoringOptions(AssumedEncoding):
     """Options of every scorer."""
 
+    dtype: AutoDtype = "auto"
+    """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU multiplies
+    in TF32. Rewards are always float32."""
     normalize: bool = False
     """Normalise rewards to mean 0 and deviation 1 over the critic's reference responses."""
     token_budget: PositiveInt = 4096

@@ -10,7 +10,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from rlhf_critic.config.base import ModelPath, NonNegativeInt, PathOrUri, Section
 from rlhf_critic.config.model import (
     AssumedEncoding,
+    AutoDtype,
     ChatTemplate,
+    Dtype,
     EncodingConfig,
     OptimizerConfig,
     ShardingConfig,
@@ -55,6 +57,11 @@ class EvaluateJobConfig(AssumedEncoding):
     """Critic directory (a checkpoint of a run, or an export), or another reward model with one label, as transformers
     saves it. A path, URI or hub id."""
     data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
+    use_gpu: bool = False
+    """Compute on one GPU instead of CPUs."""
+    dtype: AutoDtype = "auto"
+    """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU. float32 on a GPU multiplies
+    in TF32. Rewards are always float32."""
     token_budget: PositiveInt = 4096
     """Maximum number of tokens computed at once. Changes speed and memory only."""
     cache_dir: PathOrUri = ".cache"
@@ -100,7 +107,6 @@ class ExportJobConfig(Section):
     negative reward mean. The other system's score is the reward plus the bias. Only for another system's checkpoint."""
 
 
-Dtype = Literal["float32", "bfloat16"]
 GpuName = Literal["a10g", "l4", "l40s", "a100-40g", "a100-80g", "h100", "h200"]
 SizeNames = "0.1B, 0.5B, 1B, 3B, 8B, 14B, 32B, 70B"
 

@@ -99,6 +99,9 @@ class RunConfig(Section):
     resources of a node as free. None keeps num_workers."""
     use_gpu: bool = False
     """Use one GPU per worker and NCCL, instead of CPUs and Gloo."""
+    deterministic: bool = False
+    """Use kernels and collectives that repeat their results, so that a repeated run on the same GPUs gives the same
+    weights. A CPU needs no such option."""
     cpus_per_worker: PositiveInt = 1
     """CPUs that Ray reserves per worker; also its number of torch threads without a GPU."""
     max_failures: NonNegativeInt = 3
@@ -144,6 +147,10 @@ class TrainJobConfig(Section):
         if len(set(seeds)) < len(seeds):
             raise ValueError("names a seed twice; both runs would be the same")
         return seeds
+
+    def resolved(self) -> TrainJobConfig:
+        """Returns these options with the dtype that auto stands for on the device of this run."""
+        return self.model_copy(update={"model": self.model.resolved(self.run.use_gpu)})
 
     def validate_complete(self) -> None:
         """Checks options that have no default.

@@ -131,8 +131,12 @@ def forward_micro_batches(
     Yields:
         The units of a micro-batch, the output of ``run``, and the number of computed tokens.
     """
+    batches = (backbone.batch_of([sequences[unit] for unit in one.units], device) for one in micro_batches)
+    batch = next(batches, None)
     for micro_batch in micro_batches:
-        batch = backbone.batch_of([sequences[unit] for unit in micro_batch.units], device)
-        output = run(batch, micro_batch.units)
+        assert batch is not None, "there is a batch for each micro-batch"
+        output, computed_tokens = run(batch, micro_batch.units), batch.computed_tokens
+        # The caller waits for the output. On a GPU the next batch is built before, while the GPU computes.
+        batch = next(batches, None)
         if micro_batch.weight:
-            yield micro_batch.units, output, batch.computed_tokens
+            yield micro_batch.units, output, computed_tokens

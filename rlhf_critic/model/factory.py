@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig
 
-from rlhf_critic.config.model import ModelConfig
+from rlhf_critic.config.model import ModelConfig, resolve_dtype
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.critic import Critic
@@ -118,13 +118,14 @@ def critic_without_weights(config: PreTrainedConfig, options: ModelConfig) -> Cr
 
     Args:
         config: Config of the base model; it is changed.
-        options: Options of the model. ``path`` is ignored.
+        options: Options of the model. ``path`` is ignored. A dtype of auto is that of a CPU.
 
     Raises:
         CheckpointError: transformers has no critic for this model type, or the options do not fit.
         ConfigError: See `rlhf_critic.model.lora.add_adapters`.
     """
     config.num_labels = 1
+    dtype = DTYPE_OF[resolve_dtype(options.dtype, on_gpu=False)]
     if options.num_layers is not None:
         keep_layers(config, options.num_layers)
     if options.disable_dropout:
@@ -136,10 +137,10 @@ def critic_without_weights(config: PreTrainedConfig, options: ModelConfig) -> Cr
     attention = None if options.attn_implementation == "auto" else options.attn_implementation
     with torch.device("meta"):
         name = getattr(config, "name_or_path", "") or config.model_type
-        model = _build(AutoModelForSequenceClassification, name, config, {}, DTYPE_OF[options.dtype], attention)
+        model = _build(AutoModelForSequenceClassification, name, config, {}, dtype, attention)
         critic = Critic(model, prefix_tree=options.prefix_tree)
         limit_training(critic, options, seed=0)
-    return critic.to(DTYPE_OF[options.dtype])  # peft leaves adapters in fp32 on the meta device
+    return critic.to(dtype)  # peft leaves adapters in fp32 on the meta device
 
 
 def _construct(

@@ -53,6 +53,7 @@ def create_generator(
     model: BodyConfig, tokenizer: PreTrainedTokenizerBase, temperature: float, use_gpu: bool
 ) -> TransformersGenerator | VllmGenerator:
     """Creates a vLLM generator if vLLM is installed and a GPU is used, otherwise one of transformers."""
+    model = model.resolved(use_gpu)
     if use_gpu and importlib.util.find_spec("vllm") is not None:
         return VllmGenerator(model, tokenizer, temperature)
     return TransformersGenerator(model, tokenizer, temperature, torch.device("cuda" if use_gpu else "cpu"))

@@ -219,7 +219,7 @@ def kernel_for(query: Tensor, scores: Scores) -> VarlenKernel | None:
         query: Queries on a GPU, ``[..., E]``.
         scores: How scores are computed. A window here is one that sequences exceed.
     """
-    capability = torch.cuda.get_device_capability(query.device)
+    capability = _capability(query.device)
     largest = FLASH_HEAD_SIZE if capability in DATA_CENTER_GPUS else CONSUMER_HEAD_SIZE
     is_half = query.dtype in {torch.float16, torch.bfloat16}
     if is_half and capability >= (8, 0) and query.shape[-1] <= largest:
@@ -231,6 +231,11 @@ def kernel_for(query: Tensor, scores: Scores) -> VarlenKernel | None:
 
 
 @cache  # every layer of every forward pass asks
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
 def _has_flash_attention_package() -> bool:
     return find_spec("flash_attn") is not None
 

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from rlhf_critic.algorithms.ppo import clipped_value_loss
 from rlhf_critic.algorithms.preference_objective import needs_values, preference_loss
-from rlhf_critic.algorithms.response_tokens import ResponseTokens
 from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, save_critic
 from rlhf_critic.config.deepspeed import deepspeed_config
-from rlhf_critic.config.model import ModelConfig
+from rlhf_critic.config.model import ModelConfig, resolve_dtype
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.data.preference_dataset import EncodedPreferences
@@ -33,9 +32,27 @@ from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.backbone import Batch
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
-from rlhf_critic.training.engine import MicroBatchLoss, StepResult, TrainingEngine
+from rlhf_critic.training.engine import PROBE_LENGTH, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
-from rlhf_critic.training.rollout_step import take_rollout_step
+from rlhf_critic.training.process_group import hardware_of_ranks
+from rlhf_critic.training.rollout_step import TokensOnDevice, take_rollout_step
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPreferences:
+    """A global batch of preferences, ready to be computed.
+
+    Attributes:
+        preferences: The encoded preferences.
+        rows_G: Indices of the global batch in ``preferences``.
+        units: Token ids of the responses of each preference, the best first.
+        step: This rank's part.
+    """
+
+    preferences: EncodedPreferences
+    rows_G: IntArray
+    units: Sequence[Sequence[TokenIds]]
+    step: PreparedStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +87,18 @@ class CriticEngine(InferenceEngine):
         model: Options of the model.
         train: Options of loss and optimizer.
         total_steps: Optimizer steps of the whole run, at which the schedule ends.
+        longest: Maximum length of a sequence in tokens.
 
     Attributes:
         training: The training engine around the critic.
     """
 
-    def __init__(self, critic: Critic, model: ModelConfig, train: TrainConfig, total_steps: int) -> None:
+    def __init__(
+        self, critic: Critic, model: ModelConfig, train: TrainConfig, total_steps: int, longest: int = PROBE_LENGTH
+    ) -> None:
         self.options = train
         self.training = TrainingEngine(
-            critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum()
+            critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum(), longest
         )
         super().__init__(critic, self.training.engine, lambda: self.training.token_budget)
 
@@ -98,22 +118,23 @@ class CriticEngine(InferenceEngine):
         Raises:
             CheckpointError: See `rlhf_critic.model.factory.create_hf_model`.
         """
+        hardware = hardware_of_ranks()
         torch.manual_seed(train.seed)
         critic = create_critic_model(
             model.path,
             encoder.tokenizer,
-            deepspeed_config(model, train),
+            deepspeed_config(model, train, hardware),
             rlhf_training=rlhf_training,
             disable_dropout=model.disable_dropout,
             num_layers=model.num_layers,
             head_init=model.head_init,
-            dtype=DTYPE_OF[model.dtype],
+            dtype=DTYPE_OF[resolve_dtype(model.dtype, hardware.on_gpu)],
             attn_implementation=None if model.attn_implementation == "auto" else model.attn_implementation,
             prefix_tree=model.prefix_tree,
         )
         validate_positions(critic.model, encoder.max_length)
         limit_training(critic, model, train.seed)
-        return cls(critic, model, train, total_steps)
+        return cls(critic, model, train, total_steps, encoder.max_length)
 
     @property
     def step(self) -> int:
@@ -138,18 +159,27 @@ class CriticEngine(InferenceEngine):
                 "train.margin_scale needs it (or chosen_score and rejected_score): add it, or set the scale to 0"
             )
 
-    def train_step(self, preferences: EncodedPreferences, rows_G: IntArray) -> StepMetrics:
-        """Takes one optimizer step on the mean loss of a global batch.
+    def prepare(self, preferences: EncodedPreferences, rows_G: IntArray) -> PreparedPreferences:
+        """Reads a global batch and plans it; see `rlhf_critic.training.engine.TrainingEngine.prepare`.
 
         Args:
             preferences: The encoded preferences.
             rows_G: Indices of the global batch in ``preferences``, the same on every rank.
+        """
+        units = [pair.responses for pair in preferences.take(rows_G)]
+        return PreparedPreferences(preferences, rows_G, units, self.training.prepare(units))
+
+    def train_step(self, preferences: EncodedPreferences, rows_G: IntArray) -> StepMetrics:
+        """Prepares a global batch and takes one optimizer step on it; see `prepare` and `take_step`."""
+        return self.take_step(self.prepare(preferences, rows_G))
+
+    def take_step(self, prepared: PreparedPreferences) -> StepMetrics:
+        """Takes one optimizer step on the mean loss of a global batch.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
-        options = self.options
-        units = [pair.responses for pair in preferences.take(rows_G)]
+        options, preferences, rows_G, units = self.options, prepared.preferences, prepared.rows_G, prepared.units
 
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
             output = self._engine(batch, rewards_only=not needs_values(options))
@@ -158,7 +188,7 @@ class CriticEngine(InferenceEngine):
             return MicroBatchLoss(result.loss_P, result.sums())
 
         step, (right_sum, margin_sum) = self.training.take_step(
-            units,
+            prepared.step,
             loss_of,
             denominator=len(rows_G),
             tokens=int(preferences.tokens_N[rows_G].sum()),
@@ -192,11 +222,10 @@ class CriticEngine(InferenceEngine):
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
 
-        def loss_of(batch: Batch, tokens: ResponseTokens, numbers_A: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def loss_of(batch: Batch, tokens: TokensOnDevice, numbers_A: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
             returns_A, old_A = numbers_A
-            values_SL = self._engine(batch)
-            rows_A, columns_A = (torch.from_numpy(places).to(self.device) for places in tokens.places)
-            loss_A, clipped_A = clipped_value_loss(values_SL[rows_A, columns_A], old_A, returns_A, clip)
+            values_A = self._engine(batch)[tokens.rows_A, tokens.columns_A]
+            loss_A, clipped_A = clipped_value_loss(values_A, old_A, returns_A, clip)
             return loss_A, [clipped_A]
 
         numbers = {"returns": returns, "old_values": old_values}

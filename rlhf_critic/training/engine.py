@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
 
-from rlhf_critic.batching.planner import plan_micro_batches
+from rlhf_critic.batching.device_copy import HostCopy, is_gpu
+from rlhf_critic.batching.planner import MicroBatch, plan_micro_batches
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER
 from rlhf_critic.config.deepspeed import deepspeed_config
@@ -33,10 +35,18 @@ from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.errors import CheckpointError, NonFiniteLossError
 from rlhf_critic.files import write_text_atomically
 from rlhf_critic.model.backbone import Backbone, Batch
+from rlhf_critic.model.device import configure_device
 from rlhf_critic.model.weights import full_shape
 from rlhf_critic.training.offload import Offloaded
+from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.reshard import load_resized, plain_path
-from rlhf_critic.training.token_budget import ActivationMeter, probe_token_budget
+from rlhf_critic.training.token_budget import (
+    MAX_GPU_TOKENS,
+    ActivationMeter,
+    CudaMemory,
+    measure_on_device,
+    probe_token_budget,
+)
 
 ENGINE_STATE_NAME = "engine.json"
 STATE_TAG = "state"
@@ -54,6 +64,19 @@ class MicroBatchLoss:
 
     loss_U: Tensor
     sums: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedStep:
+    """This rank's part of a global batch, ready to be computed.
+
+    Attributes:
+        micro_batches: The micro-batches.
+        batches: The batch of each micro-batch, on the device.
+    """
+
+    micro_batches: list[MicroBatch]
+    batches: list[Batch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +111,7 @@ class TrainingEngine:
         options: Options of the optimizer.
         total_steps: Optimizer steps of the whole run, at which the schedule ends.
         probe: Computes a scalar from a forward pass over a batch, as a training step would, to measure token budgets.
+        longest: Maximum length of a sequence in tokens, at which a probe on a GPU measures.
 
     Attributes:
         engine: DeepSpeed's engine around the model.
@@ -102,6 +126,7 @@ class TrainingEngine:
         options: OptimizerConfig,
         total_steps: int,
         probe: Callable[[Any, Batch], Tensor],
+        longest: int = PROBE_LENGTH,
     ) -> None:
         import deepspeed
 
@@ -109,7 +134,11 @@ class TrainingEngine:
         self.options = options
         self.step = 0
         self._probe = probe
+        self._longest = longest
         self._embedding_gradient: EmbeddingGradient | None = None
+        hardware = hardware_of_ranks()
+        model = model.resolved(hardware.on_gpu)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if options.gradient_checkpointing:
             module.gradient_checkpointing_enable()
         optimizer = torch.optim.AdamW(
@@ -119,15 +148,19 @@ class TrainingEngine:
             eps=options.adam_epsilon,
             fused=True,  # one pass over memory instead of six
         )
+        count = sum(full_shape(parameter).numel() for parameter in trained)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             lr_scheduler=lambda wrapped: _schedule(wrapped, options, total_steps),
-            config=deepspeed_config(model, options),
+            config=deepspeed_config(model, options, hardware, count),
         )
+        if options.zero_stage == 0 and model.dtype == "bfloat16":
+            _undo_first_step(self.engine.optimizer)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = self.engine.device
+        configure_device(self.device, trained[0].dtype)
         if self.world_size == 1 and options.zero_stage == 0:
             # DeepSpeed would flatten all gradients, reduce them over one rank and copy them back.
             self.engine.enable_backward_allreduce = False
@@ -145,14 +178,37 @@ class TrainingEngine:
             return self.options.token_budget
         from deepspeed.accelerator import get_accelerator
 
-        # Ranks of a node share its memory, but each has its own GPU.
-        sharing = 1 if self.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        if self.device.type == "cuda":
+            return self._probe_gpu()
+        # Ranks of a node share its memory.
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         free_bytes = get_accelerator().available_memory() // sharing
         return probe_token_budget(self._measure_micro_batch, int(self._agree(free_bytes, dist.ReduceOp.MIN)))
 
+    def prepare(self, units: Sequence[Sequence[TokenIds]]) -> PreparedStep:
+        """Plans a global batch and copies this rank's micro-batches to the device.
+
+        It does not communicate once `token_budget` is known. Another thread may then call it for the next step, while
+        the device computes this one.
+
+        Args:
+            units: The sequences of each unit of the global batch, the same on every rank.
+
+        Raises:
+            ValueError: There is no unit, or a sequence is empty.
+        """
+        plan = plan_micro_batches(units, self.world_size, self.token_budget, self.module.prefix_tree)[self.rank]
+        # Every thread has a current GPU of its own, at first the first one of the node.
+        with torch.cuda.device(self.device) if is_gpu(self.device) else nullcontext():
+            batches = [
+                self.module.batch_of([ids for unit in micro_batch.units for ids in units[unit]], self.device)
+                for micro_batch in plan
+            ]
+        return PreparedStep(plan, batches)
+
     def take_step(
         self,
-        units: Sequence[Sequence[TokenIds]],
+        prepared: PreparedStep,
         loss_of: Callable[[Batch, Sequence[int]], MicroBatchLoss],
         denominator: float,
         tokens: int,
@@ -162,7 +218,7 @@ class TrainingEngine:
         """Takes one optimizer step on a global batch. Its loss is the sum over the units divided by ``denominator``.
 
         Args:
-            units: The sequences of each unit of the global batch, the same on every rank.
+            prepared: The global batch, as `prepare` returns it.
             loss_of: Runs `engine` on a batch and returns the loss of each unit. It gets the batch and the numbers of
                 its units; the batch holds their sequences, unit by unit.
             denominator: Divisor of the loss. The number of units gives the mean over the units.
@@ -176,42 +232,42 @@ class TrainingEngine:
         Raises:
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
-        plan = plan_micro_batches(units, self.world_size, self.token_budget, self.module.prefix_tree)
-        mine = plan[self.rank]
         # The dropout seed depends on (seed, step, rank) alone, so a repeated step has the same dropout.
         torch.manual_seed(int(np.random.SeedSequence([seed, self.step, self.rank]).generate_state(1)[0]))
         learning_rate = float(self.engine.get_lr()[0])
         self.engine.train()
         totals: Tensor | None = None
         losses: list[tuple[tuple[int, ...], Tensor]] = []
-        for index, micro_batch in enumerate(mine):
-            is_last = index == len(mine) - 1
-            self.engine.set_gradient_accumulation_boundary(is_last)
-            batch = self.module.batch_of([ids for unit in micro_batch.units for ids in units[unit]], self.device)
+        last = len(prepared.batches) - 1
+        for index, (micro_batch, batch) in enumerate(zip(prepared.micro_batches, prepared.batches, strict=True)):
+            self.engine.set_gradient_accumulation_boundary(index == last)
             result = loss_of(batch, micro_batch.units)
             losses.append((micro_batch.units, result.loss_U.detach()))
             parts = torch.cat([result.loss_U.detach().sum()[None].double(), result.sums])
             parts = parts if micro_batch.weight else torch.zeros_like(parts)
-            parts = torch.cat([parts, parts.new_tensor([batch.computed_tokens])])
+            parts = torch.cat([parts, parts.new_full((1,), batch.computed_tokens)])
             totals = parts if totals is None else totals + parts
-            if is_last:
+            if index == last:
                 dist.all_reduce(totals)
-                self._check_finite(float(totals[0]), losses, name_of)
+                copied = HostCopy(totals)
             # DeepSpeed averages gradients over ranks; the factor world_size turns that mean into the sum.
             self.engine.backward(result.loss_U.sum() * (micro_batch.weight * self.world_size / denominator))
             if self._embedding_gradient:
-                self._embedding_gradient.collect(is_last)
-            if is_last and self.options.zero_stage == 0:
-                # At stage 0 gradients are complete on every rank, and DeepSpeed neither keeps nor checks their norm.
-                grad_norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
-                self._check_finite(grad_norm, losses, name_of)
+                self._embedding_gradient.collect(index == last)
+            if index == last:
+                # The device still has the last backward pass to do while the host waits here.
+                loss_sum, *sums, computed_tokens = copied.read()
+                self._check_finite(loss_sum, losses, name_of)
+                if self.options.zero_stage == 0:
+                    # Gradients are complete on every rank, and DeepSpeed neither keeps nor checks their norm.
+                    gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+                    grad_norm = float(get_total_norm(gradients))
+                    self._check_finite(grad_norm, losses, name_of)
             self.engine.step()
         if self.options.zero_stage > 0:
             grad_norm = float(self.engine.get_global_grad_norm())
             self._check_finite(grad_norm, losses, name_of)
         self.step += 1
-        assert totals is not None, "a plan has micro-batches"
-        loss_sum, *sums, computed_tokens = totals.tolist()
         return StepResult(
             step=self.step,
             loss=loss_sum / denominator,
@@ -219,7 +275,7 @@ class TrainingEngine:
             learning_rate=learning_rate,
             tokens=tokens,
             computed_tokens=int(computed_tokens),
-            micro_batches=len(mine),
+            micro_batches=len(prepared.batches),
         ), sums
 
     def offload(self) -> Offloaded:
@@ -284,10 +340,7 @@ class TrainingEngine:
         """Measures a micro-batch of weight zero, which changes no gradient; returns the maxima over the ranks."""
         from deepspeed.accelerator import get_accelerator
 
-        config = self.module.model.config.get_text_config()
-        length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", PROBE_LENGTH))
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // length, length))
-        batch = self.module.batch_of(list(ids), self.device)
+        batch = self._probe_batch(tokens, PROBE_LENGTH)
         meter = ActivationMeter()
         self.engine.train()
         self.engine.set_gradient_accumulation_boundary(False)
@@ -297,6 +350,47 @@ class TrainingEngine:
         if self._embedding_gradient:
             self._embedding_gradient.collect(is_last=False)
         return self._agree(meter.seconds, dist.ReduceOp.MAX), int(self._agree(meter.bytes, dist.ReduceOp.MAX))
+
+    def _probe_gpu(self) -> int:
+        """Measures token budgets on GPUs by the memory that the allocator gives out."""
+        memory = CudaMemory()
+        trained = sum(full_shape(one).numel() for one in self.module.parameters() if one.requires_grad)
+        # AdamW's moments and the step's fp32 gradients come after the probe.
+        to_come = 12 * trained // (self.world_size if self.options.zero_stage else 1)
+        free_bytes = int(self._agree(memory.free() - to_come, dist.ReduceOp.MIN))
+
+        def measure(tokens: int) -> tuple[float, int] | None:
+            batch = self._probe_batch(tokens, self._longest)
+            measured = measure_on_device(
+                lambda: self._run_probe(batch), memory, lambda failed: bool(self._agree(failed, dist.ReduceOp.MAX))
+            )
+            if measured is None:
+                return None
+            seconds, peak = measured
+            return self._agree(seconds, dist.ReduceOp.MAX), int(self._agree(peak, dist.ReduceOp.MAX))
+
+        # At stage 3 ranks communicate in every layer, so none may run out of memory.
+        share = 0.6 if self.options.zero_stage == 3 else 0.85
+        return probe_token_budget(measure, free_bytes, MAX_GPU_TOKENS, share)
+
+    def _run_probe(self, batch: Batch) -> None:
+        """Runs a batch forward and backward and keeps no gradient. Communicates at stage 3 only."""
+        self.engine.train()
+        if self.options.zero_stage == 3:
+            self.engine.set_gradient_accumulation_boundary(False)
+            self.engine.backward(self._probe(self.engine, batch) * 0.0)
+            self.engine.step()
+            return
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        with torch.enable_grad():
+            torch.autograd.grad(self._probe(self.module, batch), trained, allow_unused=True)
+
+    def _probe_batch(self, tokens: int, longest: int) -> Batch:
+        """Returns a batch of random sequences of the same length, at most ``longest``."""
+        config = self.module.model.config.get_text_config()
+        length = min(longest, tokens, getattr(config, "max_position_embeddings", longest))
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // length, length))
+        return self.module.batch_of(list(ids), self.device)
 
     def _agree(self, number: float, how: Any) -> float:
         agreed = torch.tensor(float(number), dtype=torch.float64, device=self.device)
@@ -349,6 +443,15 @@ class EmbeddingGradient:
             self._weight.grad = None
         if is_last:
             self._weight.grad, self._used = self.dense, True
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """Undoes the step on zero gradients that DeepSpeed's optimizer of stage 0 in bf16 takes to allocate its state.
+
+    AdamW would count it, decay its weights and correct the bias of the first real step as if it were the second.
+    """
+    optimizer.refresh_fp32_params()
+    optimizer.optimizer.state.clear()
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,11 +17,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import OpenedCritic
+from rlhf_critic.config.deepspeed import TIMERS_OFF
 from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.critic import Critic
+from rlhf_critic.model.device import configure_device
 
 
 class InferenceEngine:
@@ -46,10 +49,8 @@ class InferenceEngine:
         self._token_budget = token_budget
 
     @classmethod
-    def from_checkpoint(cls, opened: OpenedCritic, token_budget: int) -> InferenceEngine:
-        """Loads a critic in the saved dtype, with its parameters sharded over the ranks (ZeRO stage 3).
-
-        float16 becomes float32, because DeepSpeed shards float16 only on devices that compute in it.
+    def from_checkpoint(cls, opened: OpenedCritic, token_budget: int, dtype: torch.dtype) -> InferenceEngine:
+        """Loads a critic in a dtype, with its parameters sharded over the ranks (ZeRO stage 3).
 
         Raises:
             CheckpointError: See `rlhf_critic.checkpoint.critic_directory.OpenedCritic.build`.
@@ -59,10 +60,12 @@ class InferenceEngine:
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3},
-            "bf16": {"enabled": opened.dtype == torch.bfloat16},
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "timers": TIMERS_OFF,
         }
-        critic = opened.build(config)
+        critic = opened.build(config, dtype)
         engine, *_ = deepspeed.initialize(model=critic, config=config)
+        configure_device(engine.device, dtype)
         return cls(critic, engine, lambda: token_budget)
 
     def rewards(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]:
@@ -73,7 +76,8 @@ class InferenceEngine:
         """
         rewards_S = torch.zeros(len(sequences) + 1, dtype=torch.float64, device=self.device)
         for units, rewards_U, computed_tokens in self._forward_sequences(sequences, rewards_only=True):
-            rewards_S[list(units)] = rewards_U.double()
+            (places_U,) = copy_to_device([torch.tensor(units)], self.device)
+            rewards_S.index_copy_(0, places_U, rewards_U.double())
             rewards_S[-1] += computed_tokens
         return self._sum_over_ranks(rewards_S)
 

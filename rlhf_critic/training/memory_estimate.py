@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_critic.config.deepspeed import deepspeed_config
+from rlhf_critic.config.deepspeed import Hardware, bucket_elements
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.model.critic import Critic
 
@@ -200,7 +200,7 @@ def activation_bytes(
 
 
 def shard_memory(
-    count: ModelCount, model: BodyConfig, options: OptimizerConfig, world_size: int, activations: int = 0
+    count: ModelCount, model: BodyConfig, options: OptimizerConfig, hardware: Hardware, activations: int = 0
 ) -> ShardMemory:
     """Computes the memory of each rank.
 
@@ -212,10 +212,11 @@ def shard_memory(
         count: Parameter counts of the full model.
         model: Options of the model, for its dtype.
         options: Options of the optimizer, for the ZeRO stage and offloading.
-        world_size: Number of ranks.
+        hardware: The devices of the ranks.
         activations: Bytes of activations; see `activation_bytes`.
     """
-    working, stage, trained = WORKING_BYTES[model.dtype], options.zero_stage, sum(count.trained)
+    working = WORKING_BYTES[model.resolved(hardware.on_gpu).dtype]
+    stage, trained, world_size = options.zero_stage, sum(count.trained), hardware.ranks
     fp32_copy = FP32_BYTES if working < FP32_BYTES else 0  # of a gradient in bf16, during the optimizer's step
     if stage == 0:
         return ShardMemory(
@@ -233,8 +234,9 @@ def shard_memory(
         return sum(-(-size // world_size) for size in sizes) if stage == 3 else -(-sum(sizes) // world_size)
 
     shard, largest = part(count.trained), count.largest_of_all
-    bucket = deepspeed_config(model, options)["zero_optimization"]["reduce_bucket_size"]
+    bucket = bucket_elements(trained, hardware)
     filled = min(bucket, trained)
+    in_flight = 2 if hardware.on_gpu and world_size > 1 and stage < 3 else 1  # one is filled while one is reduced
     memory = ShardMemory(
         parameters=working * count.parameters,
         # Stage 1 reduces them after the last micro-batch. Stage 2 adds each micro-batch's part to its shard.
@@ -242,9 +244,9 @@ def shard_memory(
         masters=FP32_BYTES * shard,
         moments=ADAM_BYTES * shard,
         # The bucket's contents are copied into a flat buffer for reduction; so is a gradient larger than a bucket.
-        buckets=working * (bucket if stage == 1 else bucket + max(filled, count.largest)),
+        buckets=working * (in_flight * bucket if stage == 1 else in_flight * bucket + max(filled, count.largest)),
         activations=activations,
-        reduction=working * (bucket + max(filled, largest) + (largest if largest > bucket else 0)),
+        reduction=working * (in_flight * bucket + max(filled, largest) + (largest if largest > bucket else 0)),
         step=shard * (2 * working + fp32_copy),  # accumulated gradients, their flat copy and its fp32 copy
     )
     if stage == 3:

@@ -10,8 +10,9 @@ from functools import cache, cached_property
 
 from transformers import PreTrainedConfig
 
-from rlhf_critic.config.model import ModelConfig
-from rlhf_critic.config.tools import Dtype, PlanJobConfig
+from rlhf_critic.config.deepspeed import Hardware
+from rlhf_critic.config.model import Dtype, ModelConfig
+from rlhf_critic.config.tools import PlanJobConfig
 from rlhf_critic.model.factory import critic_without_weights
 from rlhf_critic.training.memory_estimate import ModelCount, ShardMemory, activation_bytes, count_model, shard_memory
 
@@ -29,8 +30,7 @@ class Gpu:
     Attributes:
         name: Product name.
         memory: Bytes of memory.
-        peak: Dense floating-point operations per second by dtype, on tensor cores for bfloat16 and without for float32
-            (torch leaves TF32 off).
+        peak: Dense floating-point operations per second on tensor cores, by dtype; float32 multiplies in TF32.
     """
 
     name: str
@@ -71,7 +71,8 @@ class Planner:
     def memory(self, setup: PlanJobConfig) -> ShardMemory:
         """Calculates the memory of a shard."""
         activations = self._activations(setup.dtype, setup.token_budget, setup.gradient_checkpointing)
-        return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, setup.world_size, activations)
+        hardware = Hardware(on_gpu=True, ranks=setup.world_size)
+        return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, hardware, activations)
 
     def fits(self, setup: PlanJobConfig) -> bool:
         """Returns true if a shard fits the GPU."""
@@ -82,6 +83,14 @@ class Planner:
         lowest = 3 if setup.offload_parameters else 1 if setup.offload_optimizer else 0
         setups = (setup.model_copy(update={"zero_stage": stage}) for stage in range(lowest, 4))
         return next((setup.zero_stage for setup in setups if self.fits(setup)), None)
+
+    def recommended_stage(self, setup: PlanJobConfig) -> int | None:
+        """Returns the ZeRO stage to use: 1 if it fits, otherwise the lowest that does.
+
+        Stage 1 reduces gradients once a step. Stages 2 and 3 do in every micro-batch.
+        """
+        smallest = self.smallest_stage(setup)
+        return 1 if smallest == 0 and self.fits(setup.model_copy(update={"zero_stage": 1})) else smallest
 
     def fitting_setup(self) -> PlanJobConfig | None:
         """Returns the first setup that fits, with one more change each; those that cost the least time come first."""

@@ -30,7 +30,8 @@ from rlhf_critic.model.backbone import Batch, forward_micro_batches
 from rlhf_critic.model.policy import SampledTokenStats, create_policy
 from rlhf_critic.model.weights import gathered, persistent_tensors, save_weights
 from rlhf_critic.training.engine import StepResult, TrainingEngine
-from rlhf_critic.training.rollout_step import take_rollout_step
+from rlhf_critic.training.process_group import hardware_of_ranks
+from rlhf_critic.training.rollout_step import TokensOnDevice, copy_tokens, take_rollout_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,9 @@ class PolicyEngine:
         self.tokenizer = tokenizer
         self.seed = seed
         self.temperature = temperature
-        config = deepspeed_config(model, optimizer)
+        hardware = hardware_of_ranks()
+        model = model.resolved(hardware.on_gpu)
+        config = deepspeed_config(model, optimizer, hardware)
         self.policy = create_policy(model, tokenizer, config)
         self.training = TrainingEngine(self.policy, model, optimizer, total_steps, self._probe)
         self._reference = reference = create_policy(model, tokenizer, config).eval().requires_grad_(False)
@@ -84,7 +87,7 @@ class PolicyEngine:
         if optimizer.zero_stage == 3:  # its parameters are partitioned too, so DeepSpeed must gather them
             import deepspeed
 
-            inference = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16")}
+            inference = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "timers")}
             self._reference_module, *_ = deepspeed.initialize(
                 model=reference, config={**inference, "zero_optimization": {"stage": 3}}
             )
@@ -115,7 +118,7 @@ class PolicyEngine:
             def run(batch: Batch, units: Sequence[int]) -> SampledTokenStats:
                 rows = [nonempty[unit] for unit in units]
                 tokens = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
-                return self._run(self._reference_module, batch, tokens)
+                return self._run(self._reference_module, batch, copy_tokens(tokens, training.device)[0])
 
             outputs = forward_micro_batches(backbone, shortened, plan[training.rank], run, training.device)
             for units, stats, _ in outputs:
@@ -150,7 +153,7 @@ class PolicyEngine:
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
 
-        def loss_of(batch: Batch, tokens: ResponseTokens, numbers_A: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def loss_of(batch: Batch, tokens: TokensOnDevice, numbers_A: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
             old_A, advantages_A = numbers_A
             output = self._run(self.training.engine, batch, tokens, entropy_gradient=entropy_coefficient != 0)
             loss_A, clipped_A = clipped_policy_loss(output.log_probs_A, old_A, advantages_A, clip)
@@ -200,11 +203,10 @@ class PolicyEngine:
         self.training.load_state(directory)
 
     def _run(
-        self, module: Any, batch: Batch, tokens: ResponseTokens, entropy_gradient: bool = False
+        self, module: Any, batch: Batch, tokens: TokensOnDevice, entropy_gradient: bool = False
     ) -> SampledTokenStats:
         """Runs a policy on a batch of rollouts that has these response tokens."""
-        columns = (torch.from_numpy(ids).to(self.training.device) for ids in (*tokens.places, tokens.drawn_A))
-        stats: SampledTokenStats = module(batch, *columns, self.temperature, entropy_gradient)
+        stats: SampledTokenStats = module(batch, *tokens, self.temperature, entropy_gradient)
         return stats
 
     def _probe(self, engine: Any, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 from torch.distributed.constants import default_pg_timeout
 
+from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.errors import CriticError
 
 LOOPBACK = "127.0.0.1"
@@ -73,6 +74,13 @@ def init_distributed(backend: str) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=default_pg_timeout)
+
+
+def hardware_of_ranks() -> Hardware:
+    """Returns the devices of all ranks."""
+    from deepspeed.accelerator import get_accelerator
+
+    return Hardware(on_gpu=get_accelerator().device_name() == "cuda", ranks=dist.get_world_size())
 
 
 def raise_on_all_ranks(action: Callable[[], T]) -> T:

@@ -8,6 +8,7 @@ Shape legend: R response tokens of one rollout, A response tokens of a micro-bat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
+from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.model.backbone import Batch
 from rlhf_critic.training.engine import MicroBatchLoss, StepResult, TrainingEngine
+
+
+class TokensOnDevice(NamedTuple):
+    """`rlhf_critic.algorithms.response_tokens.ResponseTokens` on a device."""
+
+    rows_A: Tensor
+    columns_A: Tensor
+    drawn_A: Tensor
+
+
+def copy_tokens(
+    tokens: ResponseTokens, device: torch.device, numbers: Sequence[NDArray[np.floating]] = ()
+) -> tuple[TokensOnDevice, list[Tensor]]:
+    """Copies response tokens and numbers of each, as fp32, to a device together."""
+    places = [torch.from_numpy(array) for array in (tokens.rows_A, tokens.columns_A, tokens.drawn_A)]
+    numbers_A = [torch.from_numpy(array).float() for array in numbers]
+    rows_A, columns_A, drawn_A, *copied = copy_to_device([*places, *numbers_A], device)
+    return TokensOnDevice(rows_A, columns_A, drawn_A), copied
 
 
 def take_rollout_step(
@@ -25,7 +45,7 @@ def take_rollout_step(
     sequences: Sequence[TokenIds],
     prompt_lengths: Sequence[int],
     numbers: Mapping[str, Sequence[NDArray[np.floating]]],
-    loss_of: Callable[[Batch, ResponseTokens, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
+    loss_of: Callable[[Batch, TokensOnDevice, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
     seed: int,
 ) -> tuple[StepResult, list[float]]:
     """Takes one optimizer step on the mean loss of all response tokens.
@@ -56,19 +76,16 @@ def take_rollout_step(
 
     def loss_of_units(batch: Batch, units: Sequence[int]) -> MicroBatchLoss:
         rows = [trained[unit] for unit in units]
-        tokens = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
-        numbers_A = [
-            torch.from_numpy(np.concatenate([array[row] for row in rows])).to(training.device, torch.float32)
-            for array in numbers.values()
-        ]
+        on_host = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+        of_tokens = [np.concatenate([array[row] for row in rows]) for array in numbers.values()]
+        tokens, numbers_A = copy_tokens(on_host, training.device, of_tokens)
         loss_A, averaged = loss_of(batch, tokens, numbers_A)
-        rows_A = torch.from_numpy(tokens.rows_A).to(training.device)
-        loss_U = loss_A.new_zeros(len(rows)).index_add(0, rows_A, loss_A)
+        loss_U = loss_A.new_zeros(len(rows)).index_add(0, tokens.rows_A, loss_A)
         return MicroBatchLoss(loss_U, torch.stack([tensor.detach().double().sum() for tensor in averaged]))
 
     count = sum(len(sequences[row]) - prompt_lengths[row] for row in trained)
     result, sums = training.take_step(
-        [[sequences[row][:-1]] for row in trained],
+        training.prepare([[sequences[row][:-1]] for row in trained]),
         loss_of_units,
         denominator=count,
         tokens=sum(len(ids) for ids in sequences),

@@ -69,6 +69,16 @@ def test_preferences_are_judged_by_subset_and_the_most_wrong_shown(run, critic, 
     assert page.count("<svg") == 3
 
 
+def test_a_dtype_changes_the_rewards_and_a_missing_gpu_is_named(run, tmp_path):
+    rows, metrics = make_preferences(20), []
+    for dtype in ("auto", "float32", "bfloat16"):
+        run(rows, "--dtype", dtype, "--report", str(tmp_path / dtype))
+        metrics.append(json.loads((tmp_path / dtype / "metrics.json").read_text())["evaluation"])
+    assert metrics[0] == metrics[1] != metrics[2]
+    with pytest.raises(ConfigError, match="torch finds no GPU"):
+        run(rows, "--use-gpu")
+
+
 def test_best_of_n_is_recognised_by_its_first_row(run, tmp_path):
     rows = [
         {

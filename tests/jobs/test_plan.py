@@ -91,6 +91,19 @@ def test_the_smallest_stage_fits_and_the_one_below_does_not():
     assert changes_that_fit(planner) == []
 
 
+def test_stage_1_is_recommended_where_it_fits_and_otherwise_the_lowest():
+    for options, smallest, recommended in (
+        ({"model": "0.5B", "gpu": "h100"}, 0, 1),
+        ({"model": "8B", "gpu": "h100", "world_size": 64, "gradient_checkpointing": True}, 1, 1),
+        ({"model": "8B", "gpu": "h100", "world_size": 8, "gradient_checkpointing": True}, 1, 1),
+        ({"model": "70B", "world_size": 1}, None, None),
+    ):
+        planner = plan_of(**options)
+        assert planner.smallest_stage(planner.setup) == smallest
+        assert planner.recommended_stage(planner.setup) == recommended
+        assert plan_values(planner, [])["recommended_zero_stage"] == recommended
+
+
 def test_no_number_of_ranks_and_no_stage_may_fit():
     large = {"model": "70B", "zero_stage": 3, "token_budget": 1024, "gradient_checkpointing": True}
     assert plan_of(**large, world_size=1024, gpu="l4").enough_ranks() is None

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 
 from actors.serving import control
 from actors.serving import scorer as scorer_module
@@ -316,8 +317,67 @@ def test_a_time_limit_decides_no_reward(critics):
     names = set()
     for timeout_s in (1.0, 60.0):
         component = PythonComponent(name="judge", function=f"{__name__}:hang", timeout_s=timeout_s)
-        names.add(version_name("v", "d", config.model_copy(update={"components": (CriticComponent(), component)})))
+        limited = config.model_copy(update={"components": (CriticComponent(), component)})
+        names.add(version_name("v", "d", limited, "float32"))
     assert len(names) == 1
+
+
+def test_a_dtype_decides_rewards_and_is_in_the_name(critics):
+    items = make_conversations(6)
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]))
+    expected, name = scorer.score(items).rewards_S, scorer.info().model_version
+    scorer.publish(ScorerConfig(checkpoint=critics["first"], dtype="float32"))
+    assert scorer.info().model_version == name, "auto is float32 on a CPU"
+    scorer.publish(ScorerConfig(checkpoint=critics["first"], dtype="bfloat16"))
+    rewards = scorer.score(items).rewards_S
+    assert scorer.info().model_version != name
+    assert not np.array_equal(rewards, expected)
+    np.testing.assert_allclose(rewards, expected, atol=0.05)
+    scorer.close()
+
+
+def test_a_gpu_that_is_missing_is_named(critics):
+    with pytest.raises(ConfigError, match=r"torch finds no GPU.*nvidia-smi"):
+        Scorer(ScorerConfig(checkpoint=critics["first"]), use_gpu=True)
+
+
+def test_a_scorer_whose_device_broke_is_not_healthy(critics, monkeypatch):
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]))
+
+    def fails(*arguments, **options):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(scorer._version.backend, "_forward", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        scorer.score(make_conversations(1))
+    scorer.check_healthy()  # a CPU still works after an error of one batch
+    monkeypatch.setattr(scorer_module, "is_working", lambda device: False)
+    for _ in range(2):
+        with pytest.raises(ScorerUnavailable, match=r"does not work any more.*illegal memory access"):
+            scorer.score(make_conversations(1))
+    with pytest.raises(ScorerUnavailable, match="does not work any more"):
+        scorer.check_healthy()
+    scorer._version.batcher.close(30)
+
+
+def test_a_micro_batch_that_does_not_fit_is_computed_in_parts(critics, monkeypatch):
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]))
+    items = make_conversations(9)
+    expected = scorer.score(items).rewards_S
+    forward = scorer._version.backend._forward
+
+    def small_only(sequences, rewards_only):
+        if len(sequences) > 2:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return forward(sequences, rewards_only)
+
+    monkeypatch.setattr(scorer._version.backend, "_forward", small_only)
+    np.testing.assert_allclose(scorer.score(items).rewards_S, expected, atol=TOLERANCE)
+    scorer.check_healthy()
+    monkeypatch.setattr(scorer._version.backend, "_forward", lambda *_: small_only(range(3), True))
+    with pytest.raises(ScorerUnavailable, match=r"tokens in 1 sequences do not fit.*lower token_budget or max_tokens"):
+        scorer.score(items[:1])
+    scorer.close()
 
 
 def test_a_critic_that_computes_without_end_is_not_healthy(critics, monkeypatch):

@@ -1,9 +1,17 @@
 """Fused norms and activations, and their gradients, equal those of transformers to rounding."""
 
+import shutil
+
 import pytest
 import torch
 
-from rlhf_critic.model.fused_ops import GATED_MLPS, RMS_NORMS, fuse_norms_and_activations
+from rlhf_critic.model.fused_ops import (
+    GATED_MLPS,
+    RMS_NORMS,
+    GatedSiLU,
+    compiled_gated_silu,
+    fuse_norms_and_activations,
+)
 from tests.rlhf_critic.families import family_configs, random_model
 
 FUSED = [name for name in family_configs() if name in {"llama", "mistral", "qwen2", "qwen3"}]
@@ -46,3 +54,20 @@ def test_other_norms_and_activations_are_left_alone():
     model = random_model(config, "sdpa")
     fuse_norms_and_activations(model)
     assert {type(m).__name__ for m in model.modules() if "forward" in vars(m)} == {"LlamaRMSNorm"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_compiled_activation_of_gpus_computes_the_same_for_any_number_of_tokens(dtype):
+    compiled = compiled_gated_silu(torch.device("cpu"))
+    assert compiled is not GatedSiLU.apply, "compilation failed"
+    for tokens in (1, 7, 130):
+        gate, up = (torch.randn(tokens, 32, dtype=dtype, requires_grad=True) for _ in range(2))
+        found, expected = [], []
+        for activate, results in ((compiled, found), (GatedSiLU.apply, expected)):
+            output = activate(gate, up)
+            results += [output.detach(), *torch.autograd.grad(output.float().sin().sum(), (gate, up))]
+        tolerance = 1e-6 if dtype == torch.float32 else 0.04  # a few roundings to 8 bits
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)

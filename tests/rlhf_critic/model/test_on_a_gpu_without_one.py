@@ -10,12 +10,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf_critic.algorithms.ppo import clipped_policy_loss, clipped_value_loss, estimate_kl
 from rlhf_critic.algorithms.preference_objective import preference_loss
+from rlhf_critic.algorithms.response_tokens import ResponseTokens
 from rlhf_critic.batching import device_copy, prefix_tree_batch
 from rlhf_critic.batching.varlen_plan import level_calls
+from rlhf_critic.config.model import BodyConfig
 from rlhf_critic.config.train import TrainConfig
-from rlhf_critic.model import fused_ops, prefix_attention
+from rlhf_critic.data.encoding import load_tokenizer
+from rlhf_critic.model import fused_ops, prefix_attention, varlen_kernels
 from rlhf_critic.model.critic import Critic
+from rlhf_critic.model.policy import create_policy
 from rlhf_critic.model.varlen_kernels import (
     EfficientAttention,
     FlashAttention,
@@ -23,6 +28,7 @@ from rlhf_critic.model.varlen_kernels import (
     Scores,
     kernel_for,
 )
+from rlhf_critic.training.rollout_step import copy_tokens
 from tests.rlhf_critic.families import family_configs, kernels_of, random_model
 from tests.rlhf_critic.model.varlen_emulation import emulated_operators
 
@@ -36,7 +42,7 @@ SEQUENCES = [ids for pair in PAIRS for ids in pair]
 def _gpu_code(monkeypatch):
     """Takes the branches for GPUs on any device, with GPUs of compute capability 9.0."""
     real = device_copy.pack
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(varlen_kernels, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(device_copy, "pack", lambda tensors, pin_memory: real(tensors, pin_memory=False))
     for module in (device_copy, prefix_tree_batch):
         monkeypatch.setattr(module, "is_gpu", lambda device: True)
@@ -109,6 +115,30 @@ def test_nothing_waits_for_the_gpu_between_the_batch_and_the_gradients(loss):
     assert watch.operators["_flash_attention_forward"] == watch.operators["_flash_attention_backward"] == layers
     # The batch with its attention calls, the numbers of the loss and, for values, their places.
     assert watch.copies == (3 if loss == "per_token" else 2)
+
+
+@pytest.mark.usefixtures("_gpu_code")
+def test_nothing_waits_for_the_gpu_in_the_steps_of_ppo(tiny_model):
+    prompt_lengths = [9, 9, 5, 5]
+    tokens = ResponseTokens.of(SEQUENCES, prompt_lengths)
+    numbers = [np.ones(len(tokens.rows_A)), np.zeros(len(tokens.rows_A), np.float32)]
+    shortened = [ids[:-1] for ids in SEQUENCES]
+    critic = critic_of("llama").to(torch.bfloat16).to("meta")
+    policy = create_policy(BodyConfig(path=tiny_model, dtype="bfloat16"), load_tokenizer(tiny_model)).to("meta")
+    for model in (critic, policy):
+        with Watch() as watch:
+            batch = model.batch_of(shortened, "meta")
+            on_device, (returns_A, old_A) = copy_tokens(tokens, "meta", numbers)
+            if model is critic:
+                values_A = critic(batch)[on_device.rows_A, on_device.columns_A]
+                loss_A, _ = clipped_value_loss(values_A, old_A, returns_A, 0.2)
+            else:
+                stats = policy(batch, *on_device, 1.0, True)
+                loss_A, _ = clipped_policy_loss(stats.log_probs_A, old_A, returns_A, 0.2)
+                estimate_kl(old_A, stats.log_probs_A.detach(), "k3")
+                loss_A = loss_A - 0.01 * stats.entropies_A
+            loss_A.sum().backward()
+        assert watch.copies == 3  # the batch, its places, and the response tokens with their numbers
 
 
 def test_the_watch_sees_what_makes_the_host_wait():

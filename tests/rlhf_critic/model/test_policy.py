@@ -148,6 +148,36 @@ def test_entropies_have_a_gradient_only_where_it_is_asked_for(tiny_model):
         assert not token_stats(policy, *rollouts, entropy_gradient=True).entropies_A.requires_grad
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logits_in_parts_give_the_same_numbers_and_gradients(tiny_model, with_entropy):
+    policy = create_policy(BodyConfig(path=tiny_model), load_tokenizer(tiny_model))
+    generator = torch.Generator().manual_seed(0)
+    hidden_AD = torch.randn(37, policy.model.config.hidden_size, generator=generator)
+    sampled_A = torch.randint(3, 60, (37,), generator=generator)
+    found = []
+    for at_once in (10, 37):
+        inputs = hidden_AD.clone().requires_grad_()
+        policy.zero_grad()
+        stats = policy._stats_in_parts(inputs, sampled_A, 0.7, with_entropy, at_once)
+        (stats.log_probs_A.sum() + (stats.entropies_A.sum() if with_entropy else 0.0)).backward()
+        weight = policy.model.get_output_embeddings().weight
+        assert inputs.grad is not None
+        assert weight.grad is not None
+        found.append((*(one.detach() for one in stats), inputs.grad, weight.grad.clone()))
+    for parts, whole in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_of_a_bf16_policy_are_not_rounded_to_bf16(tiny_model):
+    policy = create_policy(BodyConfig(path=tiny_model, dtype="bfloat16"), load_tokenizer(tiny_model))
+    hidden_AD = torch.randn(5, policy.model.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits_AV = policy.model.get_output_embeddings()(hidden_AD)
+    expected = hidden_AD.double() @ policy.model.get_output_embeddings().weight.double().T
+    assert logits_AV.dtype == torch.float32
+    torch.testing.assert_close(logits_AV.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 # --- suppressed ids ---
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -99,7 +100,7 @@ def options(stage: int, dtype: str = "float32", **changes: Any) -> tuple[ModelCo
 
 def calculated(source: str, model: ModelConfig, train: TrainConfig, world_size: int) -> Any:
     critic = critic_without_weights(AutoConfig.from_pretrained(source), model)
-    return shard_memory(count_model(critic), model, train, world_size)
+    return shard_memory(count_model(critic), model, train, Hardware(ranks=world_size))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_the_peak_is_what_the_allocator_gives_out_in_a_step(
     model, train = options(stage, dtype)
     critic = critic_without_weights(AutoConfig.from_pretrained(small_model), model)
     activations = activation_bytes(critic, 400, 64, gradient_checkpointing=False)
-    memory = shard_memory(count_model(critic), model, train, 2, activations)
+    memory = shard_memory(count_model(critic), model, train, Hardware(ranks=2), activations)
     # Stage 3 allocated its bucket before the step.
     bucket = (4 if dtype == "float32" else 2) * 20_000_000 if stage == 3 else 0
     arguments = (small_model, preference_file, cache, model, train, str(tmp_path / "trace"))
@@ -216,11 +217,11 @@ def test_a_shard_by_hand():
         2: (2200, 500, 1000, 2000, 540, 0),
         3: (550, 500, 1000, 2000, 540, 2000),
     }.items():
-        memory = shard_memory(count, *options(stage, "bfloat16"), 4, activations=6_000_000_000)
+        memory = shard_memory(count, *options(stage, "bfloat16"), Hardware(ranks=4), activations=6_000_000_000)
         found = (memory.parameters, memory.gradients, memory.masters, memory.moments, memory.buckets, memory.gathered)
         assert tuple(part // 10**6 for part in found) == parts
         assert memory.peak == sum(found) + 6_000_000_000
-    whole = shard_memory(count, *options(0), 1)
+    whole = shard_memory(count, *options(0), Hardware())
     assert whole.peak == whole.states == 4 * 1_100_000_000 + 12 * 1_000_000_000
 
 

@@ -1,0 +1,1 @@
+"""Checks and measurements on a GPU machine without a package index; see run.sh."""
