@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import json
 import re
 
@@ -68,6 +69,9 @@ def test_a_page_has_commands_to_check(page):
 def test_a_command_exists(block, words):
     words = words[1:] if "=" in words[0] else words
     program = words[0].rpartition("/")[2]
+    if program.endswith(".sh"):
+        assert os.access(TOP / words[0], os.X_OK), f"{block}: no script {words[0]}"
+        return
     assert program in PROGRAMS, f"{block}: is {program} a program? Then name it in PROGRAMS"
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
