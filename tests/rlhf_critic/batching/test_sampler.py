@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_critic.batching.sampler import DataOrder, steps_in
@@ -54,6 +54,7 @@ def test_without_epochs_steps_are_full_and_never_end(rows, size, seed, step):
     assert np.array_equal(found, DataOrder(ids, seed).rows_of_step(size, step, epochs=(step + 1) * size / rows + 1))
 
 
+@settings(deadline=None)
 @given(
     prompts=st.lists(st.integers(0, 30), min_size=1, max_size=60),
     size=st.integers(1, 70),
