@@ -62,7 +62,8 @@ def report(config: TrainJobConfig, result: ray.train.Result) -> str:
     checkpoint = checkpoint_of(config, result)
     print(f"\ntrained {outcome.steps} steps; the critic is in {checkpoint}")
     if found := outcome.evaluation:
-        print(f"validation accuracy {found.accuracy} (95% interval), log-loss {found.log_loss}")
+        name, measured = found.measure
+        print(f"validation {name} {measured} (95% interval), log-loss {found.log_loss}")
     best = outcome.progress
     if best.best_step not in {0, outcome.steps}:
         print(f"the lowest validation log-loss was {best.best_log_loss:.3f}, after step {best.best_step}")
@@ -80,7 +81,7 @@ def compare_seeds(config: TrainJobConfig) -> Table:
     Raises:
         CriticError: See `train`.
     """
-    headers = ("seed", "validation accuracy", "validation log-loss", "checkpoint")
+    headers = ("seed", "validation result", "validation log-loss", "checkpoint")
     columns = (Column(header, overflow="fold") for header in headers)
     table = Table(*columns, title=f"{config.run.name}: {len(config.seeds)} seeds", title_justify="left")
     measured = []
@@ -89,10 +90,10 @@ def compare_seeds(config: TrainJobConfig) -> Table:
         of_seed = config.model_copy(update={"run": run, "train": config.train.model_copy(update={"seed": seed})})
         result = train(of_seed)
         evaluation = result.return_value.evaluation
-        shown = (str(evaluation.accuracy), str(evaluation.log_loss)) if evaluation else ("not validated", "")
+        shown = (str(evaluation.measure[1]), str(evaluation.log_loss)) if evaluation else ("not validated", "")
         table.add_row(str(seed), *shown, report(of_seed, result))
         if evaluation:
-            measured.append((evaluation.accuracy.mean, evaluation.log_loss.mean))
+            measured.append((evaluation.measure[1].mean, evaluation.log_loss.mean))
     if measured:
         spreads = np.std(measured, axis=0, ddof=1) if len(measured) > 1 else np.zeros(2)
         pairs = zip(np.mean(measured, axis=0), spreads, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rlhf_critic.evaluation.pointwise import PointwiseEvaluation
 from rlhf_critic.evaluation.preferences import Evaluation
 
 SCORE = "validation_log_loss"  # the metric by which Ray Train keeps the best checkpoints
@@ -48,5 +49,5 @@ class TrainOutcome:
 
     steps: int = 0
     checkpoint: str = ""
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | PointwiseEvaluation | None = None
     progress: ValidationProgress = ValidationProgress()

@@ -50,6 +50,7 @@ from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
 from rlhf_critic.errors import CheckpointError, ConfigError, describe_error
+from rlhf_critic.evaluation.pointwise import PointwiseEvaluation
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
 from rlhf_critic.logs import configure_logging
@@ -192,7 +193,8 @@ class _TrainingRun:
                 metrics = engine.take_step(prepared)
                 if history and bar:
                     values = {**asdict(metrics), "tokens_per_second": metrics.tokens / (time.perf_counter() - started)}
-                    history.write("train", values.pop("step"), values)
+                    step = values.pop("step")
+                    history.write("train", step, {name: value for name, value in values.items() if value is not None})
                     bar.set_description(f"training: loss {metrics.loss:.3f}, accuracy {metrics.accuracy:.2f}")
                     bar.update(1)
                 evaluation = None  # that of older weights does not describe the new ones
@@ -226,7 +228,7 @@ class _TrainingRun:
         patience = self.config.train.early_stopping_patience
         return 0 < patience <= self.progress.without_better
 
-    def _checkpoint(self, evaluation: Evaluation | None, is_last: bool) -> None:
+    def _checkpoint(self, evaluation: Evaluation | PointwiseEvaluation | None, is_last: bool) -> None:
         """Saves a checkpoint and reports it to Ray Train, which keeps it only when all of it has arrived."""
         step, name, node = self.engine.step, self.config.run.name, self.context.get_node_rank()
         card = CriticCard(
@@ -273,7 +275,7 @@ class _TrainingRun:
             if self.is_first_of_node:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def _reference(self, evaluation: Evaluation | None, is_last: bool) -> dict[str, Any]:
+    def _reference(self, evaluation: Evaluation | PointwiseEvaluation | None, is_last: bool) -> dict[str, Any]:
         """Measures rewards on the reference preferences, if they are due at this checkpoint, for the card."""
         train, validation = self.data.train, self.data.validation
         if self.config.train.reference == "validation":
@@ -316,10 +318,17 @@ def stored_checkpoints(filesystem: pafs.FileSystem, run_path: str) -> list[tuple
     )
 
 
-def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
+def evaluation_values(evaluation: Evaluation | PointwiseEvaluation) -> dict[str, float]:
     """Returns the numbers of a validation that the history records."""
-    values = evaluation.to_dict().items()
-    return {name: value["mean"] for name, value in values if isinstance(value, dict) and "mean" in value}
+
+    def means(values: dict[str, Any], prefix: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, value in values.items():
+            if isinstance(value, dict):
+                found |= {prefix + name: value["mean"]} if "mean" in value else means(value, f"{prefix}{name}_")
+        return found
+
+    return means(evaluation.to_dict(), "")
 
 
 def _ignored_end_id(config: TrainJobConfig) -> int | None:

@@ -1,9 +1,11 @@
-"""The loss of a micro-batch of preferences, computed from a critic's outputs.
+"""The loss of a micro-batch of preferences and pointwise rows, computed from a critic's outputs.
 
 Applies `rlhf_critic.algorithms.preference_losses` to sequences in batch order: preference by preference, the best
-response first. Knows nothing about ranks, optimizers or DeepSpeed.
+response first. `blended_loss` adds rows with targets (`rlhf_critic.algorithms.pointwise_losses`). Knows nothing about
+ranks, optimizers or DeepSpeed.
 
-Shape legend: P preferences, K responses of a ranking, C comparisons of a ranking, S sequences, L longest sequence.
+Shape legend: P preferences, K responses of a ranking, C comparisons of a ranking, S sequences, L longest sequence, U
+rows of both kinds, A targets.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_critic.algorithms.pointwise_losses import mean_of_units, pointwise_loss
 from rlhf_critic.algorithms.preference_losses import centering_penalty, per_token_loss, ranking_loss
 from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.prefix_tree import TokenIds, shared_length
@@ -89,3 +92,87 @@ def preference_loss(
     if options.centering_coefficient:
         loss_P = loss_P + options.centering_coefficient * centering_penalty(rewards_PK, present_PK)
     return PreferenceLoss(loss_P, rewards_PK, present_PK)
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Targets of the single response of a pointwise row.
+
+    Attributes:
+        kind: ``score``, ``label`` or ``steps``.
+        targets_A: Targets, fp32; at least one.
+        tokens_A: Index of the token of each target, int32.
+    """
+
+    kind: str
+    targets_A: NDArray[np.float32]
+    tokens_A: NDArray[np.int32]
+
+
+def reads_values(options: TrainConfig, targets: Sequence[Targets | None]) -> bool:
+    """Returns whether the loss of these rows reads values at every token instead of rewards; see `needs_values`."""
+    return needs_values(options) or any(one is not None and one.kind == "steps" for one in targets)
+
+
+def blended_loss(
+    output: Tensor,
+    rows: Sequence[Sequence[TokenIds]],
+    targets: Sequence[Targets | None],
+    margins_U: NDArray[np.float32],
+    options: TrainConfig,
+) -> tuple[Tensor, Tensor]:
+    """Computes the losses of preferences and pointwise rows.
+
+    A pointwise row has the mean loss of its targets, times the weight of its kind.
+
+    Args:
+        output: Rewards ``[S]`` or, if `reads_values`, values ``[S, L]`` of all responses, row by row.
+        rows: Token ids of the responses of each row, the best first.
+        targets: Targets of each row; None for a preference.
+        margins_U: See `preference_loss`.
+        options: Loss options.
+
+    Returns:
+        The loss of each row ``[U]``, fp32, and four sums over the rows, float64 ``[4]``: those of
+        `PreferenceLoss.sums`, the share of labels on whose side the value is (a value of 0 counts half), and the
+        number of rows with labels.
+    """
+    firsts_U = np.cumsum([0, *(len(responses) for responses in rows)])[:-1]
+    pairs = [index for index, one in enumerate(targets) if one is None]
+    loss_U, sums = output.new_zeros(len(rows), dtype=torch.float32), output.new_zeros(4, dtype=torch.float64)
+    if pairs:
+        whose = np.concatenate([firsts_U[index] + np.arange(len(rows[index])) for index in pairs])
+        places_S, pairs_P = copy_to_device([torch.from_numpy(whose), torch.tensor(pairs)], output.device)
+        part = output[places_S]
+        if part.dim() == 2 and not needs_values(options):
+            ends = torch.tensor([len(ids) - 1 for index in pairs for ids in rows[index]])
+            (ends_S,) = copy_to_device([ends], output.device)
+            part = part.gather(1, ends_S[:, None])[:, 0]
+        result = preference_loss(part, [rows[index] for index in pairs], margins_U[pairs], options)
+        loss_U = loss_U.index_copy(0, pairs_P, result.loss_P)
+        sums[:2] = result.sums()
+    pointwise = [(index, one) for index, one in enumerate(targets) if one is not None]
+    if pointwise:
+        counts = [len(one.targets_A) for _, one in pointwise]
+        weights = {"score": options.score_weight, "label": options.label_weight, "steps": options.steps_weight}
+        on_host = [
+            torch.from_numpy(np.repeat(firsts_U[[index for index, _ in pointwise]], counts)),
+            torch.from_numpy(np.concatenate([one.tokens_A for _, one in pointwise]).astype(np.int64)),
+            torch.from_numpy(np.concatenate([one.targets_A for _, one in pointwise])),
+            torch.from_numpy(np.repeat([one.kind == "score" for _, one in pointwise], counts)),
+            torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+            torch.tensor([index for index, _ in pointwise]),
+            torch.tensor([weights[one.kind] for _, one in pointwise]),
+            torch.tensor([one.kind != "score" for _, one in pointwise]),
+        ]
+        of_row_A, tokens_A, targets_A, is_rating_A, units_A, places, weights_U, is_label_U = copy_to_device(
+            on_host, output.device
+        )
+        values_A = output[of_row_A, tokens_A] if output.dim() == 2 else output[of_row_A]
+        loss_A = pointwise_loss(values_A, targets_A, is_rating_A)
+        loss_U = loss_U.index_copy(0, places, mean_of_units(loss_A, units_A, len(counts)) * weights_U)
+        with torch.no_grad():
+            right_A = ((values_A.float() * (targets_A - 0.5)).sign() + 1) / 2
+            right_U = mean_of_units(right_A, units_A, len(counts))
+            sums[2:] = torch.stack([(right_U * is_label_U).sum(), is_label_U.sum()]).double()
+    return loss_U, sums

@@ -15,8 +15,9 @@ class DataConfig(Section):
     """Sources of preferences for training and validation."""
 
     train: Sources = ()
-    """Training preferences (required): one or more files (.jsonl, .json, .parquet, .csv, each also .gz; paths or URIs),
-    directories from datasets' save_to_disk, or hub ids. The last two take an optional :SPLIT."""
+    """Training data (required), preferences or rows with score, label or steps: one or more files (.jsonl, .json,
+    .parquet, .csv, each also .gz; paths or URIs), directories from datasets' save_to_disk, or hub ids. The last two
+    take an optional :SPLIT."""
     train_weights: tuple[NonNegativeFloat, ...] | None = None
     """How often an epoch shows the preferences of each source of data.train; None shows each once."""
     validation: Sources = ()
@@ -63,6 +64,12 @@ class TrainConfig(OptimizerConfig):
     """Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests 0.01."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Label smoothing: assumed probability that a preference label is flipped."""
+    score_weight: NonNegativeFloat = 1.0
+    """Weight of the squared error of a row with a rating (score), beside preferences with weight 1."""
+    label_weight: NonNegativeFloat = 1.0
+    """Weight of the cross-entropy of a row with an outcome (label), beside preferences with weight 1."""
+    steps_weight: NonNegativeFloat = 1.0
+    """Weight of the mean cross-entropy of a row with labelled steps, beside preferences with weight 1."""
     early_stopping_patience: NonNegativeInt = 0
     """Stop after this many consecutive validations without a lower log-loss; 0 never stops early."""
     reference: Literal["validation", "train"] = "validation"

@@ -34,6 +34,7 @@ from rlhf_critic.config.model import AUTO_TEMPLATE, EncodingConfig, SpecialToken
 from rlhf_critic.data.chat_template import Change, ChatTemplate
 from rlhf_critic.data.conversation import Message, Prompt, Reply, tools_of, turns_of
 from rlhf_critic.data.special_tokens import LiteralTokens
+from rlhf_critic.data.steps import find_step_ends, join_steps, tokens_at
 from rlhf_critic.data.templates import resolve_template, without_trailing
 from rlhf_critic.errors import EncodingError
 
@@ -291,6 +292,34 @@ class Encoder:
         """
         rendered = [self.render_conversation(*pair) for pair in pairs]
         return [self.truncate(ids, one) for ids, one in zip(self.tokenize(rendered), rendered, strict=True)]
+
+    def encode_steps(self, prompt: Prompt, steps: Sequence[str]) -> tuple[Encoded, list[int]]:
+        """Encodes a response that consists of steps; see `rlhf_critic.data.steps`.
+
+        Returns:
+            The encoded text, and the index of the token at which each step ends. Steps that end in the truncated part
+            are left out, so the indices belong to the last steps.
+
+        Raises:
+            EncodingError: See `encode_batch`. Or a step is empty, or the template changes it.
+        """
+        rendered = self.render_conversation(prompt, join_steps(steps))
+        self.tokenize([rendered])  # which checks the text
+        endings = (self._template.known_ending or "", "")
+        if rendered.hidden is None:
+            ends = find_step_ends(rendered.text, steps, endings)
+            tokens = self.tokenizer(
+                rendered.text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+            )
+            ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+        else:
+            ends = find_step_ends(rendered.hidden, [self._literal.hide(step) for step in steps], endings)
+            ids, offsets, ends = self._literal.encode_with_offsets(rendered.hidden, ends)
+        ids = self.without_ignored_end(ids)
+        encoded = self.truncate(ids, rendered)
+        removed = len(ids) - len(encoded.ids)
+        places = [min(token, len(ids) - 1) - removed for token in tokens_at(ends, offsets)]
+        return encoded, [place for place in places if place >= 0]
 
     def tokenize(self, texts: Sequence[str | Rendered]) -> list[list[int]]:
         """Tokenises rendered texts without truncation.

@@ -1,6 +1,7 @@
 """Memory-mapped table of encoded preferences for training and evaluation, and operations on such tables.
 
-Knows nothing about files, texts, ranks or models.
+A row is a preference, or a pointwise one: a single response with targets at some of its tokens. Knows nothing about
+files, texts, ranks or models.
 
 Shape legend: N preferences, R responses of all preferences, P comparisons (pairs of responses to one prompt).
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -20,7 +21,11 @@ from rlhf_critic.errors import DataError
 
 IdArray = NDArray[np.int32]
 
-# Columns of a table. A row is a preference.
+# Kinds of rows, in the order of their numbers in a table.
+ROW_KINDS = ("preference", "score", "label", "steps")
+PREFERENCE = 0
+
+# Columns of a table. A row is a preference, or a response with targets.
 FEATURES = datasets.Features(
     {
         "responses": datasets.List(datasets.List(datasets.Value("int32"))),
@@ -29,6 +34,9 @@ FEATURES = datasets.Features(
         "subset": datasets.Value("string"),
         "line": datasets.Value("int64"),
         "prompt": datasets.Value("int64"),
+        "kind": datasets.Value("int8"),
+        "targets": datasets.List(datasets.Value("float32")),
+        "target_tokens": datasets.List(datasets.Value("int32")),
     }
 )
 
@@ -39,7 +47,7 @@ class EncodingReport:
 
     Attributes:
         rows: Number of rows read.
-        preferences: Number of rows in the table.
+        preferences: Number of rows in the table, preferences or pointwise ones.
         truncated: Number of preferences with a response that was truncated from the left.
         skipped_overlong: Number of rows skipped because a response with its prompt exceeds the maximum length.
         identical: Number of rows skipped because two of their responses have the same ids.
@@ -53,6 +61,7 @@ class EncodingReport:
         white_space: Number of preferences with a response whose white space the chat template changes.
         special_tokens: Number of preferences with a special token inside a text.
         begin_with_prompt: Number of rows with a text that begins with its prompt, read as a part of the answer.
+        pointwise: Number of rows of the table that are pointwise.
     """
 
     rows: int
@@ -69,6 +78,7 @@ class EncodingReport:
     white_space: int = 0
     special_tokens: int = 0
     begin_with_prompt: int = 0
+    pointwise: int = 0
 
     def __str__(self) -> str:
         rare = (
@@ -77,8 +87,12 @@ class EncodingReport:
             (self.special_tokens, "with a special token inside a text"),
             (self.begin_with_prompt, "with a response that begins with its prompt"),
         )
+        what = f"{self.preferences - self.pointwise} preferences"
+        if self.pointwise:
+            pointwise = f"{self.pointwise} rows with targets"
+            what = pointwise if self.pointwise == self.preferences else f"{what} and {pointwise}"
         return (
-            f"{self.preferences} preferences, {self.tokens} tokens (longest side {self.longest}); "
+            f"{what}, {self.tokens} tokens (longest side {self.longest}); "
             f"{self.truncated} truncated, {self.skipped_overlong} skipped as too long, "
             f"{self.identical} skipped with identical sides, {self.duplicates} duplicates, "
             f"{self.contradictions} contradictions" + "".join(f", {count} {what}" for count, what in rare if count)
@@ -87,9 +101,19 @@ class EncodingReport:
 
 @dataclass(frozen=True, eq=False)
 class EncodedPreference:
-    """Token ids of one preference: each response with its prompt, the best first, int32."""
+    """One row of a table.
+
+    Attributes:
+        responses: Token ids of each response with its prompt, the best first, int32. A pointwise row has one.
+        kind: One of `ROW_KINDS`.
+        targets_A: Targets of a pointwise row, fp32; empty for a preference.
+        tokens_A: Index of the token of each target, int32.
+    """
 
     responses: tuple[IdArray, ...]
+    kind: str = ROW_KINDS[PREFERENCE]
+    targets_A: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    tokens_A: IdArray = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +149,7 @@ class EncodedPreferences:
         margins_N: Margin between the best and the worst response, float32; NaN if unknown.
         subsets_N: Tag for reports by subset; empty if absent.
         sources_N: Index of the source of each preference, in the order of ``reports``.
+        kinds_N: Kind of each row: its number in `ROW_KINDS`, int8.
     """
 
     def __init__(
@@ -156,6 +181,7 @@ class EncodedPreferences:
         self.margins_N = column("margin")
         self.subsets_N = column("subset").astype(np.str_)
         self._lines_N = column("line")
+        self.kinds_N = column("kind")
         ends_of_sources = np.cumsum([report.preferences for report in self.reports.values()])
         self.sources_N = np.searchsorted(ends_of_sources, self._rows_N, side="right")
 
@@ -171,13 +197,16 @@ class EncodedPreferences:
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> list[EncodedPreference]:
         """Returns the preferences of some rows, in the order of the rows."""
         rows = np.asarray(rows, dtype=np.int64)
-        lists = self._table[self._rows_N[rows]]["responses"].combine_chunks().flatten()
+        taken = self._table[self._rows_N[rows]]
+        lists = taken["responses"].combine_chunks().flatten()
         sequences = np.split(lists.flatten().to_numpy(), np.asarray(lists.value_lengths()).cumsum()[:-1])
         sizes = self.sizes_N[rows]
-        return [
-            EncodedPreference(tuple(sequences[end - size : end]))
-            for end, size in zip(sizes.cumsum(), sizes, strict=True)
-        ]
+        responses = [tuple(sequences[end - size : end]) for end, size in zip(sizes.cumsum(), sizes, strict=True)]
+        if not self.kinds_N[rows].any():
+            return [EncodedPreference(of_row) for of_row in responses]
+        targets, tokens = (_split_lists(taken[name]) for name in ("targets", "target_tokens"))
+        kinds = [ROW_KINDS[kind] for kind in self.kinds_N[rows]]
+        return [EncodedPreference(*of_row) for of_row in zip(responses, kinds, targets, tokens, strict=True)]
 
     def responses(self) -> list[IdArray]:
         """Returns all ``R`` responses with their prompts, preference by preference, the best first."""
@@ -194,16 +223,22 @@ class EncodedPreferences:
 
     def comparisons(self) -> Comparisons:
         """Returns every ordered pair of responses, preference by preference."""
-        pairs = []
-        for size in np.unique(self.sizes_N):
+        pairs = [np.zeros((3, 0), dtype=np.int64)]
+        for size in np.unique(self.sizes_N[self.kinds_N == PREFERENCE]):
             of_size = np.flatnonzero(self.sizes_N == size)
             first, second = np.triu_indices(size, 1)
             starts = (self._ends_N[of_size] - size)[:, None]
-            pairs.append([np.repeat(of_size, len(first)), (starts + first).ravel(), (starts + second).ravel()])
+            columns = (np.repeat(of_size, len(first)), (starts + first).ravel(), (starts + second).ravel())
+            pairs.append(np.stack(columns))
         pairs_3P = np.concatenate(pairs, axis=1)
         rows_P, better_P, worse_P = pairs_3P[:, pairs_3P[0].argsort(kind="stable")]
         lengths_P2 = np.stack([self._lengths_R[better_P], self._lengths_R[worse_P]], axis=1).astype(np.int64)
         return Comparisons(rows_P, better_P, worse_P, lengths_P2, self.subsets_N[rows_P])
+
+
+def _split_lists(column: Any) -> list[NDArray[Any]]:
+    lists = column.combine_chunks()
+    return np.split(lists.flatten().to_numpy(), np.asarray(lists.value_lengths()).cumsum()[:-1])
 
 
 def concatenate(tables: Sequence[EncodedPreferences]) -> EncodedPreferences:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -64,8 +64,17 @@ class LiteralTokens:
 
     def encode(self, text: str) -> list[int]:
         """Encodes a rendered text with placeholders. Only the special tokens outside of placeholders become tokens."""
-        renamed = self._pattern.sub(lambda found: self._names[found[0]], text)
-        return list(self._backend.encode(self.reveal(renamed), add_special_tokens=False).ids)
+        return list(self._backend.encode(self._renamed(text), add_special_tokens=False).ids)
+
+    def encode_with_offsets(
+        self, text: str, places: Sequence[int]
+    ) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+        """Encodes a rendered text with placeholders; returns also the offsets of tokens, and the places among them."""
+        encoding = self._backend.encode(self._renamed(text), add_special_tokens=False)
+        return list(encoding.ids), encoding.offsets, [len(self._renamed(text[:place])) for place in places]
+
+    def _renamed(self, text: str) -> str:
+        return self.reveal(self._pattern.sub(lambda found: self._names[found[0]], text))
 
     @cached_property
     def _backend(self) -> Tokenizer:

@@ -15,6 +15,7 @@ from rlhf_critic.errors import NonFiniteRewardError
 from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, bootstrap_mean, wins
 from rlhf_critic.evaluation.calibration import Calibration, calibrate
 from rlhf_critic.evaluation.length_control import length_controlled_accuracy
+from rlhf_critic.evaluation.pointwise import PointwiseEvaluation
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Evaluation:
         reward_std: Standard deviation of all rewards.
         calibration: Calibration of ``sigmoid(margin)``; see `rlhf_critic.evaluation.calibration`.
         subsets: Figures of each subset, the largest first; empty if no preference has a tag.
+        pointwise: Figures of the pointwise rows beside the preferences; None without such rows.
     """
 
     preferences: int
@@ -57,6 +59,12 @@ class Evaluation:
     reward_std: float
     calibration: Calibration
     subsets: tuple[SubsetAccuracy, ...]
+    pointwise: PointwiseEvaluation | None = None
+
+    @property
+    def measure(self) -> tuple[str, BootstrapEstimate]:
+        """The figure that describes the critic best, with its name."""
+        return "accuracy", self.accuracy
 
     def to_dict(self) -> dict[str, object]:
         """Converts to nested plain values, for JSON."""

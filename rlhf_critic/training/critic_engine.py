@@ -9,6 +9,7 @@ Shape legend: P preferences of a micro-batch, G of a global batch, S sequences.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_critic.algorithms.ppo import clipped_value_loss
-from rlhf_critic.algorithms.preference_objective import needs_values, preference_loss
+from rlhf_critic.algorithms.preference_objective import (
+    Targets,
+    blended_loss,
+    needs_values,
+    preference_loss,
+    reads_values,
+)
 from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, save_critic
 from rlhf_critic.config.deepspeed import deepspeed_config
 from rlhf_critic.config.model import ModelConfig, resolve_dtype
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder
-from rlhf_critic.data.preference_dataset import EncodedPreferences
+from rlhf_critic.data.preference_dataset import PREFERENCE, EncodedPreferences
 from rlhf_critic.errors import DataError, NonFiniteLossError
+from rlhf_critic.evaluation.pointwise import PointwiseEvaluation, evaluate_pointwise
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.backbone import Batch
 from rlhf_critic.model.critic import Critic
@@ -46,12 +54,14 @@ class PreparedPreferences:
         preferences: The encoded preferences.
         rows_G: Indices of the global batch in ``preferences``.
         units: Token ids of the responses of each preference, the best first.
+        targets: Targets of each row; None for a preference.
         step: This rank's part.
     """
 
     preferences: EncodedPreferences
     rows_G: IntArray
     units: Sequence[Sequence[TokenIds]]
+    targets: Sequence[Targets | None]
     step: PreparedStep
 
 
@@ -62,10 +72,12 @@ class StepMetrics(StepResult):
     Attributes:
         accuracy: Fraction of the global batch's preferences whose chosen side had the higher reward; a tie counts half.
         margin: Mean of chosen minus rejected reward.
+        label_accuracy: Share of labels on whose side the value is, over the rows with labels; None without such rows.
     """
 
     accuracy: float
     margin: float
+    label_accuracy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +159,12 @@ class CriticEngine(InferenceEngine):
         Raises:
             DataError: The loss is not defined for a preference; names the first one.
         """
+        is_pair_N = preferences.kinds_N == PREFERENCE
         ranked_N = preferences.sizes_N > 2
         if self.options.loss == "per_token" and ranked_N.any():
             place = preferences.origin(int(ranked_N.argmax()))
             raise DataError(f"{place}: ranks more than two responses, but train.loss per_token takes two")
-        unknown_N = np.isnan(preferences.margins_N)
+        unknown_N = np.isnan(preferences.margins_N) & is_pair_N
         if self.options.margin_scale and unknown_N.any():
             place = preferences.origin(int(unknown_N.argmax()))
             raise DataError(
@@ -166,8 +179,10 @@ class CriticEngine(InferenceEngine):
             preferences: The encoded preferences.
             rows_G: Indices of the global batch in ``preferences``, the same on every rank.
         """
-        units = [pair.responses for pair in preferences.take(rows_G)]
-        return PreparedPreferences(preferences, rows_G, units, self.training.prepare(units))
+        rows = preferences.take(rows_G)
+        units = [row.responses for row in rows]
+        targets = [Targets(row.kind, row.targets_A, row.tokens_A) if len(row.targets_A) else None for row in rows]
+        return PreparedPreferences(preferences, rows_G, units, targets, self.training.prepare(units))
 
     def train_step(self, preferences: EncodedPreferences, rows_G: IntArray) -> StepMetrics:
         """Prepares a global batch and takes one optimizer step on it; see `prepare` and `take_step`."""
@@ -180,14 +195,21 @@ class CriticEngine(InferenceEngine):
             NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
         """
         options, preferences, rows_G, units = self.options, prepared.preferences, prepared.rows_G, prepared.units
+        targets = prepared.targets
+        is_blended = any(targets)
 
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
-            output = self._engine(batch, rewards_only=not needs_values(options))
             margins_P = preferences.margins_N[rows_G[list(positions)]]
-            result = preference_loss(output, [units[position] for position in positions], margins_P, options)
+            rows = [units[position] for position in positions]
+            if is_blended:
+                of_rows = [targets[position] for position in positions]
+                output = self._engine(batch, rewards_only=not reads_values(options, of_rows))
+                return MicroBatchLoss(*blended_loss(output, rows, of_rows, margins_P, options))
+            output = self._engine(batch, rewards_only=not needs_values(options))
+            result = preference_loss(output, rows, margins_P, options)
             return MicroBatchLoss(result.loss_P, result.sums())
 
-        step, (right_sum, margin_sum) = self.training.take_step(
+        step, (right_sum, margin_sum, *labels) = self.training.take_step(
             prepared.step,
             loss_of,
             denominator=len(rows_G),
@@ -195,7 +217,13 @@ class CriticEngine(InferenceEngine):
             seed=options.seed,
             name_of=lambda position: preferences.origin(int(rows_G[position])),
         )
-        return StepMetrics(**vars(step), accuracy=right_sum / len(rows_G), margin=margin_sum / len(rows_G))
+        pairs = max(1, sum(one is None for one in targets))
+        return StepMetrics(
+            **vars(step),
+            accuracy=right_sum / pairs,
+            margin=margin_sum / pairs,
+            label_accuracy=labels[0] / labels[1] if labels and labels[1] else None,
+        )
 
     def update(
         self,
@@ -234,12 +262,25 @@ class CriticEngine(InferenceEngine):
         )
         return ValueMetrics(**vars(result), clip_fraction=clip_fraction)
 
-    def evaluate(self, preferences: EncodedPreferences) -> Evaluation:
-        """Scores both sides of all preferences and compares them.
+    def evaluate(self, preferences: EncodedPreferences) -> Evaluation | PointwiseEvaluation:
+        """Scores all rows: compares both sides of preferences, and values with the targets of pointwise rows.
+
+        Returns:
+            The evaluation of the preferences, with that of the pointwise rows; or that of these alone.
 
         Raises:
             NonFiniteLossError: A reward is NaN or infinite.
         """
+        is_pair_N = preferences.kinds_N == PREFERENCE
+        if is_pair_N.all():
+            return self._evaluate_preferences(preferences)
+        pointwise = self._evaluate_pointwise(preferences.select(np.flatnonzero(~is_pair_N)))
+        if not is_pair_N.any():
+            return pointwise
+        compared = self._evaluate_preferences(preferences.select(np.flatnonzero(is_pair_N)))
+        return dataclasses.replace(compared, pointwise=pointwise)
+
+    def _evaluate_preferences(self, preferences: EncodedPreferences) -> Evaluation:
         rewards_R = self.rewards(preferences.responses()).astype(np.float64)
         pairs = preferences.comparisons()
         better_P, worse_P = rewards_R[pairs.better_P], rewards_R[pairs.worse_P]
@@ -247,6 +288,19 @@ class CriticEngine(InferenceEngine):
         if len(bad_rows):
             raise NonFiniteLossError(self.step, [preferences.origin(int(row)) for row in bad_rows])
         return evaluate_rewards(better_P, worse_P, pairs.lengths_P2, subsets_P=pairs.subsets_P)
+
+    def _evaluate_pointwise(self, rows: EncodedPreferences) -> PointwiseEvaluation:
+        taken = rows.take(np.arange(len(rows)))
+        values = self.values([row.responses[0] for row in taken])
+        bad_rows = [row for row, value_T in enumerate(values) if not np.isfinite(value_T).all()]
+        if bad_rows:
+            raise NonFiniteLossError(self.step, [rows.origin(row) for row in bad_rows])
+        return evaluate_pointwise(
+            [row.kind for row in taken],
+            [row.targets_A for row in taken],
+            [value_T[row.tokens_A] for row, value_T in zip(taken, values, strict=True)],
+            np.array([value_T[-1] for value_T in values], dtype=np.float64),
+        )
 
     def save(self, directory: str | Path, encoder: Encoder, card: CriticCard) -> None:
         """Writes a critic directory, and the state that a resumed run needs to its folder ``resume``.

@@ -132,7 +132,7 @@ def test_other_field_names_are_told(encoder, tmp_path):
     source = write(tmp_path / "named.jsonl", [{"question": "please", "chosen": "glad", "rejected": "no"}])
     preferences = load_preferences(source, encoder, str(tmp_path / "cache"), fields={"prompt": "question"})
     assert preferences[0].responses[0].tolist() == encoder.encode("please", "glad").ids
-    with pytest.raises(ConfigError, match=r"data\.fields: unknown field question; preferences have prompt, chosen"):
+    with pytest.raises(ConfigError, match=r"data\.fields: unknown field question; rows have prompt, chosen"):
         load_preferences(source, encoder, str(tmp_path / "cache"), fields={"question": "prompt"})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
-from rlhf_critic.data.preference_dataset import EncodedPreferences
+from rlhf_critic.data.preference_dataset import EncodedPreference, EncodedPreferences
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.errors import DataError
 from rlhf_critic.model.factory import create_critic_model
@@ -27,7 +27,17 @@ OPTIONS = {
     "centering": {"centering_coefficient": 0.01},
     "per_token": {"loss": "per_token", "label_smoothing": 0.05},
     "rankings": {"centering_coefficient": 0.1},
+    "targets": {"margin_scale": 0.5, "score_weight": 0.3, "label_weight": 2.0, "steps_weight": 0.7},
 }
+QUESTION = "please explain"
+TARGETS = [
+    {"prompt": QUESTION, "response": "of course", "score": 2.5},
+    {"prompt": QUESTION, "responses": ["thank", "no"], "scores": [1.0, -0.5]},
+    {"prompt": QUESTION, "response": "whatever", "label": False},
+    {"prompt": QUESTION, "response": "glad", "label": 0.25},
+    {"prompt": QUESTION, "steps": [{"text": "of course", "label": True}, {"text": "no", "label": None}]},
+    {"prompt": QUESTION, "steps": [{"text": text, "label": text == "glad"} for text in ("glad", "no", "whatever")]},
+]
 
 
 def step_once(
@@ -37,6 +47,8 @@ def step_once(
     engine.validate_preferences(preferences)
     metrics = engine.train_step(preferences, np.arange(len(preferences)))
     evaluation = engine.evaluate(preferences)
+    pointwise = evaluation.pointwise.rows if evaluation.pointwise else 0
+    assert pointwise == (preferences.kinds_N > 0).sum()
     figures = {
         name: getattr(metrics, name) for name in ("loss", "accuracy", "margin", "grad_norm", "tokens", "micro_batches")
     }
@@ -56,6 +68,18 @@ def log_sigmoid(x: torch.Tensor) -> torch.Tensor:
 
 def smoothed(advantage: torch.Tensor, smoothing: float) -> torch.Tensor:
     return -(1 - smoothing) * log_sigmoid(advantage) - smoothing * log_sigmoid(-advantage)
+
+
+def slow_pointwise_loss(values: torch.Tensor, row: EncodedPreference, options: TrainConfig) -> torch.Tensor:
+    """Computes the loss of one row with targets from the values at every token of its response."""
+    losses = []
+    for token, target in zip(row.tokens_A.tolist(), row.targets_A.tolist(), strict=True):
+        value = values[token]
+        is_score = row.kind == "score"
+        losses.append(
+            (value - target) ** 2 if is_score else -target * log_sigmoid(value) - (1 - target) * log_sigmoid(-value)
+        )
+    return getattr(options, f"{row.kind}_weight") * sum(losses) / len(losses)
 
 
 def slow_loss(values: list[torch.Tensor], ids: list[list[int]], margin: float, options: TrainConfig) -> torch.Tensor:
@@ -81,7 +105,7 @@ def slow_loss(values: list[torch.Tensor], ids: list[list[int]], margin: float, o
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(("world_size", "stage"), slow_except([(2, 2)], [(1, 0), (2, 2)]))
 def test_losses_and_gradients_are_those_of_a_slow_loop(ranks, tiny_model, tmp_path, name, world_size, stage):
-    rows = [*PAIRS, *RANKINGS] if name == "rankings" else PAIRS
+    rows = {"rankings": [*PAIRS, *RANKINGS], "targets": [*PAIRS, *TARGETS]}.get(name, PAIRS)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = OPTIONS[name]
@@ -96,6 +120,9 @@ def test_losses_and_gradients_are_those_of_a_slow_loop(ranks, tiny_model, tmp_pa
     for row, preference in enumerate(preferences.take(range(len(preferences)))):
         ids = [response.tolist() for response in preference.responses]
         values = [critic.values(critic.batch_of([response]))[0] for response in ids]
+        if len(ids) == 1:
+            total = total + slow_pointwise_loss(values[0], preference, options)
+            continue
         total = total + slow_loss(values, ids, float(rows[row].get("margin", 0.0)), options)
         rewards = [of_response[-1].item() for of_response in values]
         orders = [rewards[i] > rewards[j] for i in range(len(rewards)) for j in range(i + 1, len(rewards))]
