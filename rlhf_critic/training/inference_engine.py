@@ -22,9 +22,10 @@ from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import OpenedCritic
 from rlhf_critic.config.deepspeed import TIMERS_OFF
-from rlhf_critic.model.backbone import forward_micro_batches
+from rlhf_critic.model.backbone import Batch, forward_micro_batches
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.device import configure_device
+from rlhf_critic.training.posterior_fit import Unit, last_states, plan_units
 
 
 class InferenceEngine:
@@ -95,6 +96,23 @@ class InferenceEngine:
                 flat[int(ends[unit]) - length : int(ends[unit])] = values_SL[row, :length].double()
             flat[-1] += computed_tokens
         return np.split(self._sum_over_ranks(flat), ends[:-1])
+
+    def last_states(self, units: Sequence[Unit]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Computes rewards and last hidden states of the sequences of units, each unit on one rank.
+
+        Yields:
+            Rewards fp32 ``[S]`` and states fp32 ``[S, D]`` of each unit of this rank. Read it to its end on all ranks.
+
+        Raises:
+            ValueError: There is no unit.
+        """
+        plan = plan_units(units, self.world_size, self._token_budget(), self.critic.prefix_tree)
+        self._engine.eval()
+
+        def run(batch: Batch) -> tuple[Tensor, Tensor]:
+            return self._engine(batch, rewards_only=True, with_states=True)
+
+        return last_states(self.critic, units, plan[self.rank], run, self.device)
 
     def _sum_over_ranks(self, results: Tensor) -> NDArray[np.float32]:
         """Sums the ranks' results, whose last entry counts tokens.
