@@ -1,6 +1,7 @@
-"""``rlhf-critic calibrate CHECKPOINT DATA``: fits the uncertainty of a critic's rewards, and stores it beside the weights.
+"""``rlhf-critic calibrate CHECKPOINT DATA``: fits the uncertainty of a critic's rewards.
 
-The critic may be one of this project or another reward model with one label. Its weights and scores do not change.
+The result is stored beside the weights. The critic may be one of this project or another reward model with one label.
+Its weights and scores do not change.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def write_manifest(directory: str | Path, node: int, nodes: int, pattern: str = 
 
 
 def record_file(directory: str | Path, name: str) -> None:
-    """Records a file that was added to a directory, or replaced there, in its manifest. Without a manifest it does nothing.
+    """Records a file that was added to a directory, or replaced there, in its manifest, if there is one.
 
     Raises:
         CheckpointError: A manifest is damaged.

@@ -71,7 +71,13 @@ MAX_REFERENCES = 1000  # training preferences whose rewards are measured for the
 FREE_OPTIONS = (
     *("data.", "encoding.", "run.", "resume", "seeds", "dry_run", "model.path", "model.prefix_tree"),
     *("train.token_budget", "train.gradient_checkpointing", "train.offload_optimizer", "train.offload_parameters"),
-    *("train.validate_every", "train.checkpoint_every", "train.early_stopping_patience", "train.reference", "train.uncertainty"),
+    *(
+        "train.validate_every",
+        "train.checkpoint_every",
+        "train.early_stopping_patience",
+        "train.reference",
+        "train.uncertainty",
+    ),
 )
 
 

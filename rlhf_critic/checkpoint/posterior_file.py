@@ -54,7 +54,9 @@ def save_posterior(directory: str | Path, posterior: HeadPosterior, head_1D: Ten
             save_file(tensors, temporary, metadata)
         record_file(directory, POSTERIOR_NAME)
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error}); give a directory that can be written") from error
+        raise CheckpointError(
+            f"{path}: could not be written ({error}); give a directory that can be written"
+        ) from error
     return path
 
 
@@ -76,7 +78,8 @@ def read_posterior(directory: str | Path, reader: WeightReader) -> HeadPosterior
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(
-                    f"{path}: format {metadata.get('format')}, expected {FORMAT}: upgrade rlhf-critic, or calibrate again"
+                    f"{path}: format {metadata.get('format')}, expected {FORMAT}: upgrade rlhf-critic, or "
+                    "calibrate again"
                 )
             root_DD, mean_D = file.get_tensor("root"), file.get_tensor("mean")
             temperature, prior_precision = float(metadata["temperature"]), float(metadata["prior_precision"])
@@ -89,7 +92,9 @@ def read_posterior(directory: str | Path, reader: WeightReader) -> HeadPosterior
         )
     size = head_1D.shape[-1]
     if root_DD.shape != (size, size) or mean_D.shape != (size,) or not torch.isfinite(root_DD).all():
-        raise CheckpointError(f"{path}: damaged (wrong shape or numbers); calibrate the critic again, or remove the file")
+        raise CheckpointError(
+            f"{path}: damaged (wrong shape or numbers); calibrate the critic again, or remove the file"
+        )
     return HeadPosterior(root_DD.float(), mean_D.float(), temperature, prior_precision)
 
 

@@ -144,7 +144,7 @@ class Critic(Backbone):
         return self(batch)
 
     def rewards_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Computes the reward of every sequence, fp32 ``[S]``, and the hidden state that it is read from, ``[S, D]``."""
+        """Computes the reward of every sequence, fp32 ``[S]``, and the hidden state that gives it, ``[S, D]``."""
         return self(batch, rewards_only=True, with_states=True)
 
     def rewards(self, batch: Batch) -> Tensor:

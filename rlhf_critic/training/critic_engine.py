@@ -274,7 +274,9 @@ class CriticEngine(InferenceEngine):
         trained = self.step * self.options.global_batch_size
         affordable = int(3 * MAX_COST_OF_POSTERIOR * trained)
         units = sample_units(train, max(1, min(affordable * 3 // 4, MAX_PREFERENCES)), self.options.seed)
-        held_out = sample_units(validation, max(MIN_VALIDATION, min(affordable // 4, MAX_VALIDATION)), self.options.seed)
+        held_out = sample_units(
+            validation, max(MIN_VALIDATION, min(affordable // 4, MAX_VALIDATION)), self.options.seed
+        )
         return fit_head_posterior(
             units, held_out, self.last_states, scale=len(train) / len(units), ranks=DistributedRanks()
         )

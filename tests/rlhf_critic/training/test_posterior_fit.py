@@ -10,7 +10,7 @@ from safetensors import safe_open
 from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.checkpoint.critic_directory import open_critic, weights_hash
 from rlhf_critic.checkpoint.export import export_critic
-from rlhf_critic.checkpoint.posterior_file import POSTERIOR_NAME, read_posterior, save_posterior
+from rlhf_critic.checkpoint.posterior_file import read_posterior, save_posterior
 from rlhf_critic.errors import CheckpointError, DataError
 from rlhf_critic.evaluation.calibration import fit_temperature
 from rlhf_critic.model.factory import HEAD_NAME
@@ -83,7 +83,7 @@ def test_a_token_budget_changes_nothing(loaded):
 
 def test_too_few_preferences_are_refused(loaded):
     one, train, validation = loaded
-    with pytest.raises(DataError, match="19 validation preferences: .* give more data"):
+    with pytest.raises(DataError, match=r"19 validation preferences: .* give more data"):
         fit_head_posterior(train, validation[:19], last_states_of(one.critic, 256))
 
 
