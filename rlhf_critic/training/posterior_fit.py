@@ -1,7 +1,7 @@
 """Fit of a head's posterior to preferences: one forward pass over some of them, on one rank or several.
 
 Mathematics are in `rlhf_critic.algorithms.head_posterior`. Memory beside the critic's is about five fp32 matrices of
-``D x D`` on the device: 84 MB for D = 2048, 336 MB for 4096 and 1.3 GB for 8192. Knows nothing about files, Ray or where
+``D x D`` on the device: 84 MB for D = 2048, 336 MB for 4096, 1.3 GB for 8192. Knows nothing about files, Ray or where
 preferences come from.
 
 Shape legend: P preferences, V comparisons of validation preferences, S sequences, D hidden size, K candidates.
