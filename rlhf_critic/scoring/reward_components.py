@@ -26,7 +26,7 @@ from rlhf_critic.config.serve import (
     RegexComponent,
     UncertaintyComponent,
 )
-from rlhf_critic.data.conversation import Prompt
+from rlhf_critic.data.conversation import Prompt, text_of
 from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.scoring.items import Conversation, Item, Text
 
@@ -134,7 +134,7 @@ def _prompts_and_responses(items: Sequence[Item], ending: Callable[[], str]) -> 
     pairs: list[tuple[Prompt, str]] = []
     for index, item in enumerate(items):
         if isinstance(item, Conversation):
-            pairs.append((item.prompt, item.response))
+            pairs.append((item.prompt, text_of(item.response)))
         elif isinstance(item, Text) and item.response is not None:
             pairs.append((_prompt_of(index, item.text, item.response, ending()), item.response))
         else:
