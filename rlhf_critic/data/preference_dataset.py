@@ -221,6 +221,11 @@ class EncodedPreferences:
         fingerprint = digest(self.fingerprint, rows_M.tobytes())
         return EncodedPreferences(self._table, self.reports, fingerprint, self._rows_N[rows_M])
 
+    def pairs_alone(self) -> EncodedPreferences:
+        """Returns the table without its pointwise rows, which is this table if it has none."""
+        is_pair_N = self.kinds_N == PREFERENCE
+        return self if is_pair_N.all() else self.select(np.flatnonzero(is_pair_N))
+
     def comparisons(self) -> Comparisons:
         """Returns every ordered pair of responses, preference by preference."""
         pairs = [np.zeros((3, 0), dtype=np.int64)]

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_critic.algorithms.head_posterior import HeadPosterior
 from rlhf_critic.algorithms.ppo import clipped_value_loss
 from rlhf_critic.algorithms.preference_objective import (
     Targets,
@@ -42,8 +43,19 @@ from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
 from rlhf_critic.training.engine import PROBE_LENGTH, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
+from rlhf_critic.training.posterior_fit import (
+    MAX_PREFERENCES,
+    MAX_VALIDATION,
+    MIN_VALIDATION,
+    DistributedRanks,
+    FitReport,
+    fit_head_posterior,
+    sample_units,
+)
 from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.rollout_step import TokensOnDevice, take_rollout_step
+
+MAX_COST_OF_POSTERIOR = 0.04  # as a part of the run
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,14 +283,12 @@ class CriticEngine(InferenceEngine):
         Raises:
             NonFiniteLossError: A reward is NaN or infinite.
         """
-        is_pair_N = preferences.kinds_N == PREFERENCE
-        if is_pair_N.all():
-            return self._evaluate_preferences(preferences)
-        pointwise = self._evaluate_pointwise(preferences.select(np.flatnonzero(~is_pair_N)))
-        if not is_pair_N.any():
-            return pointwise
-        compared = self._evaluate_preferences(preferences.select(np.flatnonzero(is_pair_N)))
-        return dataclasses.replace(compared, pointwise=pointwise)
+        pairs = preferences.pairs_alone()
+        compared = self._evaluate_preferences(pairs) if len(pairs) else None
+        if len(pairs) == len(preferences) and compared:
+            return compared
+        pointwise = self._evaluate_pointwise(preferences.select(np.flatnonzero(preferences.kinds_N != PREFERENCE)))
+        return dataclasses.replace(compared, pointwise=pointwise) if compared else pointwise
 
     def _evaluate_preferences(self, preferences: EncodedPreferences) -> Evaluation:
         rewards_R = self.rewards(preferences.responses()).astype(np.float64)
@@ -300,6 +310,27 @@ class CriticEngine(InferenceEngine):
             [row.targets_A for row in taken],
             [value_T[row.tokens_A] for row, value_T in zip(taken, values, strict=True)],
             np.array([value_T[-1] for value_T in values], dtype=np.float64),
+        )
+
+    def fit_posterior(
+        self, train: EncodedPreferences, validation: EncodedPreferences
+    ) -> tuple[HeadPosterior, FitReport]:
+        """Fits the posterior of the head on a sample of the preferences; see `rlhf_critic.training.posterior_fit`.
+
+        A forward pass costs about a third of a training step. So the samples are chosen for at most
+        `MAX_COST_OF_POSTERIOR` of what the run computed so far.
+
+        Raises:
+            DataError: There are too few validation preferences.
+        """
+        trained = self.step * self.options.global_batch_size
+        affordable = int(3 * MAX_COST_OF_POSTERIOR * trained)
+        units = sample_units(train, max(1, min(affordable * 3 // 4, MAX_PREFERENCES)), self.options.seed)
+        held_out = sample_units(
+            validation, max(MIN_VALIDATION, min(affordable // 4, MAX_VALIDATION)), self.options.seed
+        )
+        return fit_head_posterior(
+            units, held_out, self.last_states, scale=len(train) / len(units), ranks=DistributedRanks()
         )
 
     def save(self, directory: str | Path, encoder: Encoder, card: CriticCard) -> None:

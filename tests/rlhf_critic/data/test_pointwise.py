@@ -178,6 +178,7 @@ def test_a_table_holds_targets_beside_preferences(tmp_path):
     assert (taken[2].targets_A.tolist(), taken[2].tokens_A.tolist()) == ([1.0], [len(taken[2].responses[0]) - 1])
     assert len(table.comparisons().rows_P) == 1
     assert table[0].responses[0].tolist() == encoder.encode("please", "of course").ids
+    assert [len(part) for part in (table.pairs_alone(), table.select(np.arange(1, 4)).pairs_alone())] == [1, 0]
     (report,) = table.reports.values()
     assert (report.preferences, report.pointwise) == (4, 3)
     assert "1 preferences and 3 rows with targets" in str(report)
