@@ -1,7 +1,8 @@
-"""``python -m jobs.evaluate CHECKPOINT DATA``: accuracy of a critic on preferences or best-of-n rows."""
+"""``python -m jobs.evaluate CHECKPOINT DATA``: accuracy of a critic on preferences, best-of-n rows or targets."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 
@@ -19,6 +20,7 @@ from rlhf_critic.checkpoint.reward_model import open_reward_model
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import resolve_dtype
 from rlhf_critic.config.tools import EvaluateJobConfig
+from rlhf_critic.data.preference_dataset import PREFERENCE, EncodedPreferences
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.data.sources import read_rows
 from rlhf_critic.evaluation.best_of_n import (
@@ -28,6 +30,7 @@ from rlhf_critic.evaluation.best_of_n import (
     load_best_of_n,
     split_rewards,
 )
+from rlhf_critic.evaluation.pointwise import PointwiseEvaluation, evaluate_pointwise, losses_of_rows
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.evaluation.report import (
     MAX_WRONG_EXAMPLES,
@@ -36,6 +39,7 @@ from rlhf_critic.evaluation.report import (
     Plot,
     WrongExample,
     best_of_n_figures,
+    pointwise_figures,
     preference_figures,
     validate_report_directory,
     write_report,
@@ -43,7 +47,7 @@ from rlhf_critic.evaluation.report import (
 )
 from rlhf_critic.model.device import configure_device, select_device
 from rlhf_critic.model.factory import DTYPE_OF
-from rlhf_critic.scoring.local import score_sequences
+from rlhf_critic.scoring.local import score_sequences, value_sequences
 
 
 def main() -> None:
@@ -65,8 +69,8 @@ def main() -> None:
         console.print(f"report: {config.report}", markup=False, highlight=False)
 
 
-def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation, Page]:
-    """Scores all responses and compares their rewards. The first row tells preferences from best-of-n rows.
+def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | PointwiseEvaluation | BestOfNEvaluation, Page]:
+    """Scores all responses and compares their rewards. The first row tells best-of-n rows from others.
 
     Returns:
         The evaluation, and the content of its report.
@@ -80,11 +84,68 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
         loaded = open_reward_model(directory, config.checkpoint, config.encoding).load(dtype)
     loaded.critic.to(device)
     _, first_row = next(read_rows(config.data))
-    return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)
+    if is_best_of_n(first_row):
+        return _evaluate_best_of_n(loaded, config)
+    rows = load_preferences(config.data, loaded.encoder, config.cache_dir)
+    pairs = rows.pairs_alone()
+    if len(pairs) == len(rows):
+        return _evaluate_preferences(loaded, config, rows)
+    pointwise, page = _evaluate_pointwise(loaded, config, rows.select(np.flatnonzero(rows.kinds_N != PREFERENCE)))
+    if not len(pairs):
+        return pointwise, page
+    compared, shown = _evaluate_preferences(loaded, config, pairs)
+    both = dataclasses.replace(
+        shown,
+        figures=[*shown.figures, *page.figures],
+        plots=[*shown.plots, *page.plots],
+        wrong=[*shown.wrong, *page.wrong],
+    )
+    return dataclasses.replace(compared, pointwise=pointwise), both
 
 
-def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[Evaluation, Page]:
-    preferences = load_preferences(config.data, loaded.encoder, config.cache_dir)
+def _evaluate_pointwise(
+    loaded: LoadedCritic, config: EvaluateJobConfig, rows: EncodedPreferences
+) -> tuple[PointwiseEvaluation, Page]:
+    taken = rows.take(np.arange(len(rows)))
+    values = value_sequences(loaded.critic, [row.responses[0] for row in taken], config.token_budget)
+    kinds, targets = [row.kind for row in taken], [row.targets_A for row in taken]
+    at_targets = [value_T[row.tokens_A] for row, value_T in zip(taken, values, strict=True)]
+    rewards_N = np.array([value_T[-1] for value_T in values], dtype=np.float64)
+    evaluation = evaluate_pointwise(kinds, targets, at_targets, rewards_N)
+    losses_N = losses_of_rows(kinds, targets, at_targets)
+    wrong = []
+    for row in losses_N.argsort(kind="stable")[::-1][:MAX_WRONG_EXAMPLES].tolist():
+        figures = ", ".join(
+            f"{value:.2f} ({target:g})" for value, target in zip(at_targets[row], targets[row], strict=True)
+        )
+        note = f"{kinds[row]}: loss {losses_N[row]:.3f}; value (target): {figures}"
+        wrong.append(_decode_example(loaded, rows.origin(row), note, {"response": taken[row].responses[0]}))
+    return evaluation, Page(
+        critic=loaded.card.version,
+        source=str(rows),
+        figures=pointwise_figures(evaluation),
+        baseline_name="",
+        bars=[],
+        plots=_pointwise_plots(evaluation, rewards_N) if config.report is not None else [],
+        wrong=wrong,
+    )
+
+
+def _pointwise_plots(evaluation: PointwiseEvaluation, rewards_N: NDArray[np.float64]) -> list[Plot]:
+    from rlhf_critic.evaluation.plots import histogram_svg, reliability_svg
+
+    plots = [Plot("Rewards", "Values at the last token of all responses.", histogram_svg(rewards_N, "reward"))]
+    for name, part in (("labels", evaluation.label), ("steps", evaluation.steps)):
+        if part:
+            caption = f"Share of {name} that are as predicted, by the critic's confidence."
+            svg = reliability_svg(part.calibration.raw, part.calibration.scaled)
+            plots.append(Plot(f"Reliability of {name}", caption, svg))
+    return plots
+
+
+def _evaluate_preferences(
+    loaded: LoadedCritic, config: EvaluateJobConfig, preferences: EncodedPreferences
+) -> tuple[Evaluation, Page]:
     sequences = preferences.responses()
     rewards_R = score_sequences(loaded.critic, sequences, config.token_budget).astype(np.float64)
     pairs = preferences.comparisons()

@@ -48,7 +48,7 @@ class InspectJobConfig(Section):
 
 
 class EvaluateJobConfig(AssumedEncoding):
-    """Scores preferences or best-of-n rows with a critic and measures its accuracy. Runs locally, without Ray.
+    """Scores preferences, best-of-n rows or rows with targets, and measures the accuracy. Runs locally, without Ray.
 
     For example: rlhf-critic evaluate runs/first/step-000100 heldout.jsonl --report report
     """
@@ -56,7 +56,9 @@ class EvaluateJobConfig(AssumedEncoding):
     checkpoint: tyro.conf.Positional[ModelPath]
     """Critic directory (a checkpoint of a run, or an export), or another reward model with one label, as transformers
     saves it. A path, URI or hub id."""
-    data: tyro.conf.Positional[str] = Field(description=f"Preferences or best-of-n rows: {SOURCE_KINDS}.")
+    data: tyro.conf.Positional[str] = Field(
+        description=f"Preferences, best-of-n rows or rows with targets: {SOURCE_KINDS}."
+    )
     use_gpu: bool = False
     """Compute on one GPU instead of CPUs."""
     dtype: AutoDtype = "auto"

@@ -157,12 +157,7 @@ def evaluate_pointwise(
         raise ValueError("there is no row to evaluate")
     if not np.isfinite(np.concatenate([*values, rewards_N])).all():
         raise NonFiniteRewardError("a value is NaN or infinite; use another critic")
-    losses_N = np.array(
-        [
-            np.square(value - target).mean() if kind == "score" else _cross_entropy(value, target).mean()
-            for kind, target, value in zip(kinds, targets, values, strict=True)
-        ]
-    )
+    losses_N = losses_of_rows(kinds, targets, values)
 
     def rows_of(kind: str) -> list[int]:
         return [row for row, one in enumerate(kinds) if one == kind]
@@ -179,6 +174,17 @@ def evaluate_pointwise(
         steps=_steps([values[row] for row in stepped], [targets[row] for row in stepped]) if stepped else None,
         reward_mean=float(rewards_N.mean()),
         reward_std=float(rewards_N.std()),
+    )
+
+
+def losses_of_rows(kinds: Sequence[str], targets: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> FloatArray:
+    """Computes the mean loss of the targets of each row, float64 ``[N]``; see `evaluate_pointwise`."""
+    return np.array(
+        [
+            np.square(value - target).mean() if kind == "score" else _cross_entropy(value, target).mean()
+            for kind, target, value in zip(kinds, targets, values, strict=True)
+        ],
+        dtype=np.float64,
     )
 
 

@@ -20,6 +20,7 @@ from rlhf_critic.errors import ConfigError
 from rlhf_critic.evaluation.best_of_n import BestOfNEvaluation
 from rlhf_critic.evaluation.bootstrap import BootstrapEstimate
 from rlhf_critic.evaluation.calibration import Calibration
+from rlhf_critic.evaluation.pointwise import PointwiseEvaluation
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import write_text_atomically
 
@@ -109,14 +110,50 @@ def preference_figures(evaluation: Evaluation) -> list[Figure]:
     ]
 
 
-def calibration_figures(calibration: Calibration) -> list[Figure]:
-    """Returns the calibration figures, raw and temperature-scaled."""
+def pointwise_figures(evaluation: PointwiseEvaluation) -> list[Figure]:
+    """Returns the figures of pointwise rows, those of steps first, then those of labels and of ratings."""
+    equal = "all targets are equal"
+    figures = []
+    if steps := evaluation.steps:
+        none = "needs rows with and without a wrong step"
+        figures += [
+            Figure("first wrong step, F1", str(steps.first_wrong_f1 or none), "as ProcessBench scores it; threshold 0"),
+            Figure("first wrong step found", str(steps.first_wrong_found or none), "of rows with a wrong step"),
+            Figure("no wrong step found", str(steps.correct_found or none), "of rows without a wrong step"),
+            Figure("accuracy of steps", str(steps.accuracy), f"value above 0 for a correct step; {steps.steps} steps"),
+            Figure("AUC of steps", str(steps.auc or equal), "a correct step has the higher value; chance 0.5"),
+            *calibration_figures(steps.calibration, "value"),
+        ]
+    if label := evaluation.label:
+        figures += [
+            Figure("AUC", str(label.auc or equal), "a true label has the higher reward; chance 0.5"),
+            Figure(
+                "accuracy of labels", str(label.accuracy), f"reward above 0; {label.positive:.3f} of labels are true"
+            ),
+            Figure("log-loss of labels", str(label.log_loss), "nats; a reward of 0 gives 0.693"),
+            *calibration_figures(label.calibration, "reward"),
+        ]
+    if score := evaluation.score:
+        figures += [
+            Figure("Spearman correlation", str(score.spearman or equal), "of the ranks of rewards and ratings"),
+            Figure("Pearson correlation", str(score.pearson or equal), "of rewards and ratings"),
+            Figure("squared error", str(score.squared_error), "of rewards against ratings"),
+        ]
+    return [
+        *figures,
+        Figure("rewards", f"{evaluation.reward_mean:.3f} ± {evaluation.reward_std:.3f}", "mean and standard deviation"),
+        Figure("rows with targets", str(evaluation.rows), "number of evaluated responses"),
+    ]
+
+
+def calibration_figures(calibration: Calibration, what: str = "margin") -> list[Figure]:
+    """Returns the calibration figures, raw and temperature-scaled. ``what`` names the log-odds."""
     raw, scaled = calibration.raw, calibration.scaled
     figures = [
         Figure(
             "calibration error",
             f"{raw.error:.3f}",
-            f"of sigmoid(margin); a perfectly calibrated critic has {raw.error_by_chance:.3f} by chance",
+            f"of sigmoid({what}); a perfectly calibrated critic has {raw.error_by_chance:.3f} by chance",
         )
     ]
     if calibration.temperature is None or scaled is None:
@@ -132,7 +169,7 @@ def calibration_figures(calibration: Calibration) -> list[Figure]:
         Figure(
             "calibration error, scaled",
             f"{scaled.error:.3f}",
-            f"of sigmoid(margin / temperature); {scaled.error_by_chance:.3f} by chance",
+            f"of sigmoid({what} / temperature); {scaled.error_by_chance:.3f} by chance",
         ),
     ]
 

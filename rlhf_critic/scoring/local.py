@@ -1,4 +1,4 @@
-"""Rewards of token ids from a critic in this process. Knows nothing about text or files."""
+"""Rewards and values of token ids from a critic in this process. Knows nothing about text or files."""
 
 from __future__ import annotations
 
@@ -38,3 +38,20 @@ def score_sequences(critic: Critic, sequences: Sequence[TokenIds], token_budget:
             rewards_S[list(units)] = rewards_U.cpu()
             bar.update(len(units))
     return rewards_S.numpy()
+
+
+def value_sequences(critic: Critic, sequences: Sequence[TokenIds], token_budget: int) -> list[NDArray[np.float32]]:
+    """Computes the value at every token of each sequence: ``S`` fp32 arrays, as long as the sequences.
+
+    For the arguments and errors see `score_sequences`.
+    """
+    device = next(critic.parameters()).device
+    (micro_batches,) = plan_sequences(sequences, 1, token_budget, critic.prefix_tree)
+    values: list[NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(sequences)
+    with tqdm(total=len(sequences), desc="scoring", unit="text", disable=None) as bar:
+        scored = forward_micro_batches(critic, sequences, micro_batches, lambda batch, _: critic.values(batch), device)
+        for units, values_UL, _ in scored:
+            for unit, value_L in zip(units, values_UL.cpu().numpy(), strict=True):
+                values[unit] = value_L[: len(sequences[unit])].copy()
+            bar.update(len(units))
+    return values

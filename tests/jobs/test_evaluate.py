@@ -13,7 +13,7 @@ from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, loa
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import ConfigError
 from rlhf_critic.model.factory import create_critic_model
-from rlhf_critic.scoring.local import score_sequences
+from rlhf_critic.scoring.local import score_sequences, value_sequences
 from tests.helpers import make_preferences, run_command
 
 
@@ -117,3 +117,35 @@ def test_the_command_starts_without_ray_and_deepspeed(module):
     script = f"import {module}, sys; assert not {{'ray', 'deepspeed', 'matplotlib'}} & set(sys.modules)"
     done = run_command(["-c", script], Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_with_targets_are_measured_by_kind_beside_preferences(run, critic, tmp_path):
+    pairs = make_preferences(12)
+    steps = [
+        {"prompt": row["prompt"], "steps": [{"text": "of course", "label": True}, {"text": "no", "label": number % 2}]}
+        for number, row in enumerate(pairs)
+    ]
+    labels = [
+        {"prompt": row["prompt"], "response": row["chosen"], "label": number % 2} for number, row in enumerate(pairs)
+    ]
+    scores = [{"prompt": row["prompt"], "response": row["chosen"], "score": number} for number, row in enumerate(pairs)]
+    printed, _ = run([*steps, *labels, *scores], "--report", str(tmp_path / "report"))
+    found = json.loads((tmp_path / "report" / "metrics.json").read_text())["evaluation"]
+    loaded = load_critic(critic)
+    ends = [loaded.encoder.encode_steps(row["prompt"], ["of course", "no"]) for row in steps]
+    values = [
+        values[ends]
+        for values, (_, ends) in zip(
+            value_sequences(loaded.critic, [one.ids for one, _ in ends], 4096), ends, strict=True
+        )
+    ]
+    right = [(value > 0) == [True, bool(number % 2)] for number, value in enumerate(values)]
+    assert found["steps"]["accuracy"]["mean"] == pytest.approx(np.mean(right))
+    assert (found["steps"]["steps"], found["label"]["rows"], found["score"]["rows"]) == (24, 12, 12)
+    assert "first wrong step, F1" in printed
+    assert "Spearman correlation" in printed
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Reliability of steps" in page
+    assert "value (target)" in page
+    (both, _) = run([*pairs, *labels], "--json-output")
+    assert json.loads(both)["preferences"] == json.loads(both)["pointwise"]["rows"] == 12
