@@ -111,6 +111,9 @@ class ChunkScorer:
             added["std"] = scores.stds_S
         added |= {f"reward_{name}": value_S for name, value_S in scores.components.items()}
         scored |= {name: value_S[index].tolist() for name, value_S in added.items()}
+        if scores.step_values is not None and isinstance(index, int):
+            of_steps = scores.step_values[index]
+            scored["step_values"] = None if of_steps is None else of_steps.tolist()
         return scored | {"model_version": scores.model_version}
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
@@ -217,6 +218,13 @@ class _Call:
             components=components,
             values=tuple(outputs) if self.values else None,
             stds_S=stds_S,
+            step_values=self._step_values(outputs) if any(one.step_tokens for one in self.encoded) else None,
+        )
+
+    def _step_values(self, outputs: Outputs) -> tuple[NDArray[np.float32] | None, ...]:
+        return tuple(
+            output[list(one.step_tokens)] if one.step_tokens else None
+            for output, one in zip(outputs, self.encoded, strict=True)
         )
 
 
@@ -332,7 +340,8 @@ class Scorer:
             finished, encoded = served.encode(items)
             sequences = [np.asarray(one.ids, dtype=np.int64) for one in encoded]
             try:
-                outputs = served.batcher.submit(sequences, rewards_only=not values)
+                reads_values = values or any(one.step_tokens for one in encoded)
+                outputs = served.batcher.submit(sequences, rewards_only=not reads_values)
                 return _Call(served, finished, encoded, values, outputs)
             except ScorerUnavailable:
                 if served is self._version:

@@ -20,7 +20,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -176,10 +176,14 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text, whether it was truncated from the left, and how it was rendered, if it was."""
+    """Token ids of one text, whether it was truncated from the left, and how it was rendered, if it was.
+
+    ``step_tokens`` has the index of the token at which each step of the response ends, if it has steps.
+    """
 
     ids: list[int]
     truncated: bool
+    step_tokens: tuple[int, ...] = ()
     rendered: Rendered | None = field(default=None, compare=False, repr=False)
 
 
@@ -293,12 +297,10 @@ class Encoder:
         rendered = [self.render_conversation(*pair) for pair in pairs]
         return [self.truncate(ids, one) for ids, one in zip(self.tokenize(rendered), rendered, strict=True)]
 
-    def encode_steps(self, prompt: Prompt, steps: Sequence[str]) -> tuple[Encoded, list[int]]:
+    def encode_steps(self, prompt: Prompt, steps: Sequence[str]) -> Encoded:
         """Encodes a response that consists of steps; see `rlhf_critic.data.steps`.
 
-        Returns:
-            The encoded text, and the index of the token at which each step ends. Steps that end in the truncated part
-            are left out, so the indices belong to the last steps.
+        Steps that end in the truncated part are left out, so `Encoded.step_tokens` belong to the last steps.
 
         Raises:
             EncodingError: See `encode_batch`. Or a step is empty, or the template changes it.
@@ -319,7 +321,7 @@ class Encoder:
         encoded = self.truncate(ids, rendered)
         removed = len(ids) - len(encoded.ids)
         places = [min(token, len(ids) - 1) - removed for token in tokens_at(ends, offsets)]
-        return encoded, [place for place in places if place >= 0]
+        return replace(encoded, step_tokens=tuple(place for place in places if place >= 0))
 
     def tokenize(self, texts: Sequence[str | Rendered]) -> list[list[int]]:
         """Tokenises rendered texts without truncation.
@@ -448,7 +450,7 @@ class Encoder:
 
     def truncate(self, ids: list[int], rendered: Rendered | None = None) -> Encoded:
         """Keeps the last ``max_length`` token ids, because the reward is read at the end."""
-        return Encoded(ids[-self.max_length :], len(ids) > self.max_length, rendered)
+        return Encoded(ids[-self.max_length :], len(ids) > self.max_length, rendered=rendered)
 
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer, with template and length limit, for `load_tokenizer` and transformers."""

@@ -236,9 +236,10 @@ def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Row]]) -
             yield _EncodedRow([one], list(row.targets), [len(one.ids) - 1])
         else:
             try:
-                one, ends = encoder.encode_steps(row.conversation()[0], row.steps)
+                one = encoder.encode_steps(row.conversation()[0], row.steps)
             except EncodingError as error:
                 raise DataError(f"{source}:{line}: field {row.field!r}: {error}") from error
+            ends = one.step_tokens
             pairs = zip(row.targets[len(row.steps) - len(ends) :], ends, strict=True)
             labelled = [(target, end) for target, end in pairs if not math.isnan(target)]
             yield _EncodedRow([one], [target for target, _ in labelled], [end for _, end in labelled])

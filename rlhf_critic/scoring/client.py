@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from rlhf_critic.errors import ScorerFailed, ScorerLost, ScorerRejected, ScorerUnavailable, VersionMismatch
-from rlhf_critic.scoring.items import Item, Scores, conversations
+from rlhf_critic.scoring.items import Item, Scores, StepConversation, conversations
 
 if TYPE_CHECKING:
     from rlhf_critic.data.conversation import Prompt
@@ -274,7 +274,7 @@ class ScorerClient:
         async def once() -> Scores:
             async with running.suspects if is_suspect else nullcontext(), running.in_flight:
                 scores = await self._transport.ask(part, values, version, _left(deadline))
-            _validate(scores, len(part), values, version)
+            _validate(scores, part, values, version)
             return scores
 
         backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)
@@ -319,13 +319,14 @@ def _left(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
 
 
-def _validate(scores: Scores, items: int, values: bool, version: str | None) -> None:
+def _validate(scores: Scores, asked: list[Item], values: bool, version: str | None) -> None:
     """Checks that an answer belongs to its call, because the server may be anyone's.
 
     Raises:
         ScorerFailed: A list does not have one entry per item, or a number is not finite.
         VersionMismatch: Another version than the requested one answered.
     """
+    items = len(asked)
     if version not in {None, scores.model_version}:
         raise VersionMismatch(f"version {version} was requested, and {scores.model_version} answered")
     told = {"rewards": scores.rewards_S, **{f"component {name}": value for name, value in scores.components.items()}}
@@ -336,12 +337,20 @@ def _validate(scores: Scores, items: int, values: bool, version: str | None) -> 
     if values:
         told |= {f"values of item {index}": value_T for index, value_T in enumerate(scores.values or ())}
         shapes["values"] = (len(scores.values or ()),)
+    steps = [len(item.steps) if isinstance(item, StepConversation) else 0 for item in asked]
+    if any(steps):
+        found = scores.step_values or ()
+        told |= {f"step values of item {index}": value for index, value in enumerate(found) if value is not None}
+        shapes["step_values"] = (len(found),)
     wrong = [f"{name} {shape}" for name, shape in shapes.items() if shape != (items,)]
     wrong += [f"{name} is NaN or infinite" for name, value in told.items() if not np.isfinite(value).all()]
     if values and not wrong:
         assert scores.values is not None
         lengths = [len(value_T) for value_T in scores.values]
         wrong += [] if lengths == scores.tokens_S.tolist() else ["there is not one value per token"]
+    if any(steps) and not wrong:
+        counts = [0 if value is None else len(value) for value in scores.step_values or ()]
+        wrong += [] if counts == steps else ["there is not one value per step"]
     if wrong:
         raise ScorerFailed(
             f"the answer does not belong to a call of {items} items ({'; '.join(wrong[:3])}): check that a pool of "
@@ -357,6 +366,8 @@ def _join(answers: list[Scores]) -> Scores:
         raise ScorerFailed(f"version {answers[0].model_version} answered with different components: check the pool")
     values = [answer.values for answer in answers]
     stds = [answer.stds_S for answer in answers if answer.stds_S is not None]
+    has_steps = any(answer.step_values is not None for answer in answers)
+    step_values = [answer.step_values or (None,) * len(answer.rewards_S) for answer in answers]
     return Scores(
         rewards_S=np.concatenate([answer.rewards_S for answer in answers]),
         model_version=answers[0].model_version,
@@ -367,6 +378,7 @@ def _join(answers: list[Scores]) -> Scores:
         },
         values=None if values[0] is None else tuple(value for part in values if part is not None for value in part),
         stds_S=np.concatenate(stds) if len(stds) == len(answers) else None,
+        step_values=tuple(value for part in step_values for value in part) if has_steps else None,
     )
 
 

@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, Stri
 
 from rlhf_critic.data.conversation import ToolPrompt, Tools, Turn, to_prompt, turns_of
 from rlhf_critic.errors import ScorerRejected
-from rlhf_critic.scoring.items import Adjusted, Conversation, Item, Scores, Text
+from rlhf_critic.scoring.items import Adjusted, Conversation, Item, Scores, StepConversation, Text
 
 Name: TypeAlias = Annotated[StrictStr, Field(min_length=1)]
 TokenId: TypeAlias = Annotated[StrictInt, Field(ge=0, lt=2**31)]
@@ -46,6 +46,18 @@ class ConversationModel(_Message):
         """Converts to the item of `rlhf_critic.scoring.items`."""
         response = self.response if isinstance(self.response, str) else self.response.to_reply()
         return Conversation(to_prompt(self.prompt, self.tools), response)
+
+
+class StepsModel(_Message):
+    """A prompt and the steps of a response, which are joined by line breaks. Each step gets a value."""
+
+    prompt: StrictStr | ListOf[Turn]
+    steps: Nonempty[StrictStr]
+    tools: Tools = Field((), description="JSON schemas of the tools that the assistant may call.")
+
+    def to_item(self) -> Item:
+        """Converts to the item of `rlhf_critic.scoring.items`."""
+        return StepConversation(to_prompt(self.prompt, self.tools), self.steps)
 
 
 def check_response(role: str) -> None:
@@ -107,14 +119,18 @@ class TokensModel(_Message):
         return np.asarray(self.token_ids, dtype=np.int64)
 
 
-ItemModel: TypeAlias = ConversationModel | ChatModel | TextModel | TokensModel
+ItemModel: TypeAlias = ConversationModel | StepsModel | ChatModel | TextModel | TokensModel
 
 
 def _item_to_json(item: Item) -> dict[str, Any]:
-    if isinstance(item, Conversation) and isinstance(item.prompt, ToolPrompt):
-        return {"prompt": turns_of(item.prompt), "response": item.response, "tools": item.prompt.tools}
+    if isinstance(item, Conversation | StepConversation) and isinstance(item.prompt, ToolPrompt):
+        return {**item._asdict(), "prompt": turns_of(item.prompt), "tools": item.prompt.tools}
     # The fields of a conversation and of a text have the names of their models.
-    return item._asdict() if isinstance(item, Conversation | Text) else {"token_ids": np.asarray(item).tolist()}
+    return (
+        item._asdict()
+        if isinstance(item, Conversation | StepConversation | Text)
+        else {"token_ids": np.asarray(item).tolist()}
+    )
 
 
 class ScoreRequest(_Message):
@@ -142,6 +158,9 @@ class ScoreResponse(_Message):
         description="Unweighted value of each reward component, if there are several."
     )
     values: list[list[float]] | None = Field(None, description="Value at every token, if requested.")
+    step_values: list[list[float] | None] | None = Field(
+        None, description="Value at the end of each step, if an item has steps; null for items without."
+    )
     stds: list[float] | None = Field(
         None, description="Standard deviation of the critic's reward; null if the critic is not calibrated."
     )
@@ -156,6 +175,9 @@ class ScoreResponse(_Message):
             tokens=scores.tokens_S.tolist(),
             components={name: value_S.tolist() for name, value_S in scores.components.items()},
             values=None if scores.values is None else [values.tolist() for values in scores.values],
+            step_values=None
+            if scores.step_values is None
+            else [None if values is None else values.tolist() for values in scores.step_values],
             stds=None if scores.stds_S is None else scores.stds_S.tolist(),
         )
 
@@ -173,6 +195,9 @@ class ScoreResponse(_Message):
             tokens_S=np.array(self.tokens, dtype=np.int64),
             components={name: fp32(values) for name, values in self.components.items()},
             values=None if self.values is None else tuple(fp32(values) for values in self.values),
+            step_values=None
+            if self.step_values is None
+            else tuple(None if values is None else fp32(values) for values in self.step_values),
             stds_S=None if self.stds is None else fp32(self.stds),
         )
 

@@ -37,6 +37,22 @@ class Conversation(NamedTuple):
     response: Reply
 
 
+class StepConversation(NamedTuple):
+    """A prompt and a response that consists of steps. The scores have a value for each step.
+
+    The steps are joined by line breaks, as in training; see `rlhf_critic.data.steps`.
+    """
+
+    prompt: Prompt
+    steps: Sequence[str]
+
+    def joined(self) -> Conversation:
+        """Returns the same conversation without the borders of its steps."""
+        from rlhf_critic.data.steps import join_steps
+
+        return Conversation(self.prompt, join_steps(self.steps))
+
+
 class Text(NamedTuple):
     """A finished text, in the form that `Encoder.render` gives a conversation.
 
@@ -62,11 +78,11 @@ class Adjusted(NamedTuple):
         last_tokens: Number of last tokens to keep. None keeps as many as the critic reads.
     """
 
-    item: Conversation | Text | TokenIds
+    item: Conversation | StepConversation | Text | TokenIds
     begin: bool = False
     last_tokens: int | None = None
 
-    def begun(self, bos_token: str) -> Conversation | Text | TokenIds:
+    def begun(self, bos_token: str) -> Conversation | StepConversation | Text | TokenIds:
         """Returns the item alone. ``bos_token`` begins the critic's texts; empty if they begin without one."""
         if not (self.begin and bos_token and isinstance(self.item, Text)) or self.item.text.startswith(bos_token):
             return self.item
@@ -79,7 +95,7 @@ class Adjusted(NamedTuple):
         return dataclasses.replace(encoded, ids=encoded.ids[-self.last_tokens :], truncated=True)
 
 
-Item: TypeAlias = "Conversation | Text | TokenIds | Adjusted"
+Item: TypeAlias = "Conversation | StepConversation | Text | TokenIds | Adjusted"
 
 NOT_LISTS = (str, bytes, bytearray, memoryview)  # sequences in Python, but not lists of ids or turns
 
@@ -118,6 +134,8 @@ class Scores:
         tokens_S: Tokens of each item that the critic read, int64.
         components: Unweighted value of each component, fp32 ``[S]``; empty if the critic is the only component.
         values: Value at every token of each item, fp32, never normalised; None if not requested.
+        step_values: Value at the end of each step, fp32, never normalised; None for an item without steps. None
+            instead of the tuple if no item has steps.
         stds_S: Standard deviation of the critic's reward of each item, fp32, normalised like it; None if the critic is
             not calibrated.
     """
@@ -129,6 +147,7 @@ class Scores:
     components: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     values: tuple[NDArray[np.float32], ...] | None = None
     stds_S: NDArray[np.float32] | None = None
+    step_values: tuple[NDArray[np.float32] | None, ...] | None = None
 
     def logs(self) -> dict[str, NDArray[np.float32]]:
         """Returns the components, and ``std`` if the critic is calibrated, for logs of other trainers."""
@@ -195,6 +214,8 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) ->
     for index, item in enumerate(items):
         if isinstance(item, Conversation):
             texts[index] = _render(index, item, encoder, limits)
+        elif isinstance(item, StepConversation):
+            encoded[index] = _encode_steps(index, item, encoder, limits)
         elif isinstance(item, Text):
             _check_text(index, item.text, limits)
             if not isinstance(item.response, str | None):
@@ -244,6 +265,25 @@ def _render(index: int, item: Conversation, encoder: Encoder, limits: CallLimits
         raise _rejected("template_refused", index, f": {error}") from error
     _check_text(index, rendered.text, limits)  # counts roles and other fields that the template renders
     return rendered
+
+
+def _encode_steps(index: int, item: StepConversation, encoder: Encoder, limits: CallLimits) -> Encoded:
+    steps = item.steps
+    is_list = isinstance(steps, Sequence) and not isinstance(steps, NOT_LISTS)
+    if not is_list or not all(isinstance(step, str) for step in steps):
+        raise _rejected("not_text", index, ": steps must be a list of texts")
+    _render(index, item.joined(), encoder, limits)  # checks the texts and their sizes
+    try:
+        encoded = encoder.encode_steps(item.prompt, steps)
+    except EncodingError as error:
+        raise _rejected("template_refused", index, f": {error}") from error
+    if len(encoded.step_tokens) < len(steps):
+        raise _rejected(
+            "too_many_tokens",
+            index,
+            f" has steps before the last {encoder.max_length} tokens, which this critic reads: shorten it",
+        )
+    return encoded
 
 
 def _validated(index: int, turns: Any, what: str) -> list[Turn]:

@@ -28,7 +28,7 @@ from rlhf_critic.config.serve import (
 )
 from rlhf_critic.data.conversation import Prompt, text_of
 from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected, ScorerUnavailable
-from rlhf_critic.scoring.items import Conversation, Item, Text
+from rlhf_critic.scoring.items import Conversation, Item, StepConversation, Text
 
 Rewards = NDArray[np.float32]
 Rule = Callable[[Sequence[Prompt], Sequence[str]], Rewards]
@@ -133,7 +133,9 @@ class RewardComponents:
 def _prompts_and_responses(items: Sequence[Item], ending: Callable[[], str]) -> tuple[list[Prompt], list[str]]:
     pairs: list[tuple[Prompt, str]] = []
     for index, item in enumerate(items):
-        if isinstance(item, Conversation):
+        if isinstance(item, StepConversation):
+            pairs.append((item.prompt, text_of(item.joined().response)))
+        elif isinstance(item, Conversation):
             pairs.append((item.prompt, text_of(item.response)))
         elif isinstance(item, Text) and item.response is not None:
             pairs.append((_prompt_of(index, item.text, item.response, ending()), item.response))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr
 
 from rlhf_critic.data.conversation import NonEmptyText, Reply, Tools, Turn, Turns, to_prompt
 from rlhf_critic.data.rows import validate_row
 from rlhf_critic.errors import DataError
-from rlhf_critic.scoring.items import Conversation, Item, Text
+from rlhf_critic.scoring.items import Conversation, Item, StepConversation, Text
+
+# The text of a step, or an object with it, as in data with step labels.
+StepText: TypeAlias = Annotated[
+    StrictStr, BeforeValidator(lambda step: step.get("text") if isinstance(step, dict) else step)
+]
 
 
 class ScorableRow(BaseModel):
@@ -20,13 +25,21 @@ class ScorableRow(BaseModel):
     prompt: StrictStr | Turns | None = None
     response: StrictStr | None = None
     responses: Annotated[tuple[StrictStr, ...], Field(min_length=1)] | None = None
+    steps: Annotated[tuple[StepText, ...], Field(min_length=1)] | None = None
     messages: Annotated[Turns, Field(min_length=1)] | None = None
     text: NonEmptyText | None = None
     token_ids: Annotated[tuple[StrictInt, ...], Field(min_length=1)] | None = None
     tools: Tools | None = None
 
 
-FORMATS = (("prompt", "response"), ("prompt", "responses"), ("messages",), ("text",), ("token_ids",))
+FORMATS = (
+    ("prompt", "response"),
+    ("prompt", "responses"),
+    ("prompt", "steps"),
+    ("messages",),
+    ("text",),
+    ("token_ids",),
+)
 
 
 def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> list[Item]:
@@ -40,6 +53,9 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
     Raises:
         DataError: A field is missing, invalid or redundant. The message names the place and the field.
     """
+    whole = [fields.get(name, name) for name in ("response", "responses", "messages", "text", "token_ids")]
+    if any(row.get(name) is not None for name in whole):
+        row = {name: value for name, value in row.items() if name != fields.get("steps", "steps")}  # passed through
     parsed = validate_row(ScorableRow, row, place, fields)
     named = [name for name in ScorableRow.model_fields if name != "tools"]
     given = tuple(name for name in named if getattr(parsed, name) is not None)
@@ -63,6 +79,8 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
             )
         return [_conversation(place, fields.get("messages", "messages"), before, last.to_reply(), tools)]
     prompt = parsed.prompt or ()
+    if parsed.steps is not None:
+        return [StepConversation(to_prompt(prompt, tools), parsed.steps)]
     if parsed.response is not None:
         return [_conversation(place, fields.get("response", "response"), prompt, parsed.response, tools)]
     name = fields.get("responses", "responses")

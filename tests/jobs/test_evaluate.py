@@ -132,13 +132,9 @@ def test_rows_with_targets_are_measured_by_kind_beside_preferences(run, critic, 
     printed, _ = run([*steps, *labels, *scores], "--report", str(tmp_path / "report"))
     found = json.loads((tmp_path / "report" / "metrics.json").read_text())["evaluation"]
     loaded = load_critic(critic)
-    ends = [loaded.encoder.encode_steps(row["prompt"], ["of course", "no"]) for row in steps]
-    values = [
-        values[ends]
-        for values, (_, ends) in zip(
-            value_sequences(loaded.critic, [one.ids for one, _ in ends], 4096), ends, strict=True
-        )
-    ]
+    encoded = [loaded.encoder.encode_steps(row["prompt"], ["of course", "no"]) for row in steps]
+    at_tokens = value_sequences(loaded.critic, [one.ids for one in encoded], 4096)
+    values = [value_T[list(one.step_tokens)] for value_T, one in zip(at_tokens, encoded, strict=True)]
     right = [(value > 0) == [True, bool(number % 2)] for number, value in enumerate(values)]
     assert found["steps"]["accuracy"]["mean"] == pytest.approx(np.mean(right))
     assert (found["steps"]["steps"], found["label"]["rows"], found["score"]["rows"]) == (24, 12, 12)

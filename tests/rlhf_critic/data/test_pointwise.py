@@ -127,7 +127,8 @@ TEXTS = [["of course", "no, thank you", "glad"], ["a</s>b ", "\u00e9\u4e2d", " c
 def test_a_step_ends_at_the_token_with_its_last_character(tmp_path, template, steps, special):
     tokenizer = load_tokenizer(save_tiny_tokenizer(tmp_path, chat_template=TEMPLATES[template]))
     encoder = Encoder(tokenizer, 512, special)
-    encoded, ends = encoder.encode_steps("please", steps)
+    encoded = encoder.encode_steps("please", steps)
+    ends = encoded.step_tokens
     assert encoded.ids == encoder.encode("please", "\n".join(steps)).ids
     assert len(ends) == len(steps)
     before = ""
@@ -142,11 +143,12 @@ def test_a_step_ends_at_the_token_with_its_last_character(tmp_path, template, st
 def test_steps_that_are_cut_off_have_no_target(tmp_path):
     tokenizer = load_tokenizer(save_tiny_tokenizer(tmp_path))
     steps = ["of course", "thank you", "glad"]
-    whole, all_ends = Encoder(tokenizer, 512).encode_steps("please", steps)
-    cut, ends = Encoder(tokenizer, len(whole.ids) - all_ends[0] - 1).encode_steps("please", steps)
+    whole = Encoder(tokenizer, 512).encode_steps("please", steps)
+    all_ends = whole.step_tokens
+    cut = Encoder(tokenizer, len(whole.ids) - all_ends[0] - 1).encode_steps("please", steps)
     assert cut.truncated
     assert cut.ids == whole.ids[all_ends[0] + 1 :]
-    assert ends == [end - all_ends[0] - 1 for end in all_ends[1:]]
+    assert cut.step_tokens == tuple(end - all_ends[0] - 1 for end in all_ends[1:])
 
 
 def test_steps_that_a_template_changes_are_refused():
@@ -173,7 +175,7 @@ def test_a_table_holds_targets_beside_preferences(tmp_path):
     assert taken[0].targets_A.tolist() == [1.0, 0.0]
     assert (
         taken[0].tokens_A.tolist()
-        == encoder.encode_steps("explain", [step["text"] for step in rows[2]["steps"]])[1][:2]
+        == [*encoder.encode_steps("explain", [step["text"] for step in rows[2]["steps"]]).step_tokens][:2]
     )
     assert (taken[2].targets_A.tolist(), taken[2].tokens_A.tolist()) == ([1.0], [len(taken[2].responses[0]) - 1])
     assert len(table.comparisons().rows_P) == 1
