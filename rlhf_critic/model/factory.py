@@ -83,8 +83,6 @@ def create_hf_model(
         model_class, model_name_or_path, tokenizer, ds_config, disable_dropout, num_layers, dtype, attn_implementation
     )
     reader = weights or WeightReader(model_name_or_path)
-    if hasattr(model, "lm_head"):  # GPT-NeoX's files have the name that the output layer had before transformers 5
-        reader.rename(lambda key: re.sub(r"^embed_out\.", "lm_head.", key))
     missing = load_weights(model, reader, **_tolerances(model, rlhf_training, num_layers))
     if HEAD_NAME in missing:
         init_head(model.score.weight, head_init, head_seed)
