@@ -73,6 +73,7 @@ class Critic(Backbone):
         attention_mask: Tensor | None = None,
         *,
         rewards_only: bool = False,
+        every_token: bool = False,
         use_cache: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Computes values or rewards of a batch; or, as in DeepSpeed-Chat, loss and rewards of padded pairs.
@@ -83,6 +84,7 @@ class Critic(Backbone):
             input_ids: A batch; or token ids, int64 ``[2P, L]``: the chosen rows, then the rejected rows.
             attention_mask: Mask of token ids: 1 at the tokens of each row's sequence, 0 at padding, ``[2P, L]``.
             rewards_only: Whether to compute `rewards` instead of `values`, for a batch.
+            every_token: Whether all layers compute every token, even if only rewards are read.
             use_cache: Ignored; DeepSpeed-Chat's callers pass it, and nothing is cached.
 
         Returns:
@@ -92,7 +94,7 @@ class Critic(Backbone):
             ValueError: The mask is missing or has another shape, the number of rows is odd, or a row has no token.
         """
         if not isinstance(input_ids, Tensor):
-            return self._forward_batch(input_ids, rewards_only)
+            return self._forward_batch(input_ids, rewards_only, every_token)
         rows = Rows.from_padded(input_ids, attention_mask)
         values_BS = self._forward_batch(self.batch_of(rows.sequences, input_ids.device), rewards_only=False)
         return preference_scores(rows, values_BS)
@@ -125,8 +127,8 @@ class Critic(Backbone):
             return values_BL
         return {"values": values_BL, "chosen_end_scores": rows.at_ends(values_BS)}
 
-    def _forward_batch(self, batch: Batch, rewards_only: bool) -> Tensor:
-        hidden_TD = self.hidden(batch, leaves_only=rewards_only)
+    def _forward_batch(self, batch: Batch, rewards_only: bool, every_token: bool = False) -> Tensor:
+        hidden_TD = self.hidden(batch, leaves_only=rewards_only and not every_token)
         if rewards_only:
             return self.model.score(hidden_TD[batch.leaves_S]).squeeze(-1)
         return self.model.score(hidden_TD).squeeze(-1)[batch.tokens_SL]

@@ -82,7 +82,9 @@ class FileLayout:
             one = deepcopy(converter)
             for key, pattern in entries:
                 one.add_tensor(target, key, pattern, read(key))
-            return {name: _only(tensor) for name, tensor in one.convert(target, self._model, self._model.config).items()}
+            return {
+                name: _only(tensor) for name, tensor in one.convert(target, self._model, self._model.config).items()
+            }
 
         keys = tuple(key for key, _ in entries)
         if len(converter.target_patterns) == 1:

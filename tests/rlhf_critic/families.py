@@ -58,6 +58,7 @@ _GROUPED = {**_SHAPE, **_MLP, "num_key_value_heads": 2}
 _WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_FIRST_DENSE = {"first_k_dense_replace": 1, "n_routed_experts": 4}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 
@@ -95,7 +96,7 @@ def family_configs() -> dict[str, PreTrainedConfig]:
         "qwen3_moe": (Qwen3MoeConfig, {**_GROUPED, **_EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
         "deepseek_v3": (
             DeepseekV3Config,
-            {**_SHAPE, **_MLP, **_LATENT, **_EXPERTS, "n_routed_experts": 4, "n_group": 2, "topk_group": 1},
+            {**_SHAPE, **_MLP, **_LATENT, **_EXPERTS, "n_group": 2, "topk_group": 1, **_FIRST_DENSE},
         ),
         "gpt_oss": (GptOssConfig, {**_GROUPED, **_WINDOWS, **_LOCAL_EXPERTS, "head_dim": 8}),
         "bloom": (BloomConfig, {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
