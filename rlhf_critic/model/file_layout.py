@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class FileLayout:
         if len(converter.target_patterns) == 1:
             return [(target, Source(keys, lambda read: next(iter(convert(read).values()))))]
         parts = [target.replace(converter.target_patterns[0], part) for part in converter.target_patterns]
-        return [(part, Source(keys, lambda read, part=part: convert(read)[part])) for part in parts]
+        return [(part, Source(keys, partial(_part_of, convert, part))) for part in parts]
 
     def to_file(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Converts a tensor of the model to the entries of a file, by their names. They may be views of the tensor."""
@@ -102,6 +103,12 @@ class FileLayout:
                 made = one.convert(target, self._model, self._model.config)
                 return {_renamed(key, self._to_renamings): _only(entry) for key, entry in made.items()}
         return {_renamed(name, self._to_renamings): tensor}
+
+
+def _part_of(
+    convert: Callable[[Callable[[str], Tensor]], dict[str, Tensor]], part: str, read: Callable[[str], Tensor]
+) -> Tensor:
+    return convert(read)[part]
 
 
 def _unchanged(key: str) -> Source:

@@ -13,6 +13,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -53,7 +54,7 @@ class WeightReader:
         self._place_of: dict[str, tuple[Path, str]] = {}  # file and key of each tensor
         self._open_files: dict[Path, Any] = {}  # an open safetensors file, or a dict of tensors
         names = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
-        first = next(filter(None, map(self._resolve, names)), None)
+        first = next(filter(None, map(partial(cached_file_of, name_or_path), names)), None)
         if first is None:
             reject_other_kinds(name_or_path)
             raise CheckpointError(
@@ -62,23 +63,13 @@ class WeightReader:
             )
         self._add_listed_files(first) if first.suffix == ".json" else self._add_file(first)
 
-    def _resolve(self, name: str) -> Path | None:
-        found = cached_file(
-            self.source,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return None if found is None else Path(found)
-
     def _add_listed_files(self, index: Path) -> None:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{index}: damaged, or not an index of weights: {error}") from error
         for name in names:
-            path = self._resolve(name)
+            path = cached_file_of(self.source, name)
             if path is None:
                 raise CheckpointError(f"{self.source}: {name} is missing, but {index.name} lists it")
             self._add_file(path)
@@ -105,7 +96,7 @@ class WeightReader:
         Raises:
             CheckpointError: The file is damaged.
         """
-        path = self._resolve(name)
+        path = cached_file_of(self.source, name)
         if path is not None:
             self._add_file(path)
         return path is not None
@@ -146,6 +137,12 @@ class WeightReader:
         del self._place_of[name]
         return tensor
 
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Replaces a tensor by another one, which stays in memory."""
+        place = Path(f"{name} in memory")
+        self._open_files[place] = {name: tensor}
+        self._place_of[name] = (place, name)
+
     def rename(self, new_name: Callable[[str], str]) -> None:
         """Renames every tensor.
 
@@ -159,6 +156,18 @@ class WeightReader:
                 raise CheckpointError(f"{self.source}: {renamed[new][1]} and {name} are both the weight {new}")
             renamed[new] = place
         self._place_of = renamed
+
+
+def cached_file_of(name_or_path: str, name: str) -> Path | None:
+    """Returns a file of a directory or hub id, downloaded if necessary; None if there is none or no connection."""
+    found = cached_file(
+        name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
