@@ -70,6 +70,9 @@ class TrainConfig(OptimizerConfig):
     """Weight of the cross-entropy of a row with an outcome (label), beside preferences with weight 1."""
     steps_weight: NonNegativeFloat = 1.0
     """Weight of the mean cross-entropy of a row with labelled steps, beside preferences with weight 1."""
+    router_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, per sequence; transformers uses 0.001 to 0.02. 0 keeps
+    the routers free. Only training on preferences uses it."""
     early_stopping_patience: NonNegativeInt = 0
     """Stop after this many consecutive validations without a lower log-loss; 0 never stops early."""
     reference: Literal["validation", "train"] = "validation"

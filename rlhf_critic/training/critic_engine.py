@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from rlhf_critic.algorithms.ppo import clipped_value_loss
 from rlhf_critic.algorithms.preference_objective import (
     Targets,
     blended_loss,
-    needs_values,
     preference_loss,
     reads_values,
 )
@@ -41,6 +41,7 @@ from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.backbone import Batch
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
+from rlhf_critic.model.router_loss import RouterRecorder
 from rlhf_critic.training.engine import PROBE_LENGTH, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
 from rlhf_critic.training.posterior_fit import (
@@ -125,6 +126,7 @@ class CriticEngine(InferenceEngine):
             critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum(), longest
         )
         super().__init__(critic, self.training.engine, lambda: self.training.token_budget)
+        self._routers = RouterRecorder(critic.model) if train.router_loss_coefficient else None
 
     @classmethod
     def from_pretrained(
@@ -211,15 +213,19 @@ class CriticEngine(InferenceEngine):
         is_blended = any(targets)
 
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
+            responses = [units[position] for position in positions]
+            of_rows = [targets[position] for position in positions]
+            with self._routers or nullcontext():
+                output = self._engine(
+                    batch, rewards_only=not reads_values(options, of_rows), every_token=self._routers is not None
+                )
             margins_P = preferences.margins_N[rows_G[list(positions)]]
-            rows = [units[position] for position in positions]
             if is_blended:
-                of_rows = [targets[position] for position in positions]
-                output = self._engine(batch, rewards_only=not reads_values(options, of_rows))
-                return MicroBatchLoss(*blended_loss(output, rows, of_rows, margins_P, options))
-            output = self._engine(batch, rewards_only=not needs_values(options))
-            result = preference_loss(output, rows, margins_P, options)
-            return MicroBatchLoss(result.loss_P, result.sums())
+                loss_P, sums = blended_loss(output, responses, of_rows, margins_P, options)
+            else:
+                result = preference_loss(output, responses, margins_P, options)
+                loss_P, sums = result.loss_P, result.sums()
+            return MicroBatchLoss(loss_P + self._router_loss(batch, responses), sums)
 
         step, (right_sum, margin_sum, *labels) = self.training.take_step(
             prepared.step,
@@ -236,6 +242,14 @@ class CriticEngine(InferenceEngine):
             margin=margin_sum / pairs,
             label_accuracy=labels[0] / labels[1] if labels and labels[1] else None,
         )
+
+    def _router_loss(self, batch: Batch, units: Sequence[Sequence[TokenIds]]) -> Tensor | float:
+        """Returns the weighted mean load-balancing loss of each unit's sequences, ``[P]``; 0 without such a loss."""
+        if self._routers is None:
+            return 0.0
+        loss_S = self._routers.loss(batch, [len(ids) for unit in units for ids in unit])
+        of_units = loss_S.split([len(unit) for unit in units])
+        return self.options.router_loss_coefficient * torch.stack([one.mean() for one in of_units])
 
     def update(
         self,
