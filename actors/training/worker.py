@@ -52,7 +52,7 @@ from rlhf_critic.data.training_data import load_data, total_steps
 from rlhf_critic.errors import CheckpointError, ConfigError, describe_error
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
-from rlhf_critic.logs import configure_logging
+from rlhf_critic.logs import configure_logging, quiet_root_handlers
 from rlhf_critic.model.device import configure_device
 from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.model.weights import WeightReader
@@ -83,6 +83,7 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
         CriticError: The run cannot continue, and another attempt would fail as well.
     """
     configure_logging()
+    quiet_root_handlers()
     config = TrainJobConfig.model_validate(loop_config).resolved()
     if config.run.use_gpu:
         # NCCL's collectives use the current device, which is the first one unless it is set.

@@ -227,7 +227,9 @@ class ScorerClient:
             except ScorerRejected as error:
                 raise error.after(start) from error
             except ScorerLost as error:
-                if is_suspect:
+                if not is_suspect:  # a node was taken away, or an item kills scorers: the next loss tells
+                    return await answer(start, is_suspect=True)
+                if len(part) == 1:
                     raise ScorerRejected(
                         "kills_scorers",
                         f"item {start}: {LOSSES_PER_ITEM} scorers died while they scored it alone: leave it out, and "
@@ -277,7 +279,7 @@ class ScorerClient:
 
         backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)
         reason = "they are all busy"
-        losses_left = LOSSES_PER_ITEM if is_suspect else 1
+        losses_left = LOSSES_PER_ITEM if is_suspect and len(part) == 1 else 1
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(ScorerUnavailable),
