@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 
 from rlhf_critic.errors import UnexpectedError
 
+END_TIMEOUT_S = 10.0
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -94,6 +95,8 @@ class _Worker:
             _send(self._process.stdin, item)
             is_error, result = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT_S)
             raise UnexpectedError(
                 f"a process that prepares data ended with exit code {self._process.poll()} (killed, or out of memory?)"
             ) from error
