@@ -10,6 +10,7 @@ Shape legend: P preferences of a micro-batch, G of a global batch, S sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -35,6 +36,7 @@ from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.backbone import Batch
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
+from rlhf_critic.model.router_loss import RouterRecorder
 from rlhf_critic.training.engine import PROBE_LENGTH, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
 from rlhf_critic.training.posterior_fit import (
@@ -115,6 +117,7 @@ class CriticEngine(InferenceEngine):
             critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum(), longest
         )
         super().__init__(critic, self.training.engine, lambda: self.training.token_budget)
+        self._routers = RouterRecorder(critic.model) if train.router_loss_coefficient else None
 
     @classmethod
     def from_pretrained(
@@ -196,10 +199,14 @@ class CriticEngine(InferenceEngine):
         options, preferences, rows_G, units = self.options, prepared.preferences, prepared.rows_G, prepared.units
 
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
-            output = self._engine(batch, rewards_only=not needs_values(options))
+            responses = [units[position] for position in positions]
+            with self._routers or nullcontext():
+                output = self._engine(
+                    batch, rewards_only=not needs_values(options), every_token=self._routers is not None
+                )
             margins_P = preferences.margins_N[rows_G[list(positions)]]
-            result = preference_loss(output, [units[position] for position in positions], margins_P, options)
-            return MicroBatchLoss(result.loss_P, result.sums())
+            result = preference_loss(output, responses, margins_P, options)
+            return MicroBatchLoss(result.loss_P + self._router_loss(batch, responses), result.sums())
 
         step, (right_sum, margin_sum) = self.training.take_step(
             prepared.step,
@@ -210,6 +217,14 @@ class CriticEngine(InferenceEngine):
             name_of=lambda position: preferences.origin(int(rows_G[position])),
         )
         return StepMetrics(**vars(step), accuracy=right_sum / len(rows_G), margin=margin_sum / len(rows_G))
+
+    def _router_loss(self, batch: Batch, units: Sequence[Sequence[TokenIds]]) -> Tensor | float:
+        """Returns the weighted mean load-balancing loss of each unit's sequences, ``[P]``; 0 without such a loss."""
+        if self._routers is None:
+            return 0.0
+        loss_S = self._routers.loss(batch, [len(ids) for unit in units for ids in unit])
+        of_units = loss_S.split([len(unit) for unit in units])
+        return self.options.router_loss_coefficient * torch.stack([one.mean() for one in of_units])
 
     def update(
         self,
