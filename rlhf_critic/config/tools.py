@@ -72,6 +72,45 @@ class EvaluateJobConfig(AssumedEncoding):
     """New or empty local directory for metrics.json and report.html, one page with plots."""
 
 
+class CalibrateJobConfig(AssumedEncoding):
+    """Fits the uncertainty of a critic's rewards to preferences, and stores it beside the weights. Runs without Ray.
+
+    For example: rlhf-critic calibrate my-critic prefs.jsonl --validation heldout.jsonl
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """Local directory of a critic (a checkpoint or an export), or of another reward model with one label."""
+    data: tyro.conf.Positional[str] = Field(description=f"Preferences like those of training: {SOURCE_KINDS}.")
+    validation: str | None = None
+    """Preferences that the critic was not trained on, a source as DATA. They choose prior and temperature. None holds
+    out a part of DATA, which must then be new to the critic."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Fraction of DATA's prompts to hold out, without validation."""
+    max_preferences: PositiveInt = 10_000
+    """Maximum number of preferences of DATA to read; more are sampled."""
+    use_gpu: bool = False
+    """Compute on one GPU instead of CPUs."""
+    dtype: AutoDtype = "auto"
+    """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU."""
+    token_budget: PositiveInt = 4096
+    """Maximum number of tokens computed at once. Changes speed and memory only."""
+    cache_dir: PathOrUri = ".cache"
+    """Local cache directory for encoded data. Safe to delete."""
+
+
+SourceFormat = Literal[
+    "auto",
+    "deepspeed-chat",
+    "trlx",
+    "article",
+    "openrlhf-critic",
+    "llama-factory",
+    "trl-value-head",
+    "native",
+    "two-labels",
+]
+
+
 class ExportJobConfig(Section):
     """Copies a critic out of a run, without its resume state, or converts another system's reward model.
 
@@ -85,11 +124,10 @@ class ExportJobConfig(Section):
     """New directory for the exported critic."""
     auto_map: bool = False
     """Add a modeling file, so that trust_remote_code=True gives a value at every token as well."""
-    source_format: Annotated[
-        Literal["auto", "deepspeed-chat", "trlx", "article", "llama-factory", "native"], tyro.conf.arg(name="from")
-    ] = "auto"
+    source_format: Annotated[SourceFormat, tyro.conf.arg(name="from")] = "auto"
     """Format of the weights. auto copies a directory with critic.json and recognises other formats by their keys.
-    native is a sequence-classification model, such as those of TRL and OpenRLHF."""
+    native is a sequence-classification model, such as those of TRL and OpenRLHF. two-labels is one with two outputs,
+    such as a process reward model; its reward is the log-odds of label 1, and auto never chooses it."""
     base: str | None = None
     """Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks, or to merge adapters of
     peft into. Only for another system's checkpoint."""

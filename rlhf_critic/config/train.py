@@ -63,11 +63,17 @@ class TrainConfig(OptimizerConfig):
     """Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests 0.01."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Label smoothing: assumed probability that a preference label is flipped."""
+    router_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, per sequence; transformers uses 0.001 to 0.02. 0 keeps
+    the routers free. Only training on preferences uses it."""
     early_stopping_patience: NonNegativeInt = 0
     """Stop after this many consecutive validations without a lower log-loss; 0 never stops early."""
     reference: Literal["validation", "train"] = "validation"
     """Responses whose rewards give critic.json its mean and standard deviation. validation uses the validation data at
     every evaluation; train uses up to 1,000 training preferences at the end."""
+    uncertainty: bool = True
+    """Calibrate the last checkpoint, so that scorers can answer a standard deviation with each reward. Needs validation
+    data, and does nothing without. Costs a forward pass over a sample, at most about 5% of the run."""
     seed: NonNegativeInt = 0
     """Random seed for data order, head and adapter initialisation, and dropout."""
     validate_every: NonNegativeInt = 0
