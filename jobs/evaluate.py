@@ -108,7 +108,7 @@ def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tu
         rewards, std_R, margin_std_P = score_with_stds(loaded, loaded.posterior, preferences, config.token_budget)
         rewards_R = rewards.astype(np.float64)
     rewards_P2 = np.stack([rewards_R[pairs.better_P], rewards_R[pairs.worse_P]], axis=1)
-    evaluation = evaluate_rewards(rewards_P2[:, 0], rewards_P2[:, 1], pairs.lengths_P2, subsets_P=pairs.subsets_P)
+    evaluation = evaluate_rewards(rewards_P2[:, 0], rewards_P2[:, 1], pairs.lengths_P2, pairs.subsets_P, pairs.rows_P)
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     sections = []
     if std_R is not None and margin_std_P is not None:
