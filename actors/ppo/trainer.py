@@ -52,8 +52,8 @@ from rlhf_critic.batching.sampler import DataOrder, is_due
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.ppo import CriticConfig, PolicyConfig, PPOJobConfig
 from rlhf_critic.config.train import TrainConfig
-from rlhf_critic.data.encoding import validate_same_tokens
 from rlhf_critic.data.prompts import Prompts
+from rlhf_critic.data.special_tokens import validate_same_tokens
 from rlhf_critic.errors import CheckpointError, ConfigError, DivergedError, RankLost
 from rlhf_critic.files import atomic_directory, write_manifest
 from rlhf_critic.scoring.client import ScorerClient

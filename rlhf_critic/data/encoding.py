@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers.decoders import DecodeStream
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -40,6 +41,7 @@ from rlhf_critic.errors import EncodingError
 
 PAD_TOKEN = "<|pad|>"
 BYTE_ORDER_MARK = "\ufeff"
+BROKEN_CHARACTER = "\ufffd"
 PROBES = (("please explain", " of course"), ("", "no."))  # their ends show whether an encoding ends with a token
 
 logger = logging.getLogger(__name__)
@@ -448,6 +450,18 @@ class Encoder:
         """Counts the tokens of a text, which may be empty."""
         return len(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
+    def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Returns the text of each token, special tokens included. Joined, they are the decoded text.
+
+        A character may consist of several tokens. It is then the text of its last one, and the others are empty.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        stream = DecodeStream(skip_special_tokens=False)
+        texts = [stream.step(backend, int(token)) or "" for token in ids]
+        if rest := len(backend.decode(list(map(int, ids)), skip_special_tokens=False)) - sum(map(len, texts)):
+            texts[-1] += BROKEN_CHARACTER * rest  # the beginning of a character that does not end
+        return tuple(texts)
+
     def truncate(self, ids: list[int], rendered: Rendered | None = None) -> Encoded:
         """Keeps the last ``max_length`` token ids, because the reward is read at the end."""
         return Encoded(ids[-self.max_length :], len(ids) > self.max_length, rendered=rendered)
@@ -475,23 +489,3 @@ class Encoder:
         }
         canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
-
-
-def validate_same_tokens(policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
-    """Validates that policy and critic use the same token ids, because the critic gives values at the policy's tokens.
-
-    Pad tokens may differ, because they are never read.
-
-    Raises:
-        EncodingError: The vocabularies differ. Names a token.
-    """
-    pads = {policy.pad_token, critic.pad_token}  # the pad token of one may be an ordinary token of the other
-    entries = policy.get_vocab().items() ^ critic.get_vocab().items()
-    differing = sorted((entry for entry in entries if entry[0] not in pads), key=lambda entry: entry[1])
-    if differing:
-        token, index = differing[0]
-        raise EncodingError(
-            f"the policy's tokenizer is not the critic's: {len(differing)} entries differ, such as {token!r} with the "
-            f"id {index}. The critic must read the token ids of the policy: start it from the policy (leave "
-            "critic.model.path empty) or from a model of the same family. Scorers read text and may be of any family"
-        )

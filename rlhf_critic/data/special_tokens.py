@@ -104,3 +104,23 @@ class LiteralTokens:
             f"this tokenizer cannot read special tokens as text ({why}); remove them from the texts, or set "
             "encoding.special_tokens_in_text to token"
         )
+
+
+def validate_same_tokens(policy: PreTrainedTokenizerBase, critic: PreTrainedTokenizerBase) -> None:
+    """Validates that policy and critic use the same token ids, because the critic gives values at the policy's tokens.
+
+    Pad tokens may differ, because they are never read.
+
+    Raises:
+        EncodingError: The vocabularies differ. Names a token.
+    """
+    pads = {policy.pad_token, critic.pad_token}  # the pad token of one may be an ordinary token of the other
+    entries = policy.get_vocab().items() ^ critic.get_vocab().items()
+    differing = sorted((entry for entry in entries if entry[0] not in pads), key=lambda entry: entry[1])
+    if differing:
+        token, index = differing[0]
+        raise EncodingError(
+            f"the policy's tokenizer is not the critic's: {len(differing)} entries differ, such as {token!r} with the "
+            f"id {index}. The critic must read the token ids of the policy: start it from the policy (leave "
+            "critic.model.path empty) or from a model of the same family. Scorers read text and may be of any family"
+        )

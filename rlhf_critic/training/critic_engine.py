@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,7 +55,7 @@ from rlhf_critic.training.posterior_fit import (
     fit_head_posterior,
     sample_units,
 )
-from rlhf_critic.training.process_group import hardware_of_ranks
+from rlhf_critic.training.process_group import hardware_of_ranks, raise_on_all_ranks
 from rlhf_critic.training.rollout_step import TokensOnDevice, take_rollout_step
 
 MAX_COST_OF_POSTERIOR = 0.04  # as a part of the run
@@ -306,12 +308,19 @@ class CriticEngine(InferenceEngine):
 
     def _evaluate_preferences(self, preferences: EncodedPreferences) -> Evaluation:
         rewards_R = self.rewards(preferences.responses()).astype(np.float64)
-        pairs = preferences.comparisons()
-        better_P, worse_P = rewards_R[pairs.better_P], rewards_R[pairs.worse_P]
-        bad_rows = np.unique(pairs.rows_P[~(np.isfinite(better_P) & np.isfinite(worse_P))])
-        if len(bad_rows):
-            raise NonFiniteLossError(self.step, [preferences.origin(int(row)) for row in bad_rows])
-        return evaluate_rewards(better_P, worse_P, pairs.lengths_P2, subsets_P=pairs.subsets_P)
+
+        def judge() -> Evaluation:
+            pairs = preferences.comparisons()
+            better_P, worse_P = rewards_R[pairs.better_P], rewards_R[pairs.worse_P]
+            bad_rows = np.unique(pairs.rows_P[~(np.isfinite(better_P) & np.isfinite(worse_P))])
+            if len(bad_rows):
+                raise NonFiniteLossError(self.step, [preferences.origin(int(row)) for row in bad_rows])
+            return evaluate_rewards(better_P, worse_P, pairs.lengths_P2, pairs.subsets_P, pairs.rows_P)
+
+        # The statistics of many preferences take seconds of a core, which the ranks of a node share.
+        evaluation = [raise_on_all_ranks(lambda: judge() if self.rank == 0 else None)]
+        dist.broadcast_object_list(evaluation, src=0)
+        return cast(Evaluation, evaluation[0])
 
     def _evaluate_pointwise(self, rows: EncodedPreferences) -> PointwiseEvaluation:
         taken = rows.take(np.arange(len(rows)))

@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 from datasets import Dataset
 
-from rlhf_critic.data.encoding import Encoder, load_tokenizer, validate_same_tokens
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.prompts import Prompts, load_prompts, split_prompts
+from rlhf_critic.data.special_tokens import validate_same_tokens
 from rlhf_critic.errors import DataError, EncodingError
 from tests.helpers import save_tiny_tokenizer
 
