@@ -26,7 +26,8 @@ from actors.ppo.checkpoint import (
     read_state,
     remove_unfinished_checkpoints,
 )
-from actors.ppo.trainer import PPOOutcome, PPOTrainer, critic_options
+from actors.ppo.group_options import critic_options
+from actors.ppo.trainer import PPOOutcome, PPOTrainer
 from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control

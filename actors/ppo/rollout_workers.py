@@ -72,6 +72,8 @@ class Rollout:
         components: Components of the reward by name, before their weights; empty if the critic is the only one.
         model_version: Version of the reward model.
         policy_version: Version of the policy: its number of updates.
+        mask: True at the response tokens that the policy sampled, bool ``[R]``; None if it sampled all.
+        token_rewards: Rewards of single response tokens besides ``reward``, fp32 ``[R]``; None if there are none.
     """
 
     row: int
@@ -86,6 +88,8 @@ class Rollout:
     components: dict[str, float]
     model_version: str
     policy_version: int
+    mask: NDArray[np.bool_] | None = None
+    token_rewards: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
