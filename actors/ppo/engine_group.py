@@ -141,7 +141,7 @@ class SharedSequences:
 
     @property
     def sent(self) -> tuple[ray.ObjectRef, list[int] | None]:
-        """What a call of the ranks carries; see `received`."""
+        """Arguments of a call of the ranks; see `received`."""
         return self._ref, self._rows
 
 
@@ -149,7 +149,7 @@ Sequences: TypeAlias = "Sequence[TokenIds] | SharedSequences"
 
 
 def send(sequences: Sequences) -> tuple[ray.ObjectRef, list[int] | None]:
-    """Returns what a call of the ranks carries of token ids; puts them into the object store if they are not there."""
+    """Returns the arguments of a call of the ranks; puts token ids into the object store if they are not there."""
     return (sequences if isinstance(sequences, SharedSequences) else SharedSequences(sequences)).sent
 
 
@@ -169,7 +169,7 @@ def received(columns: Sequence[Sequence[TokenIds]], rows: Sequence[int] | None) 
 def put_numbers(
     prompt_lengths: Sequence[int], masks: Masks | None, **numbers: Sequence[NDArray[np.floating]]
 ) -> ray.ObjectRef:
-    """Puts what an update needs besides token ids into the object store: numbers of every response token."""
+    """Puts prompt lengths, masks and numbers of every response token into the object store, for an update."""
     arrays = {name: [np.asarray(one, dtype=np.float32) for one in column] for name, column in numbers.items()}
     of_masks = None if masks is None else [np.asarray(mask, dtype=np.bool_) for mask in masks]
     return ray.put({"prompt_lengths": [int(length) for length in prompt_lengths], "masks": of_masks, **arrays})

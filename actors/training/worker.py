@@ -43,7 +43,7 @@ from actors.runtime.storage import (
     size_of,
 )
 from actors.training.result import SCORE, TrainOutcome, ValidationProgress
-from rlhf_critic.batching.sampler import is_due, rows_of_step
+from rlhf_critic.batching.sampler import DataOrder, is_due
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, read_card
 from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.base import validate_same_options
@@ -113,6 +113,7 @@ class _TrainingRun:
         # One rank of a node encodes what is not cached yet; then all map its files.
         self._on_each_node(lambda: load_data(config, _ignored_end_id(config)))
         self.data = raise_on_all_ranks(lambda: load_data(config, _ignored_end_id(config)))
+        self.order = DataOrder(self.data.train.prompts_N, config.train.seed)
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
         raise_on_all_ranks(lambda: WeightReader(config.model.path))
@@ -211,9 +212,10 @@ class _TrainingRun:
         return TrainOutcome(steps=engine.step, checkpoint=self.newest, evaluation=evaluation, progress=self.progress)
 
     def _prepare(self, step: int) -> PreparedPreferences:
-        data, options = self.data.train, self.config.train
-        rows = rows_of_step(data.prompts_N, options.global_batch_size, options.seed, step, options.epochs)
-        return self.engine.prepare(data, rows)
+        options = self.config.train
+        return self.engine.prepare(
+            self.data.train, self.order.rows_of_step(options.global_batch_size, step, options.epochs)
+        )
 
     def _run_logger(self) -> RunLogger:
         run = self.config.run

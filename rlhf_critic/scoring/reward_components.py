@@ -19,7 +19,7 @@ import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from rlhf_critic.config.serve import Component, CriticComponent, LengthPenalty, PythonComponent, RegexComponent
-from rlhf_critic.data.conversation import Prompt
+from rlhf_critic.data.conversation import Prompt, text_of
 from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.scoring.items import Conversation, Item, Text
 
@@ -118,7 +118,7 @@ def _prompts_and_responses(items: Sequence[Item], ending: Callable[[], str]) -> 
     pairs: list[tuple[Prompt, str]] = []
     for index, item in enumerate(items):
         if isinstance(item, Conversation):
-            pairs.append((item.prompt, item.response))
+            pairs.append((item.prompt, text_of(item.response)))
         elif isinstance(item, Text) and item.response is not None:
             pairs.append((_prompt_of(index, item.text, item.response, ending()), item.response))
         else:
