@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart ppo-demo test test-all peers soak audit docs docs-site lint format clean
+.PHONY: help install quickstart ppo-demo critic-demo test test-all peers soak audit docs docs-site lint format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ quickstart: $(VENV)/.installed ## Human ratings -> preferences -> a trained crit
 
 ppo-demo: $(VENV)/.installed ## A policy learns by PPO from the quickstart's critic (made first if need be), through real scorers.
 	$(BIN)/python -m jobs.ppo_demo
+
+critic-demo: $(VENV)/.installed ## PPO with a critic against group baselines where an early word decides: three seeds each.
+	$(BIN)/python -m jobs.critic_demo
 
 lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff check .

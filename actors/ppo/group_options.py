@@ -20,6 +20,8 @@ def policy_options(config: PPOJobConfig) -> PolicyOptions:
         max(1, config.ppo.iterations - config.ppo.value_warmup_iterations) * config.updates_per_iteration,
         config.ppo.seed,
         config.rollout.temperature,
+        config.rollout.environment,
+        config.rollout.max_turns,
     )
 
 

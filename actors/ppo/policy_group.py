@@ -34,6 +34,8 @@ class PolicyOptions:
         total_steps: Updates of the whole run, at which the learning rate schedule ends.
         seed: Seed of dropout, if any.
         temperature: Temperature at which tokens are sampled.
+        environment: Function that answers turns of the policy, ``MODULE:FUNCTION``; None samples one turn.
+        max_turns: Maximum number of turns of a response.
     """
 
     model: BodyConfig
@@ -42,6 +44,8 @@ class PolicyOptions:
     total_steps: int
     seed: int
     temperature: float
+    environment: str | None = None
+    max_turns: int = 1
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the policy's tokenizer.

@@ -95,7 +95,11 @@ class RolloutConfig(Section):
     """Prompts per task of a worker. With several tasks, sampling overlaps the scoring of the previous task. Samples
     depend on this number, not on the number of workers."""
     max_new_tokens: PositiveInt = 64
-    """Maximum response length in tokens; longer responses are truncated."""
+    """Maximum response length in tokens; longer responses are truncated. Answers of rollout.environment count."""
+    environment: str | None = None
+    """Python function MODULE:FUNCTION that answers each turn of the policy, such as a tool; None samples one turn."""
+    max_turns: PositiveInt = 8
+    """Maximum number of turns of the policy in a response (only with rollout.environment)."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of response tokens."""
     timeout_s: PositiveFloat = 3600.0
