@@ -180,6 +180,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         app=reward.app,
         components=reward.components,
         normalize=reward.normalize,
+        pessimism=reward.pessimism,
         min_replicas=reward.min_replicas,
         max_replicas=reward.max_replicas,
         cpus_per_shard=reward.cpus_per_replica,

@@ -11,7 +11,7 @@ Written against TRL 1.16, whose trainers call reward functions with ``prompts`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
@@ -35,7 +35,13 @@ class CriticReward:
         self._client = client
         self.__name__ = name
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **_: Any) -> list[float]:
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: Any,
+    ) -> list[float]:
         """Returns the reward of each completion.
 
         Args:
@@ -44,6 +50,7 @@ class CriticReward:
             completions: Texts, or, for prompts of turns, turns that end with the assistant's. The content and the
                 tool calls of the last turn are scored, without reasoning that TRL has parsed out. Earlier turns (of
                 tools) extend the prompt.
+            log_metric: TRL's function that logs a number. It gets the mean of each component and of ``std``.
 
         Raises:
             ScorerRejected: A completion is not text, or cannot be scored.
@@ -52,7 +59,11 @@ class CriticReward:
         """
         pairs = zip(prompts, completions, strict=True)
         items = [_conversation(index, prompt, completion) for index, (prompt, completion) in enumerate(pairs)]
-        return self._client.score_items(items).rewards_S.tolist()
+        scores = self._client.score_items(items)
+        if log_metric is not None:
+            for part, value_S in scores.logs().items():
+                log_metric(f"{self.__name__}/{part}", float(value_S.mean()))
+        return scores.rewards_S.tolist()
 
 
 def reward_function(client: ScorerClient, name: str = "critic") -> CriticReward:

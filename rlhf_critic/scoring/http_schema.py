@@ -142,6 +142,9 @@ class ScoreResponse(_Message):
         description="Unweighted value of each reward component, if there are several."
     )
     values: list[list[float]] | None = Field(None, description="Value at every token, if requested.")
+    stds: list[float] | None = Field(
+        None, description="Standard deviation of the critic's reward; null if the critic is not calibrated."
+    )
 
     @classmethod
     def of(cls, scores: Scores) -> ScoreResponse:
@@ -153,6 +156,7 @@ class ScoreResponse(_Message):
             tokens=scores.tokens_S.tolist(),
             components={name: value_S.tolist() for name, value_S in scores.components.items()},
             values=None if scores.values is None else [values.tolist() for values in scores.values],
+            stds=None if scores.stds_S is None else scores.stds_S.tolist(),
         )
 
     def to_scores(self) -> Scores:
@@ -169,6 +173,7 @@ class ScoreResponse(_Message):
             tokens_S=np.array(self.tokens, dtype=np.int64),
             components={name: fp32(values) for name, values in self.components.items()},
             values=None if self.values is None else tuple(fp32(values) for values in self.values),
+            stds_S=None if self.stds is None else fp32(self.stds),
         )
 
 

@@ -118,6 +118,8 @@ class Scores:
         tokens_S: Tokens of each item that the critic read, int64.
         components: Unweighted value of each component, fp32 ``[S]``; empty if the critic is the only component.
         values: Value at every token of each item, fp32, never normalised; None if not requested.
+        stds_S: Standard deviation of the critic's reward of each item, fp32, normalised like it; None if the critic is
+            not calibrated.
     """
 
     rewards_S: NDArray[np.float32]
@@ -126,6 +128,11 @@ class Scores:
     tokens_S: NDArray[np.int64]
     components: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     values: tuple[NDArray[np.float32], ...] | None = None
+    stds_S: NDArray[np.float32] | None = None
+
+    def logs(self) -> dict[str, NDArray[np.float32]]:
+        """Returns the components, and ``std`` if the critic is calibrated, for logs of other trainers."""
+        return self.components if self.stds_S is None else {**self.components, "std": self.stds_S}
 
 
 def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Conversation]:
