@@ -29,7 +29,7 @@ quickstart: $(VENV)/.installed ## Human ratings -> preferences -> a trained crit
 ppo-demo: $(VENV)/.installed ## A policy learns by PPO from the quickstart's critic (made first if need be), through real scorers.
 	$(BIN)/python -m jobs.ppo_demo
 
-critic-demo: $(VENV)/.installed ## PPO with a critic against group baselines where an early word decides: three seeds each.
+critic-demo: $(VENV)/.installed ## PPO with a critic against RLOO, where an early word decides the reward: three seeds each.
 	$(BIN)/python -m jobs.critic_demo
 
 lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.

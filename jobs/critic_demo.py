@@ -1,4 +1,4 @@
-"""``make critic-demo``: PPO with a critic against baselines of groups, where one early word decides the reward.
+"""``make critic-demo``: PPO with a critic against the baseline of a group, where one early word decides the reward.
 
 Each run is a process of its own, and finished runs are kept, so the command can be interrupted.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 DIRECTORY = Path("runs/critic-demo")
 PLOT_NAME = "curves.png"
 SEEDS = (0, 1, 2)
-LABELS: dict[Baseline, str] = {"critic": "critic", "rloo": "RLOO (group of 8)", "grpo": "GRPO (group of 8)"}
+LABELS: dict[Baseline, str] = {"critic": "critic", "rloo": "RLOO (group of 8)"}
 VARIED = (0.1, 0.9)  # mean rewards between which returns vary enough to be explained
 Records = list[dict[str, Any]]
 
