@@ -30,7 +30,7 @@ Batch: TypeAlias = PrefixTreeBatch | PaddedBatch
 OutputT = TypeVar("OutputT")
 
 # Families that the same tests check in padded batches, because their attention cannot follow a tree.
-PADDED_FAMILIES = frozenset({"bloom"})
+PADDED_FAMILIES = frozenset({"bloom", "falcon", "mpt", "stablelm"})
 
 
 class Backbone(nn.Module):
