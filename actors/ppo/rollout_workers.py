@@ -146,7 +146,7 @@ class RolloutWorker:
         with self._sampling:
             started = time.perf_counter()
             if weights.version != self._version:
-                self._generator.load(ray.get(weights.tensors[0]))
+                self._generator.load(weights.get())
                 self._version = weights.version
             torch.set_num_threads(self._threads)  # a setting of each thread
             sampled = sample_traces(
