@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -327,6 +327,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
             components=served.components,
             limits=limits,
             replicas=await service().replicas(),
+            prefix_cache=schema.PrefixCacheModel(**asdict(cache)) if (cache := served.prefix_cache) else None,
         )
 
     @router.get("/openapi.json", include_in_schema=False)

@@ -34,7 +34,8 @@ from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismat
 from rlhf_critic.model.backbone import forward_micro_batches
 from rlhf_critic.model.device import configure_device, is_working, select_device
 from rlhf_critic.model.factory import DTYPE_OF
-from rlhf_critic.scoring.items import Adjusted, Item, ScorerInfo, Scores, encode_items, finish_items
+from rlhf_critic.scoring.caching_critic import CachingCritic
+from rlhf_critic.scoring.items import Adjusted, Item, PrefixCacheFigures, ScorerInfo, Scores, encode_items, finish_items
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, OutOfDeviceMemory, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 
@@ -51,11 +52,20 @@ THREADS = 32
 class LocalCritic:
     """An opened critic on this process's device; computes at most ``token_budget`` tokens at once.
 
+    Keeps keys and values of prefixes in ``prefix_cache_bytes``, if its family can; 0 keeps none.
+
     Raises:
         CheckpointError: See `rlhf_critic.checkpoint.critic_directory.OpenedCritic.build`.
     """
 
-    def __init__(self, opened: OpenedCritic, token_budget: int, use_gpu: bool, dtype: Dtype = "float32") -> None:
+    def __init__(
+        self,
+        opened: OpenedCritic,
+        token_budget: int,
+        use_gpu: bool,
+        dtype: Dtype = "float32",
+        prefix_cache_bytes: int = 0,
+    ) -> None:
         self._device = select_device(use_gpu)
         configure_device(self._device, DTYPE_OF[dtype])
         loaded = opened.load(DTYPE_OF[dtype])
@@ -65,6 +75,9 @@ class LocalCritic:
         self.prefix_tree = self._critic.prefix_tree
         self.tokens_at_once = token_budget
         self._broken = ""
+        cached = prefix_cache_bytes > 0 and self._critic.create_store(prefix_cache_bytes, self._device)
+        self._caching = CachingCritic(self._critic, self._device) if cached else None
+        self.known_lengths = self._caching.known_lengths if self._caching else None
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
         """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`.
@@ -90,6 +103,16 @@ class LocalCritic:
         )
 
     def _forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
+        if self._caching:
+            before = self._caching.figures
+            output, tokens = self._caching.forward(sequences, rewards_only)
+            figures = self._caching.figures
+            cached = (
+                figures.hit_tokens - before.hit_tokens,
+                figures.evicted_tokens - before.evicted_tokens,
+                figures.bytes,
+            )
+            return Computed(_arrays(output, sequences, rewards_only), tokens, *cached)
         whole = [MicroBatch(tuple(range(len(sequences))))]
         ((_, output, tokens),) = forward_micro_batches(
             self._critic,
@@ -98,10 +121,12 @@ class LocalCritic:
             lambda batch, _: self._critic(batch, rewards_only=rewards_only),
             self._device,
         )
-        rows = output.float().cpu().numpy()
-        if rewards_only:
-            return Computed(list(rows[:, None]), tokens)
-        return Computed([row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)], tokens)
+        return Computed(_arrays(output, sequences, rewards_only), tokens)
+
+    @property
+    def prefix_cache(self) -> PrefixCacheFigures | None:
+        """Figures of the prefix cache; None without one."""
+        return self._caching.figures if self._caching else None
 
     def check_healthy(self) -> None:
         """Checks that the device works.
@@ -116,8 +141,18 @@ class LocalCritic:
         """Frees the weights at once. Serve excludes the model's reference cycles from garbage collection."""
         for tensor in (*self._critic.parameters(), *self._critic.buffers()):
             tensor.data = tensor.new_empty(0)
+        if self._critic.store:
+            self._critic.store.free()
         if not self._broken:
             torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def _arrays(output: torch.Tensor, sequences: Sequence[TokenIds], rewards_only: bool) -> Outputs:
+    """Returns the rewards ``[S]``, or the values ``[S, L]``, of each sequence alone."""
+    rows = output.float().cpu().numpy()
+    if rewards_only:
+        return list(rows[:, None])
+    return [row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)]
 
 
 class _Version:
@@ -145,7 +180,13 @@ class _Version:
         if config.normalize:
             backend.card.reward_scale()
         self._warm_up()
-        self.batcher = RequestBatcher(backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=on_batch)
+        self.batcher = RequestBatcher(
+            backend.forward,
+            backend.tokens_at_once,
+            backend.prefix_tree,
+            on_batch=on_batch,
+            known_lengths=backend.known_lengths,
+        )
 
     def encode(self, items: Sequence[Item]) -> tuple[list[Item], list[Encoded]]:
         wishes = [item if isinstance(item, Adjusted) else Adjusted(item) for item in items]
@@ -283,6 +324,7 @@ class Scorer:
             limits=served.limits,
             normalized=served.config.normalize,
             components={component.name: component.weight for component in served.config.components},
+            prefix_cache=served.backend.prefix_cache,
         )
 
     def check_healthy(self) -> None:
@@ -330,7 +372,7 @@ class Scorer:
             dtype = resolve_dtype(config.dtype, self._use_gpu)
             if self._shards == 1:
                 backend: LocalCritic | ShardedCritic = LocalCritic(
-                    model.opened, config.token_budget, self._use_gpu, dtype
+                    model.opened, config.token_budget, self._use_gpu, dtype, config.prefix_cache_bytes
                 )
             else:
                 from actors.serving.sharded_critic import ShardedCritic

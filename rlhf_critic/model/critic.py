@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.model.backbone import Backbone, Batch
 from rlhf_critic.model.deepspeed_chat import Rows, preference_scores
 
@@ -129,7 +130,10 @@ class Critic(Backbone):
         hidden_TD = self.hidden(batch, leaves_only=rewards_only)
         if rewards_only:
             return self.model.score(hidden_TD[batch.leaves_S]).squeeze(-1)
-        return self.model.score(hidden_TD).squeeze(-1)[batch.tokens_SL]
+        values_T = self.model.score(hidden_TD).squeeze(-1)
+        if self.store is not None and isinstance(batch, PrefixTreeBatch) and batch.slots is not None:
+            values_T = self.store.extend_token_values(values_T, batch.slots)
+        return values_T[batch.tokens_SL]
 
     def values(self, batch: Batch) -> Tensor:
         """Computes the value at every token of every sequence, fp32 ``[S, L]``; undefined at padding.

@@ -372,6 +372,15 @@ class ReplicaModel(_Message):
     is_current: bool = Field(description="Whether it serves the critic that was published last.")
 
 
+class PrefixCacheModel(_Message):
+    """Prefix cache of the replica that describes the pool."""
+
+    max_bytes: int
+    bytes: int = Field(description="Bytes in use.")
+    hit_tokens: int = Field(description="Tokens of scored sequences that the cache had, since the critic was loaded.")
+    evicted_tokens: int = Field(description="Tokens that the cache evicted, since the critic was loaded.")
+
+
 class InfoResponse(_Message):
     """Answer of ``GET /info``."""
 
@@ -382,3 +391,4 @@ class InfoResponse(_Message):
     components: dict[str, float]
     limits: LimitsModel
     replicas: list[ReplicaModel]
+    prefix_cache: PrefixCacheModel | None = Field(None, description="null without a prefix cache.")

@@ -84,6 +84,23 @@ NOT_LISTS = (str, bytes, bytearray, memoryview)  # sequences in Python, but not 
 
 
 @dataclass(frozen=True)
+class PrefixCacheFigures:
+    """Figures of a prefix cache.
+
+    Attributes:
+        max_bytes: Size of its store.
+        bytes: Bytes of the store that are in use.
+        hit_tokens: Tokens of scored sequences that it had, each sequence counted separately, since it began.
+        evicted_tokens: Tokens that it evicted since it began.
+    """
+
+    max_bytes: int
+    bytes: int
+    hit_tokens: int
+    evicted_tokens: int
+
+
+@dataclass(frozen=True)
 class ScorerInfo:
     """Description of a scorer.
 
@@ -95,6 +112,7 @@ class ScorerInfo:
         limits: Limits of one call.
         normalized: Whether rewards are normalised to the scale of the critic's reference responses.
         components: Weights of the reward's components, by name.
+        prefix_cache: Figures of its prefix cache; None without one.
     """
 
     model_version: str
@@ -104,6 +122,7 @@ class ScorerInfo:
     limits: CallLimits
     normalized: bool
     components: dict[str, float]
+    prefix_cache: PrefixCacheFigures | None = None
 
 
 @dataclass(frozen=True)
