@@ -7,11 +7,11 @@ Such a kernel takes packed rows of queries and keys, and where each sequence beg
 - *levels*: one causal call, in which each run asks itself, and one call for each level of branching, in which all that
   is below a token asks the run of that token up to it. Their outputs are joined by log-sum-exp.
 
-`plan_calls` takes the cheaper one. Queries are the computed tokens in order. Keys are these, followed by the tokens that a
-cache has. Knows nothing about models or kernels.
+`plan_calls` takes the cheaper one. Queries are the computed tokens in order. Keys are these, followed by the tokens
+that a cache has. Knows nothing about models or kernels.
 
-Shape legend: T tokens of the packed row, R runs of the tree or those that are computed, Q queries, N keys, B sequences of
-a call.
+Shape legend: T tokens of the packed row, R runs of the tree or those that are computed, Q queries, N keys, B sequences
+of a call.
 """
 
 from __future__ import annotations

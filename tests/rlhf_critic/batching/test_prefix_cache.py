@@ -1,6 +1,5 @@
 """A lease finds exactly the tokens whose slots hold their prefix, and no slot has two tokens at once."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
