@@ -112,7 +112,7 @@ def measure(critic: Critic, jobs: Jobs, options: Options, cached: bool) -> tuple
     @torch.no_grad()
     def forward(sequences: Sequence[Sequence[int]], rewards_only: bool) -> Computed:
         if caching:
-            output, tokens = caching.forward(sequences, rewards_only)
+            output, _, tokens = caching.forward(sequences, rewards_only)
         else:
             batch = critic.batch_of(sequences)
             output, tokens = critic(batch, rewards_only=rewards_only), batch.computed_tokens

@@ -37,6 +37,7 @@ class Command:
 COMMANDS = {
     "train": Command("jobs.train", "train:TrainJobConfig", "Train a critic on preferences."),
     "evaluate": Command("jobs.evaluate", "tools:EvaluateJobConfig", "Measure how well a critic agrees with data."),
+    "calibrate": Command("jobs.calibrate", "tools:CalibrateJobConfig", "Give a critic's rewards a standard deviation."),
     "inspect": Command("jobs.inspect_data", "tools:InspectJobConfig", "Count and show preferences before training."),
     "export": Command("jobs.export", "tools:ExportJobConfig", "Export a critic, or convert another reward model."),
     "serve": Command("jobs.serve", "serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from rlhf_critic.algorithms.preference_objective import needs_values
 from rlhf_critic.batching.planner import plan_micro_batches
 from rlhf_critic.batching.prefix_tree import PrefixTree
-from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.batching.sampler import DataOrder
 from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.config.train import TrainJobConfig
@@ -40,8 +40,9 @@ def plan_table(config: TrainJobConfig) -> Table:
     count = count_model(critic)
     steps = total_steps(len(data.train), options)
     tokens, computed, micro_batches = [], [], []
+    order = DataOrder(data.train.prompts_N, options.seed)
     for step in tqdm(np.unique(np.linspace(0, steps - 1, SAMPLED_STEPS).astype(int)), desc="planning", disable=None):
-        rows = rows_of_step(data.train.prompts_N, options.global_batch_size, options.seed, int(step), options.epochs)
+        rows = order.rows_of_step(options.global_batch_size, int(step), options.epochs)
         units = [preference.responses for preference in data.train.take(rows)]
         tokens.append(int(data.train.tokens_N[rows].sum()))
         computed.append(len(PrefixTree.build([ids for unit in units for ids in unit])))

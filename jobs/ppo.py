@@ -38,6 +38,7 @@ from jobs.serve import join_ray, run_pool
 from rlhf_critic.config.base import parse_command_line, shown_path
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.config.serve import ServeJobConfig
+from rlhf_critic.data.conversation import text_of, turns_of
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.prompts import Prompts, load_prompts, split_prompts
 from rlhf_critic.errors import ConfigError, RankFailed, RankLost
@@ -176,6 +177,7 @@ def scorers(config: PPOJobConfig) -> Iterator[None]:
         app=reward.app,
         components=reward.components,
         normalize=reward.normalize,
+        pessimism=reward.pessimism,
         min_replicas=reward.min_replicas,
         max_replicas=reward.max_replicas,
         cpus_per_shard=reward.cpus_per_replica,
@@ -199,7 +201,7 @@ def show(console: Console, outcome: PPOOutcome) -> None:
             table.add_column(column, overflow="fold", justify="right" if column == "reward" else "left")
         for first, last in list(zip(outcome.first, outcome.last, strict=True))[:EXAMPLES]:
             prompt = (
-                first.prompt if isinstance(first.prompt, str) else "\n".join(t["content"] for t in first.prompt[-1:])
+                first.prompt if isinstance(first.prompt, str) else "\n".join(map(text_of, turns_of(first.prompt)[-1:]))
             )
             cells = (prompt, first.response, f"{first.reward:+.2f}", last.response, f"{last.reward:+.2f}")
             table.add_row(*map(Text, cells))  # not markup, which a response may contain

@@ -28,7 +28,7 @@ from actors.runtime.environment import compute_environment
 from actors.runtime.session import init_ray
 from actors.runtime.storage import local_directory
 from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
-from actors.serving.scorer import version_name
+from actors.serving.scorer import check_calibrated, version_name
 from jobs.cli import command, run_job, validate_outside_package
 from jobs.run_lock import lock_directory
 from rlhf_critic.checkpoint.reward_model import check_reward_model
@@ -74,7 +74,8 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
         card = model.opened.card
         if config.normalize:
             card.reward_scale()
-    scorer = config.scorer_config(config.checkpoint, model.digest)
+        scorer = config.scorer_config(config.checkpoint, model.digest)
+        check_calibrated(scorer, model.opened.posterior() is not None)
     data = config.data
     version = version_name(card.version, model.digest, scorer, resolve_dtype(scorer.dtype, config.use_gpu))
     fingerprint = fingerprint_of(data)

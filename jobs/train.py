@@ -135,6 +135,8 @@ def _train(config: TrainJobConfig) -> ray.train.Result:
     resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
     worker_environment = {
         "PYTHONWARNINGS": "ignore::FutureWarning",
+        # torch warns in each worker where a host name has no address; its errors stay.
+        "TORCH_CPP_LOG_LEVEL": "WARNING" if shows_debug() else "ERROR",
         **compute_environment(run.use_gpu, run.deterministic),
     }
     if not run.use_gpu:

@@ -97,6 +97,24 @@ def write_manifest(directory: str | Path, node: int, nodes: int, pattern: str = 
     write_text_atomically(directory / MANIFEST_PATTERN.format(node=node, nodes=nodes), json.dumps(files, indent=1))
 
 
+def record_file(directory: str | Path, name: str) -> None:
+    """Records a file that was added to a directory, or replaced there, in its manifest, if there is one.
+
+    Raises:
+        CheckpointError: A manifest is damaged.
+    """
+    directory = Path(directory)
+    manifests = _manifests(directory)[0]
+    if not manifests:
+        return
+    read_manifests(directory)  # raises for a damaged one
+    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in manifests}
+    path = next((path for path, files in contents.items() if name in files), manifests[0])
+    file = directory / name
+    contents[path][name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    write_text_atomically(path, json.dumps(contents[path], indent=1))
+
+
 def verify_manifest(directory: str | Path) -> None:
     """Checks that a checkpoint has all its manifests, and every file that they record.
 

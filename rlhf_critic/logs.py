@@ -61,6 +61,20 @@ def configure_logging(level: str | None = None, *, quiet_libraries: bool = True)
             logging.getLogger(library).addFilter(_errors_only)  # DeepSpeed sets its own level when it is imported
 
 
+def quiet_root_handlers() -> None:
+    """Keeps the root logger's console from showing this project's records twice, and events of libraries.
+
+    Ray Train installs a console on the root logger of its workers. Its files still get every record.
+    """
+    for handler in logging.getLogger().handlers if not shows_debug() else ():
+        if isinstance(handler, logging.StreamHandler):
+            handler.addFilter(_is_warning_of_a_library)
+
+
+def _is_warning_of_a_library(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING and record.name.partition(".")[0] not in PACKAGES
+
+
 def level_of_libraries() -> str:
     """Returns the level from which libraries log: ``ERROR``, or ``INFO`` where this project logs at ``DEBUG``."""
     return "INFO" if shows_debug() else "ERROR"

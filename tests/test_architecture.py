@@ -26,7 +26,7 @@ ROOMS = {
         "data": {"batching"},
         "algorithms": {"batching"},
         "model": {"data", "algorithms", "batching"},
-        "checkpoint": {"model", "data"},
+        "checkpoint": {"model", "data", "algorithms"},
         "evaluation": {"data"},
         "scoring": {"model", "data", "batching"},
         "integrations": {"scoring", "data"},

@@ -36,7 +36,7 @@ FREE_OPTIONS = (
     *("policy.optimizer.gradient_checkpointing", "critic.optimizer.gradient_checkpointing", "critic.offload"),
     *("prompts.", "rollout.workers", "rollout.cpus_per_worker", "rollout.timeout_s", "ppo.max_kl", "run.", "resume"),
     *("reward.app", "reward.checkpoint", "reward.components", "reward.normalize", "reward.deadline_s"),
-    *("reward.patience_s", "reward.chat_template", "reward.max_length"),
+    *("reward.pessimism", "reward.patience_s", "reward.chat_template", "reward.max_length"),
     *("reward.min_replicas", "reward.max_replicas", "reward.cpus_per_replica", "reward.allow_mixed_versions"),
 )
 

@@ -48,7 +48,7 @@ from actors.runtime.run_logger import RunLogger
 from actors.runtime.storage import HISTORY_FOLDER, HistoryDirectory, resolve_run
 from rlhf_critic.algorithms.advantages import RolloutBatch, compute_advantages, minibatch_rows
 from rlhf_critic.algorithms.ppo import RunningMoments
-from rlhf_critic.batching.sampler import is_due, rows_of_step
+from rlhf_critic.batching.sampler import DataOrder, is_due
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.ppo import CriticConfig, PolicyConfig, PPOJobConfig
 from rlhf_critic.config.train import TrainConfig
@@ -103,6 +103,7 @@ class PPOTrainer:
         self.config = config
         self.directory = Path(config.run.storage_path) / config.run.name
         self._prompts = prompts
+        self._order = DataOrder(np.arange(len(prompts)), config.ppo.seed)
         self._held_out = held_out
         self._client = client
         self._iteration = 0
@@ -221,7 +222,7 @@ class PPOTrainer:
         """Runs one iteration: rollouts, values, updates. Returns its metrics."""
         ppo, size = self.config.ppo, self.config.rollout.prompts_per_iteration
         started = time.perf_counter()
-        prompt_rows = rows_of_step(np.arange(len(self._prompts)), size, ppo.seed, self._iteration)
+        prompt_rows = self._order.rows_of_step(size, self._iteration)
         rows = [int(row) for row in prompt_rows for _ in range(self.config.rollout.samples_per_prompt)]
         rollouts, timings = self._roll_out(self._prompts, rows, (TRAINING_DRAWS, self._iteration))
         seconds_rollouts = time.perf_counter() - started

@@ -267,7 +267,8 @@ def _hash(config: dict[str, Any]) -> str:
 
 
 def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
-    from rlhf_critic.checkpoint.reward_model import check_reward_model  # imports torch and transformers
+    from actors.serving.scorer import check_calibrated  # imports torch and transformers
+    from rlhf_critic.checkpoint.reward_model import check_reward_model
 
     # A link such as ``latest`` may point elsewhere when another replica starts.
     is_local = os.path.isdir(scorer.checkpoint)
@@ -276,6 +277,7 @@ def _with_digest(scorer: ScorerConfig) -> ScorerConfig:
         model = check_reward_model(directory, checkpoint, scorer.encoding)
         if scorer.normalize:
             model.opened.card.reward_scale()
+        check_calibrated(scorer, model.opened.posterior() is not None)
     return scorer.model_copy(update={"checkpoint": checkpoint, "digest": model.digest})
 
 

@@ -292,7 +292,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
         ]
         scores = await service().score(items, False, None)
         rewards = scores.rewards_S.tolist()
-        logs = {name: value_S.tolist() for name, value_S in scores.components.items()}
+        logs = {name: value_S.tolist() for name, value_S in scores.logs().items()}
         return schema.GetRewardResponse(
             rewards=rewards,
             scores=rewards,

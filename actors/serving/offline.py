@@ -107,6 +107,8 @@ class ChunkScorer:
                 scored[self._job.fields.get("response", "response")] = scored.pop(list_field)[best]
                 index = start + best
         added = {"truncated": scores.truncated_S, "reward": scores.rewards_S}
+        if scores.stds_S is not None:
+            added["std"] = scores.stds_S
         added |= {f"reward_{name}": value_S for name, value_S in scores.components.items()}
         scored |= {name: value_S[index].tolist() for name, value_S in added.items()}
         return scored | {"model_version": scores.model_version}

@@ -28,7 +28,7 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, OpenedCritic
 from rlhf_critic.checkpoint.reward_model import verify_reward_model
 from rlhf_critic.config.model import Dtype, resolve_dtype
-from rlhf_critic.config.serve import CallLimits, ScorerConfig
+from rlhf_critic.config.serve import CallLimits, ScorerConfig, UncertaintyComponent
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.model.backbone import forward_micro_batches
@@ -69,6 +69,8 @@ class LocalCritic:
         self._device = select_device(use_gpu)
         configure_device(self._device, DTYPE_OF[dtype])
         loaded = opened.load(DTYPE_OF[dtype])
+        self._posterior = loaded.posterior and loaded.posterior.to(self._device)
+        self.has_stds = loaded.posterior is not None
         self.card: CriticCard = loaded.card
         self.encoder: Encoder = loaded.encoder
         self._critic = loaded.critic.to(self._device)
@@ -105,23 +107,37 @@ class LocalCritic:
     def _forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
         if self._caching:
             before = self._caching.figures
-            output, tokens = self._caching.forward(sequences, rewards_only)
+            output, states_SD, tokens = self._caching.forward(sequences, rewards_only)
             figures = self._caching.figures
             cached = (
                 figures.hit_tokens - before.hit_tokens,
                 figures.evicted_tokens - before.evicted_tokens,
                 figures.bytes,
             )
-            return Computed(_arrays(output, sequences, rewards_only), tokens, *cached)
+            return Computed(self._arrays(output, states_SD, sequences, rewards_only), tokens, *cached)
         whole = [MicroBatch(tuple(range(len(sequences))))]
-        ((_, output, tokens),) = forward_micro_batches(
+        ((_, (output, states_SD), tokens),) = forward_micro_batches(
             self._critic,
             sequences,
             whole,
-            lambda batch, _: self._critic(batch, rewards_only=rewards_only),
+            lambda batch, _: self._critic(batch, rewards_only=rewards_only, with_states=True),
             self._device,
         )
-        return Computed(_arrays(output, sequences, rewards_only), tokens)
+        return Computed(self._arrays(output, states_SD, sequences, rewards_only), tokens)
+
+    @torch.no_grad()
+    def _arrays(
+        self, output: torch.Tensor, states_SD: torch.Tensor, sequences: Sequence[TokenIds], rewards_only: bool
+    ) -> Outputs:
+        """Returns the reward or the values of each sequence, and its standard deviation after them if there is one."""
+        rows = output.float().cpu().numpy()
+        outputs = list(rows[:, None])
+        if not rewards_only:
+            outputs = [row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)]
+        if self._posterior is None:
+            return outputs
+        stds_S = self._posterior.stds(states_SD).cpu().numpy()
+        return [np.append(output, std) for output, std in zip(outputs, stds_S, strict=True)]
 
     @property
     def prefix_cache(self) -> PrefixCacheFigures | None:
@@ -145,14 +161,6 @@ class LocalCritic:
             self._critic.store.free()
         if not self._broken:
             torch.cuda.empty_cache()  # does nothing without a GPU
-
-
-def _arrays(output: torch.Tensor, sequences: Sequence[TokenIds], rewards_only: bool) -> Outputs:
-    """Returns the rewards ``[S]``, or the values ``[S, L]``, of each sequence alone."""
-    rows = output.float().cpu().numpy()
-    if rewards_only:
-        return list(rows[:, None])
-    return [row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)]
 
 
 class _Version:
@@ -179,6 +187,7 @@ class _Version:
         self.finishing = ThreadPoolExecutor(THREADS, thread_name_prefix="finish")
         if config.normalize:
             backend.card.reward_scale()
+        check_calibrated(config, backend.has_stds)
         self._warm_up()
         self.batcher = RequestBatcher(
             backend.forward,
@@ -226,10 +235,16 @@ class _Call:
     outputs: Future[Outputs]
 
     def finish(self, outputs: Outputs) -> Scores:
+        stds_S = None
+        if self.served.backend.has_stds:
+            stds_S = np.array([output[-1] for output in outputs], dtype=np.float32)
+            outputs = [output[:-1] for output in outputs]
         critic_S = np.array([output[-1] for output in outputs], dtype=np.float32)
         if self.served.config.normalize:
-            critic_S = self.served.backend.card.normalize(critic_S).astype(np.float32)
-        rewards_S, components = self.served.components.combine(self.items, critic_S)
+            card = self.served.backend.card
+            critic_S = card.normalize(critic_S).astype(np.float32)
+            stds_S = None if stds_S is None else (stds_S / card.reward_scale()[1]).astype(np.float32)
+        rewards_S, components = self.served.components.combine(self.items, critic_S, stds_S)
         return Scores(
             rewards_S=rewards_S,
             model_version=self.served.name,
@@ -237,6 +252,7 @@ class _Call:
             tokens_S=np.array([len(one.ids) for one in self.encoded]),
             components=components,
             values=tuple(outputs) if self.values else None,
+            stds_S=stds_S,
         )
 
 
@@ -252,7 +268,8 @@ class Scorer:
 
     Raises:
         CheckpointError: The critic is incomplete or damaged, does not match ``config.digest``, is encoded differently
-            than in training, contains a pickle, or lacks the mean and deviation that ``config.normalize`` needs.
+            than in training, contains a pickle, or lacks the mean and deviation that ``config.normalize`` needs,
+            or the calibration that a component of uncertainty needs.
         ConfigError: A component cannot be created.
     """
 
@@ -390,6 +407,19 @@ class Scorer:
 def _cancel_call(beginning: asyncio.Future[_Call]) -> None:
     if not beginning.cancelled() and beginning.exception() is None:
         beginning.result().outputs.cancel()
+
+
+def check_calibrated(config: ScorerConfig, has_stds: bool) -> None:
+    """Checks that a critic has the standard deviations that its reward needs.
+
+    Raises:
+        CheckpointError: A component is the uncertainty, and the critic is not calibrated.
+    """
+    if not has_stds and any(isinstance(component, UncertaintyComponent) for component in config.components):
+        raise CheckpointError(
+            f"{config.checkpoint}: a pessimistic reward needs standard deviations, and this critic has none: run "
+            f"rlhf-critic calibrate {config.checkpoint} DATA first, or leave out --pessimism"
+        )
 
 
 def version_name(version: str, digest: str, config: ScorerConfig, dtype: Dtype) -> str:

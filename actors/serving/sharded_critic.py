@@ -59,6 +59,8 @@ class ShardedCriticRank(Rank):
         with torch.no_grad():
             rewards_or_values = self._engine.rewards if rewards_only else self._engine.values
             outputs = [np.atleast_1d(output) for output in rewards_or_values(sequences)]
+        if (stds_S := self._engine.stds_S) is not None:
+            outputs = [np.append(output, std) for output, std in zip(outputs, stds_S, strict=True)]
         return Computed(outputs, self._engine.computed_tokens) if self.rank == 0 else None
 
 
@@ -87,6 +89,7 @@ class ShardedCritic:
     ) -> None:
         self.card: CriticCard = opened.card
         self.encoder: Encoder = opened.encoder
+        self.has_stds = opened.posterior() is not None
         self.tokens_at_once = config.token_budget * shards
         self.known_lengths = self.prefix_cache = None
         if config.prefix_cache_bytes:

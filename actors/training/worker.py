@@ -43,8 +43,9 @@ from actors.runtime.storage import (
     size_of,
 )
 from actors.training.result import SCORE, TrainOutcome, ValidationProgress
-from rlhf_critic.batching.sampler import is_due, rows_of_step
+from rlhf_critic.batching.sampler import DataOrder, is_due
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, read_card
+from rlhf_critic.checkpoint.posterior_file import save_posterior
 from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.train import TrainJobConfig
@@ -52,11 +53,12 @@ from rlhf_critic.data.training_data import load_data, total_steps
 from rlhf_critic.errors import CheckpointError, ConfigError, describe_error
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
-from rlhf_critic.logs import configure_logging
+from rlhf_critic.logs import configure_logging, quiet_root_handlers
 from rlhf_critic.model.device import configure_device
-from rlhf_critic.model.factory import DTYPE_OF
+from rlhf_critic.model.factory import DTYPE_OF, HEAD_NAME
 from rlhf_critic.model.weights import WeightReader
 from rlhf_critic.training.critic_engine import CriticEngine, PreparedPreferences
+from rlhf_critic.training.posterior_fit import MIN_VALIDATION
 from rlhf_critic.training.process_group import init_distributed, raise_on_all_ranks
 
 T = TypeVar("T")
@@ -69,7 +71,13 @@ MAX_REFERENCES = 1000  # training preferences whose rewards are measured for the
 FREE_OPTIONS = (
     *("data.", "encoding.", "run.", "resume", "seeds", "dry_run", "model.path", "model.prefix_tree"),
     *("train.token_budget", "train.gradient_checkpointing", "train.offload_optimizer", "train.offload_parameters"),
-    *("train.validate_every", "train.checkpoint_every", "train.early_stopping_patience", "train.reference"),
+    *(
+        "train.validate_every",
+        "train.checkpoint_every",
+        "train.early_stopping_patience",
+        "train.reference",
+        "train.uncertainty",
+    ),
 )
 
 
@@ -83,6 +91,7 @@ def train_loop(loop_config: dict[str, Any]) -> TrainOutcome:
         CriticError: The run cannot continue, and another attempt would fail as well.
     """
     configure_logging()
+    quiet_root_handlers()
     config = TrainJobConfig.model_validate(loop_config).resolved()
     if config.run.use_gpu:
         # NCCL's collectives use the current device, which is the first one unless it is set.
@@ -113,6 +122,7 @@ class _TrainingRun:
         # One rank of a node encodes what is not cached yet; then all map its files.
         self._on_each_node(lambda: load_data(config, _ignored_end_id(config)))
         self.data = raise_on_all_ranks(lambda: load_data(config, _ignored_end_id(config)))
+        self.order = DataOrder(self.data.train.prompts_N, config.train.seed)
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
         raise_on_all_ranks(lambda: WeightReader(config.model.path))
@@ -211,9 +221,10 @@ class _TrainingRun:
         return TrainOutcome(steps=engine.step, checkpoint=self.newest, evaluation=evaluation, progress=self.progress)
 
     def _prepare(self, step: int) -> PreparedPreferences:
-        data, options = self.data.train, self.config.train
-        rows = rows_of_step(data.prompts_N, options.global_batch_size, options.seed, step, options.epochs)
-        return self.engine.prepare(data, rows)
+        options = self.config.train
+        return self.engine.prepare(
+            self.data.train, self.order.rows_of_step(options.global_batch_size, step, options.epochs)
+        )
 
     def _run_logger(self) -> RunLogger:
         run = self.config.run
@@ -256,6 +267,8 @@ class _TrainingRun:
             if self.is_main:  # before the others, who wait for this rank in `save`
                 remove_leftover(*run, stored)
             self.engine.save(directory, self.data.encoder, card)
+            if is_last:
+                self._fit_posterior(directory)
             checkpoint, node_of_rank = None, [0] * dist.get_world_size()
             dist.all_gather_object(node_of_rank, node)
             nodes = len(set(node_of_rank))
@@ -270,6 +283,17 @@ class _TrainingRun:
         finally:
             if self.is_first_of_node:
                 shutil.rmtree(directory, ignore_errors=True)
+
+    def _fit_posterior(self, directory: Path) -> None:
+        """Fits the posterior of the saved head and saves it beside the weights, if there is data to validate on."""
+        validation = self.data.validation
+        if not self.config.train.uncertainty or validation is None or len(validation) < MIN_VALIDATION:
+            return
+        started = time.perf_counter()
+        posterior, report = self.engine.fit_posterior(self.data.train, validation)
+        if self.is_main:
+            save_posterior(directory, posterior, WeightReader(str(directory)).read(HEAD_NAME), report.to_dict())
+        self._log("posterior: seconds=%.1f %s", time.perf_counter() - started, report)
 
     def _reference(self, evaluation: Evaluation | None, is_last: bool) -> dict[str, Any]:
         """Measures rewards on the reference preferences, if they are due at this checkpoint, for the card."""

@@ -17,7 +17,7 @@ import torch
 from rlhf_critic import Encoder, create_critic_model, load_critic, load_tokenizer
 from rlhf_critic.algorithms.preference_objective import preference_loss
 from rlhf_critic.batching.planner import plan_micro_batches
-from rlhf_critic.batching.sampler import rows_of_step, steps_in
+from rlhf_critic.batching.sampler import DataOrder, steps_in
 from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, save_critic
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.preferences import load_preferences
@@ -45,10 +45,11 @@ def main(base: str, data: str, out: str) -> float:
     optimizer = torch.optim.AdamW(critic.parameters(), lr=OPTIONS.learning_rate, weight_decay=0.0)
 
     steps = steps_in(len(preferences), OPTIONS.global_batch_size, OPTIONS.epochs)
+    order = DataOrder(preferences.prompts_N, OPTIONS.seed)
     for step in range(steps):
         # 4. The rows of this step: a function of the seed and the step alone, so a resumed run sees the same rows.
         #    Preferences that share a prompt come together.
-        rows_G = rows_of_step(preferences.prompts_N, OPTIONS.global_batch_size, OPTIONS.seed, step, OPTIONS.epochs)
+        rows_G = order.rows_of_step(OPTIONS.global_batch_size, step, OPTIONS.epochs)
         units = [preference.responses for preference in preferences.take(rows_G)]
 
         # 5. Micro-batches within the token budget. Each becomes one prefix tree: a prompt is computed once for both

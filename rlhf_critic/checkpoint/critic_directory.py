@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
 from transformers import PreTrainedModel
 
+from rlhf_critic.algorithms.head_posterior import HeadPosterior
 from rlhf_critic.checkpoint.interchange import write_for_other_readers
+from rlhf_critic.checkpoint.posterior_file import POSTERIOR_NAME, read_posterior
 from rlhf_critic.config.model import SpecialTokensInText
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.errors import CheckpointError
@@ -106,11 +108,12 @@ class CriticCard(BaseModel):
 
 @dataclass(frozen=True)
 class LoadedCritic:
-    """A critic with its encoder and card."""
+    """A critic with its encoder and card, and the posterior of its head if it is calibrated."""
 
     critic: Critic
     encoder: Encoder
     card: CriticCard
+    posterior: HeadPosterior | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,16 @@ class OpenedCritic:
 
     def load(self, dtype: torch.dtype | None = None) -> LoadedCritic:
         """Builds the critic in this process, in evaluation mode. See `build`."""
-        return LoadedCritic(self.build(dtype=dtype).eval(), self.encoder, self.card)
+        posterior = self.posterior()  # before `build`, which takes the weights
+        return LoadedCritic(self.build(dtype=dtype).eval(), self.encoder, self.card, posterior)
+
+    def posterior(self) -> HeadPosterior | None:
+        """Reads the posterior of the head, if the critic is calibrated.
+
+        Raises:
+            CheckpointError: See `rlhf_critic.checkpoint.posterior_file.read_posterior`.
+        """
+        return read_posterior(self.directory, self.reader)
 
     def check(self) -> PreTrainedModel:
         """Checks the weights against the config, and the head's numbers. Returns the model on the meta device.
@@ -280,7 +292,7 @@ def check_critic(directory: str | Path) -> tuple[CriticCard, str]:
 
 
 def weights_hash(directory: str | Path, *, safetensors_only: bool = True) -> str:
-    """Verifies a model directory and returns a SHA-256 over its weights, its config and, for a critic, its card.
+    """Verifies a model directory and returns a SHA-256 over its weights, config, card and posterior, if any.
 
     The hash tells two critics of the same name apart. It is made from the manifest's checksums where they are SHA-256,
     so that each file is read once. Otherwise it is made from the files themselves. ``safetensors_only`` rejects pickled
@@ -292,7 +304,8 @@ def weights_hash(directory: str | Path, *, safetensors_only: bool = True) -> str
     directory = Path(directory)
     records = verify_critic(directory)
     weights = WeightReader(str(directory), safetensors_only=safetensors_only).files
-    files = [*(path for path in (directory / CARD_NAME, directory / "config.json") if path.is_file()), *weights]
+    beside = (directory / CARD_NAME, directory / "config.json", directory / POSTERIOR_NAME)
+    files = [*(path for path in beside if path.is_file()), *weights]
     found = [records.get(os.path.relpath(path, directory)) for path in files]
     checksums = [record.checksum for record in found if record and isinstance(record.checksum, str)]
     if len(checksums) == len(files):

@@ -114,6 +114,9 @@ class RewardConfig(AssumedEncoding):
     """YAML file with the components of a reward, as in rlhf-critic serve (only with reward.checkpoint)."""
     normalize: bool = False
     """Normalise rewards with the critic's reference mean and deviation (only with reward.checkpoint)."""
+    pessimism: NonNegativeFloat = 0.0
+    """Standard deviations of the reward to subtract from it, as in rlhf-critic serve (only with reward.checkpoint). The
+    reward model must be calibrated."""
     min_replicas: PositiveInt = 1
     """Minimum number of scorer replicas (only with reward.checkpoint)."""
     max_replicas: PositiveInt = 1
@@ -248,7 +251,7 @@ class PPOJobConfig(Section):
                 f"reward.max_replicas {self.reward.max_replicas} is below reward.min_replicas "
                 f"{self.reward.min_replicas}"
             )
-        of_a_pool = ("components", "normalize", "chat_template", "max_length")
+        of_a_pool = ("components", "normalize", "pessimism", "chat_template", "max_length")
         given = [f"reward.{name}" for name in of_a_pool if getattr(self.reward, name)]
         if self.reward.checkpoint is None and given:
             raise ValueError(f"{given[0]} needs reward.checkpoint, because it configures the pool of that checkpoint")

@@ -21,6 +21,7 @@ from rlhf_critic.config.base import (
     load_config_file,
 )
 from rlhf_critic.config.model import AssumedEncoding, AutoDtype
+from rlhf_critic.errors import ConfigError
 
 COMPONENT_NAME = r"[A-Za-z_]\w*"
 
@@ -37,6 +38,15 @@ class CriticComponent(_Component):
 
     kind: Literal["critic"] = "critic"
     name: str = "critic"
+
+
+class UncertaintyComponent(_Component):
+    """The standard deviation of the critic's reward. The critic must be calibrated."""
+
+    kind: Literal["uncertainty"] = "uncertainty"
+    name: str = "uncertainty"
+    weight: FiniteFloat = -1.0
+    """Factor on the standard deviation in the sum of components."""
 
 
 class LengthPenalty(_Component):
@@ -77,7 +87,8 @@ class PythonComponent(_Component):
 
 
 Component: TypeAlias = Annotated[
-    CriticComponent | LengthPenalty | RegexComponent | PythonComponent, Field(discriminator="kind")
+    CriticComponent | UncertaintyComponent | LengthPenalty | RegexComponent | PythonComponent,
+    Field(discriminator="kind"),
 ]
 
 
@@ -107,6 +118,24 @@ def load_components(path: str | None) -> tuple[Component, ...]:
     return (load_config_file(Components, path) if path else Components()).components
 
 
+def with_pessimism(components: tuple[Component, ...], pessimism: float) -> tuple[Component, ...]:
+    """Adds the uncertainty with the weight ``-pessimism``, unless that is 0.
+
+    Raises:
+        ConfigError: A component is the uncertainty already, or has its name.
+    """
+    if not pessimism:
+        return components
+    added = UncertaintyComponent(weight=-pessimism)
+    for component in components:
+        if component.name == added.name or isinstance(component, UncertaintyComponent):
+            raise ConfigError(
+                f"--pessimism adds the component {added.name!r}, and the file of components has {component.name!r} "
+                "already: leave out one of them"
+            )
+    return (*components, added)
+
+
 class ScoringOptions(AssumedEncoding):
     """Options of every scorer."""
 
@@ -126,6 +155,9 @@ class ScoringJobOptions(ScoringOptions):
 
     components: PathOrUri | None = None
     """YAML file with the components of a reward; None uses the critic alone."""
+    pessimism: NonNegativeFloat = 0.0
+    """Standard deviations of the critic's reward to subtract from the reward, as the component uncertainty. 0 subtracts
+    none. The critic must be calibrated."""
 
     def scorer_config(self, checkpoint: str, digest: str) -> ScorerConfig:
         """Returns the options of every scorer. A job without limits of a call has no other callers to limit.
@@ -136,7 +168,7 @@ class ScoringJobOptions(ScoringOptions):
         return ScorerConfig(
             checkpoint=checkpoint,
             digest=digest,
-            components=load_components(self.components),
+            components=with_pessimism(load_components(self.components), self.pessimism),
             **self.model_dump(include=set(ScoringOptions.model_fields)),
             **{name: getattr(self, name, 2**31) for name in CallLimits.model_fields},
         )

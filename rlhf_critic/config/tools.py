@@ -72,6 +72,32 @@ class EvaluateJobConfig(AssumedEncoding):
     """New or empty local directory for metrics.json and report.html, one page with plots."""
 
 
+class CalibrateJobConfig(AssumedEncoding):
+    """Fits the uncertainty of a critic's rewards to preferences, and stores it beside the weights. Runs without Ray.
+
+    For example: rlhf-critic calibrate my-critic prefs.jsonl --validation heldout.jsonl
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """Local directory of a critic (a checkpoint or an export), or of another reward model with one label."""
+    data: tyro.conf.Positional[str] = Field(description=f"Preferences like those of training: {SOURCE_KINDS}.")
+    validation: str | None = None
+    """Preferences that the critic was not trained on, a source as DATA. They choose prior and temperature. None holds
+    out a part of DATA, which must then be new to the critic."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Fraction of DATA's prompts to hold out, without validation."""
+    max_preferences: PositiveInt = 10_000
+    """Maximum number of preferences of DATA to read; more are sampled."""
+    use_gpu: bool = False
+    """Compute on one GPU instead of CPUs."""
+    dtype: AutoDtype = "auto"
+    """Dtype of parameters and activations. auto is bfloat16 on a GPU and float32 on a CPU."""
+    token_budget: PositiveInt = 4096
+    """Maximum number of tokens computed at once. Changes speed and memory only."""
+    cache_dir: PathOrUri = ".cache"
+    """Local cache directory for encoded data. Safe to delete."""
+
+
 class ExportJobConfig(Section):
     """Copies a critic out of a run, without its resume state, or converts another system's reward model.
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers.processors import ByteLevel
@@ -31,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_critic.config.model import AUTO_TEMPLATE, EncodingConfig, SpecialTokensInText, TemplateDate
 from rlhf_critic.data.chat_template import Change, ChatTemplate
-from rlhf_critic.data.conversation import Message, Prompt
+from rlhf_critic.data.conversation import Message, Prompt, Reply, tools_of, turns_of
 from rlhf_critic.data.special_tokens import LiteralTokens
 from rlhf_critic.data.templates import resolve_template, without_trailing
 from rlhf_critic.errors import EncodingError
@@ -219,11 +220,11 @@ class Encoder:
         self.ignored_end_id = ignored_end_id
         self._template = ChatTemplate(tokenizer)
 
-    def render(self, prompt: Prompt, response: str) -> str:
+    def render(self, prompt: Prompt, response: Reply) -> str:
         """Renders the conversation, with ``response`` as the last turn, of the assistant; see `render_conversation`."""
         return self.render_conversation(prompt, response).text
 
-    def render_conversation(self, prompt: Prompt, response: str) -> Rendered:
+    def render_conversation(self, prompt: Prompt, response: Reply) -> Rendered:
         """Renders the conversation, and checks that the response stands in the text.
 
         Some templates drop or rewrite parts of a response, such as the reasoning before ``</think>``. Then the text
@@ -233,8 +234,8 @@ class Encoder:
         Raises:
             EncodingError: The template rejects the conversation, or leaves out every response.
         """
-        turns, answer, found = self._hide(prompt, response)
-        text, change = self._template.render(turns, answer)
+        turns, tools, answer, found = self._hide(prompt, response)
+        text, change = self._template.render(turns, answer, tools)
         if not found:
             return Rendered(text, change)
         return Rendered(self._literal.reveal(text), change, True, text if self._reads_text else None)
@@ -267,22 +268,22 @@ class Encoder:
     def _literal(self) -> LiteralTokens:
         return LiteralTokens(self.tokenizer, self.special_tokens)
 
-    def _hide(self, prompt: Prompt, response: str) -> tuple[list[Message], str, bool]:
-        """Returns turns and response with placeholders for their special tokens, and whether there are any."""
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-        if not (self._literal.are_in(response) or any(self._literal.are_in(turn) for turn in turns)):
-            return turns, response, False
+    def _hide(self, prompt: Prompt, response: Reply) -> tuple[list[Message], list[dict[str, Any]], Reply, bool]:
+        """Returns turns, tools and response with placeholders for their special tokens, and whether there are any."""
+        turns, tools = turns_of(prompt), tools_of(prompt)
+        if not any(map(self._literal.are_in, (response, turns, tools))):
+            return turns, tools, response, False
         if self._reads_text:
             response = self._literal.hide(response)
             if self._template.separates_turns:  # otherwise special tokens of the prompt do
-                turns = self._literal.hide(turns)
-        return turns, response, True
+                turns, tools = self._literal.hide(turns), self._literal.hide(tools)
+        return turns, tools, response, True
 
-    def encode(self, prompt: Prompt, response: str) -> Encoded:
+    def encode(self, prompt: Prompt, response: Reply) -> Encoded:
         """Encodes one prompt and response; see `encode_batch`."""
         return self.encode_batch([(prompt, response)])[0]
 
-    def encode_batch(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Encoded]:
+    def encode_batch(self, pairs: Sequence[tuple[Prompt, Reply]]) -> list[Encoded]:
         """Encodes prompts and responses. The ids of a text do not depend on its neighbours.
 
         Raises:
@@ -356,8 +357,8 @@ class Encoder:
         return self._ids_of([self._open(prompt)])[0]
 
     def _open(self, prompt: Prompt) -> Rendered:
-        turns, _, found = self._hide(prompt, "")
-        text = self._template.open(turns)
+        turns, tools, _, found = self._hide(prompt, "")
+        text = self._template.open(turns, tools)
         return Rendered(self._literal.reveal(text), "", found, text if found and self._reads_text else None)
 
     def without_ending(self, text: str) -> str:

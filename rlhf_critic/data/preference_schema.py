@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StrictStr
 
-from rlhf_critic.data.conversation import NonEmptyText, Prompt, Turn, Turns, to_prompt
+from rlhf_critic.data.conversation import NonEmptyText, Prompt, Reply, Tools, Turn, Turns, to_prompt
 from rlhf_critic.data.repeated_prompts import Rejection, separate_turns
 from rlhf_critic.data.rows import validate_row
 from rlhf_critic.errors import DataError
@@ -22,7 +22,11 @@ TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF_SPEAKER = {"Human": "user", "Assistant": "assistant"}
 STANDARD_EXPLICIT = "standard, explicit prompt"
 WHOLE_TEXTS = "standard, explicit prompt that the responses repeat"
-Response: TypeAlias = NonEmptyText | Annotated[Turns, Field(min_length=1)]
+# A text or turns; one turn alone, as ShareGPT's files have it, is a list of one.
+Response: TypeAlias = Annotated[
+    NonEmptyText | Annotated[Turns, Field(min_length=1)],
+    BeforeValidator(lambda given: [given] if isinstance(given, dict) else given),
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Preference:
         subset: Tag for reports by subset; empty if absent.
         shape: Name of the row's shape.
         fields: Field name of each response, for errors.
+        tools: JSON schemas of the tools that the assistant may call.
     """
 
     prompt: str | Turns
@@ -44,16 +49,17 @@ class Preference:
     subset: str
     shape: str
     fields: tuple[str, ...]
+    tools: Tools = ()
 
-    def conversations(self) -> list[tuple[Prompt, str]]:
-        """Returns the preceding turns and the last text of each response, for `Encoder.encode_batch`."""
+    def conversations(self) -> list[tuple[Prompt, Reply]]:
+        """Returns the preceding turns and the last turn of each response, for `Encoder.encode_batch`."""
         return [self._conversation(response) for response in self.responses]
 
-    def _conversation(self, response: str | Turns) -> tuple[Prompt, str]:
+    def _conversation(self, response: str | Turns) -> tuple[Prompt, Reply]:
         if isinstance(response, str):
-            return to_prompt(self.prompt), response
+            return to_prompt(self.prompt, self.tools), response
         before = (Turn(role="user", content=self.prompt),) if isinstance(self.prompt, str) else self.prompt
-        return to_prompt((*before, *response[:-1])), response[-1].content
+        return to_prompt((*before, *response[:-1]), self.tools), response[-1].to_reply()
 
 
 class PreferenceRow(BaseModel):
@@ -68,6 +74,7 @@ class PreferenceRow(BaseModel):
     chosen_score: FiniteFloat | None = None
     rejected_score: FiniteFloat | None = None
     subset: StrictStr | None = None
+    tools: Tools = ()
 
 
 FIELDS = tuple(PreferenceRow.model_fields)
@@ -84,6 +91,8 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
     Raises:
         DataError: A field is missing or invalid. Names place and field.
     """
+    if "prompt" not in fields and row.get("prompt") is None and isinstance(row.get("conversations"), list):
+        fields = {**fields, "prompt": "conversations"}  # as LLaMA-Factory names the turns of ShareGPT
     parsed = validate_row(PreferenceRow, row, place, fields)
 
     def invalid(field: str, message: str) -> DataError:
@@ -102,7 +111,7 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
         for name, response in zip(names, responses, strict=True):
             if not isinstance(response, str) and response[-1].role != "assistant":
                 raise invalid(name, f"must end with a turn of the assistant, not of {response[-1].role!r}")
-            if not isinstance(response, str) and not response[-1].content:
+            if not isinstance(response, str) and not response[-1].text and not response[-1].tool_calls:
                 raise invalid(name, "the last turn is empty; give the response a text or remove this row")
 
     validate(responses)
@@ -115,7 +124,13 @@ def parse_row(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> 
             raise invalid("chosen_score", f"{parsed.chosen_score} is below rejected_score {parsed.rejected_score}")
     shape = shape if parsed.ranked is None else f"{shape}, ranked"
     return Preference(
-        prompt, responses, margin, parsed.subset or "", shape, tuple(fields.get(name, name) for name in names)
+        prompt,
+        responses,
+        margin,
+        parsed.subset or "",
+        shape,
+        tuple(fields.get(name, name) for name in names),
+        parsed.tools,
     )
 
 
@@ -158,7 +173,7 @@ def _separate_explicit_prompt(
             return prompt, tuple(responses), STANDARD_EXPLICIT if is_text else shape
         # Whole transcripts. The prompt may end with the name of the next speaker.
         if isinstance(prompt, str) and TRANSCRIPT_TURN.match(prompt):
-            opening = tuple(turn for turn in _turns_of(prompt) if turn.content)
+            opening = tuple(turn for turn in _turns_of(prompt) if turn.text)
         responses, shape = (
             [_turns_of(response) for response in responses],
             "transcript (Human, Assistant), explicit prompt",

@@ -197,6 +197,7 @@ def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Preferen
 def _prompt_key(preference: Preference, place: str) -> int:
     """Returns a number that is equal for equal prompts. An empty prompt is hashed by its place and equals no other."""
     prompt = preference.prompt
-    text = prompt if isinstance(prompt, str) else json.dumps([turn.model_dump() for turn in prompt])
-    hashed = hashlib.sha256((text if prompt else f":{place}").encode("utf-8", "surrogatepass")).digest()
+    text = prompt if isinstance(prompt, str) else json.dumps([turn.to_message() for turn in prompt])
+    text = (text if prompt else f":{place}") + (json.dumps(preference.tools) if preference.tools else "")
+    hashed = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(hashed[:8], "little", signed=True)

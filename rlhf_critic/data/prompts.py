@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
-from rlhf_critic.data.conversation import Prompt, Turns, to_prompt
+from rlhf_critic.data.conversation import Prompt, Tools, Turns, to_prompt
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.data.rows import validate_row
 from rlhf_critic.data.sources import read_rows
@@ -27,6 +27,7 @@ class PromptRow(BaseModel):
     prompt: StrictStr | Turns = Field(
         description="a text, or a list of turns with 'role' and 'content' (see --prompts.fields)"
     )
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Prompts:
 
     Attributes:
         sources: Names of the sources, for messages.
-        prompts: Texts, or turns with ``role`` and ``content``.
+        prompts: Texts, or turns with ``role`` and ``content``, with tools or without.
         ids: Token ids of each prompt, at least one.
         truncated: Number of prompts that were truncated from the left.
     """
@@ -90,7 +91,8 @@ def load_prompts(
     for source in sources:
         for number, row in read_rows(source):
             place = f"{source}:{number}"
-            prompt = to_prompt(validate_row(PromptRow, row, place, fields or {}).prompt)
+            parsed = validate_row(PromptRow, row, place, fields or {})
+            prompt = to_prompt(parsed.prompt, parsed.tools)
             try:
                 ids = encoder.encode_opening(prompt)
             except EncodingError as error:

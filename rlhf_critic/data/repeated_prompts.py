@@ -77,7 +77,10 @@ def _end_of(prompt: Turns, turns: Turns) -> int | None:
 
 def _same(left: Sequence[Turn], right: Sequence[Turn]) -> bool:
     def bare(turns: Sequence[Turn]) -> list[Turn]:
-        return [turn.model_copy(update={"content": turn.content.strip()}) for turn in turns]
+        return [
+            turn.model_copy(update={"content": turn.content.strip()}) if isinstance(turn.content, str) else turn
+            for turn in turns
+        ]
 
     return left == right or bare(left) == bare(right)
 

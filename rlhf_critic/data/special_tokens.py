@@ -45,7 +45,9 @@ class LiteralTokens:
         """Returns whether a text, or a text in nested lists and mappings, holds a special token."""
         if isinstance(value, str):
             return self._pattern.search(value) is not None
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        parts = (
+            [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        )
         return any(self.are_in(part) for part in parts)
 
     def hide(self, value: Any) -> Any:
@@ -53,7 +55,7 @@ class LiteralTokens:
         if isinstance(value, str):
             return self._pattern.sub(lambda found: self._placeholders[found[0]], value)
         if isinstance(value, dict):
-            return {name: self.hide(part) for name, part in value.items()}
+            return {self.hide(name): self.hide(part) for name, part in value.items()}
         return [self.hide(part) for part in value] if isinstance(value, list | tuple) else value
 
     def reveal(self, text: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from rlhf_critic.data.conversation import NonEmptyText, Turns, to_prompt
+from rlhf_critic.data.conversation import NonEmptyText, Tools, Turns, to_prompt
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.data.repeated_prompts import TextRow, count_repeats
 from rlhf_critic.data.rows import validate_row
@@ -41,6 +41,7 @@ class BestOfNRow(BaseModel):
     best: StrictInt | None = None
     id: StrictStr | StrictInt | None = None
     subset: StrictStr | None = None
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class _Parsed:
     right: int
     subset: str
     id: str
+    tools: Tools
 
 
 def _parse(origin: str, fields: Mapping[str, Any]) -> _Parsed:
@@ -196,13 +198,14 @@ def _parse(origin: str, fields: Mapping[str, Any]) -> _Parsed:
         tuple(text for _, text in named),
         tuple(field for field, _ in named),
     )
-    return _Parsed(row.prompt, texts, right, row.subset or "", "" if row.id is None else str(row.id))
+    return _Parsed(row.prompt, texts, right, row.subset or "", "" if row.id is None else str(row.id), row.tools)
 
 
 def _encode(row: _Parsed, encoder: Encoder, are_whole: bool) -> BestOfN:
-    prompt, responses = to_prompt(row.prompt), row.texts.responses
-    if are_whole and isinstance(prompt, str):  # the responses repeat the prompt, which is read once
-        prompt, responses = row.texts.separated()
+    text, responses = row.prompt, row.texts.responses
+    if are_whole and isinstance(text, str):  # the responses repeat the prompt, which is read once
+        text, responses = row.texts.separated()
+    prompt = to_prompt(text, row.tools)
     encoded = []
     for field, text in zip(row.texts.names, responses, strict=True):
         try:

@@ -34,7 +34,8 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Any = No
         labels: Not used.
 
     Returns:
-        ``rewards`` and ``scores``, fp32 ``[S]``, and ``extra_logs`` with the components of the reward.
+        ``rewards`` and ``scores``, fp32 ``[S]``, and ``extra_logs`` with the components of the reward and
+        ``std`` of a calibrated critic.
 
     Raises:
         CriticError: See `rlhf_critic.scoring.client.ScorerClient.score`.
@@ -45,5 +46,5 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Any = No
     ]
     scores = client_from_environment().score_items(items)
     rewards_S = torch.from_numpy(scores.rewards_S)
-    logs = {name: torch.from_numpy(value_S) for name, value_S in scores.components.items()}
+    logs = {name: torch.from_numpy(value_S) for name, value_S in scores.logs().items()}
     return {"rewards": rewards_S, "scores": rewards_S, "extra_logs": logs}

@@ -11,10 +11,12 @@ Written against TRL 1.16, whose trainers call reward functions with ``prompts`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from rlhf_critic.data.conversation import Prompt, present_fields
+from pydantic import ValidationError
+
+from rlhf_critic.data.conversation import Prompt, Turn, present_fields, turns_of
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation
@@ -33,14 +35,22 @@ class CriticReward:
         self._client = client
         self.__name__ = name
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion], **_: Any) -> list[float]:
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Completion],
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: Any,
+    ) -> list[float]:
         """Returns the reward of each completion.
 
         Args:
             prompts: Turns, or texts that the critic's template renders as a user's turn. They must not be rendered
                 with the policy's template already, because the critic's template is applied too.
-            completions: Texts, or, for prompts of turns, turns that end with the assistant's. The content of the last
-                turn is scored, without reasoning that TRL has parsed out. Earlier turns (of tools) extend the prompt.
+            completions: Texts, or, for prompts of turns, turns that end with the assistant's. The content and the
+                tool calls of the last turn are scored, without reasoning that TRL has parsed out. Earlier turns (of
+                tools) extend the prompt.
+            log_metric: TRL's function that logs a number. It gets the mean of each component and of ``std``.
 
         Raises:
             ScorerRejected: A completion is not text, or cannot be scored.
@@ -49,7 +59,11 @@ class CriticReward:
         """
         pairs = zip(prompts, completions, strict=True)
         items = [_conversation(index, prompt, completion) for index, (prompt, completion) in enumerate(pairs)]
-        return self._client.score_items(items).rewards_S.tolist()
+        scores = self._client.score_items(items)
+        if log_metric is not None:
+            for part, value_S in scores.logs().items():
+                log_metric(f"{self.__name__}/{part}", float(value_S.mean()))
+        return scores.rewards_S.tolist()
 
 
 def reward_function(client: ScorerClient, name: str = "critic") -> CriticReward:
@@ -64,15 +78,17 @@ def reward_function(client: ScorerClient, name: str = "critic") -> CriticReward:
 
 def _conversation(index: int, prompt: Prompt, completion: Completion) -> Conversation:
     if isinstance(completion, str):
-        return Conversation(prompt if isinstance(prompt, str) else present_fields(prompt), completion)
+        return Conversation(prompt if isinstance(prompt, str) else present_fields(turns_of(prompt)), completion)
     if isinstance(prompt, str):
         raise _not_text(index, "consists of turns, but its prompt is a text")
-    *before, last = present_fields([*prompt, *completion])
+    *before, last = present_fields([*turns_of(prompt), *completion])
     if not completion or last.get("role") != "assistant":
         raise _not_text(index, "does not end with an assistant's turn")
-    if last.get("tool_calls") or not isinstance(last.get("content"), str):
-        raise _not_text(index, "ends with a turn that is not text (a tool call or an image)")
-    return Conversation(before, last["content"])
+    scored = {name: last[name] for name in ("role", "content", "tool_calls") if name in last}
+    try:
+        return Conversation(before, Turn.model_validate(scored).to_reply())
+    except ValidationError as error:
+        raise _not_text(index, f"ends with a turn that is not text ({error.errors()[0]['msg']})") from error
 
 
 def _not_text(index: int, why: str) -> ScorerRejected:

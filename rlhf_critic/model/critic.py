@@ -74,8 +74,9 @@ class Critic(Backbone):
         attention_mask: Tensor | None = None,
         *,
         rewards_only: bool = False,
+        with_states: bool = False,
         use_cache: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor] | dict[str, Tensor]:
         """Computes values or rewards of a batch; or, as in DeepSpeed-Chat, loss and rewards of padded pairs.
 
         Call the module, not this method, so that ZeRO's hooks run.
@@ -84,18 +85,21 @@ class Critic(Backbone):
             input_ids: A batch; or token ids, int64 ``[2P, L]``: the chosen rows, then the rejected rows.
             attention_mask: Mask of token ids: 1 at the tokens of each row's sequence, 0 at padding, ``[2P, L]``.
             rewards_only: Whether to compute `rewards` instead of `values`, for a batch.
+            with_states: Whether to return the last hidden states as well, for a batch.
             use_cache: Ignored; DeepSpeed-Chat's callers pass it, and nothing is cached.
 
         Returns:
-            Values or rewards; for token ids see `rlhf_critic.model.deepspeed_chat.preference_scores`.
+            Values or rewards, and with ``with_states`` the hidden state at the last real token of every sequence,
+            ``[S, D]``; for token ids see `rlhf_critic.model.deepspeed_chat.preference_scores`.
 
         Raises:
             ValueError: The mask is missing or has another shape, the number of rows is odd, or a row has no token.
         """
         if not isinstance(input_ids, Tensor):
-            return self._forward_batch(input_ids, rewards_only)
+            outputs, states_SD = self._forward_batch(input_ids, rewards_only)
+            return (outputs, states_SD) if with_states else outputs
         rows = Rows.from_padded(input_ids, attention_mask)
-        values_BS = self._forward_batch(self.batch_of(rows.sequences, input_ids.device), rewards_only=False)
+        values_BS, _ = self._forward_batch(self.batch_of(rows.sequences, input_ids.device), rewards_only=False)
         return preference_scores(rows, values_BS)
 
     def forward_value(
@@ -126,14 +130,15 @@ class Critic(Backbone):
             return values_BL
         return {"values": values_BL, "chosen_end_scores": rows.at_ends(values_BS)}
 
-    def _forward_batch(self, batch: Batch, rewards_only: bool) -> Tensor:
+    def _forward_batch(self, batch: Batch, rewards_only: bool) -> tuple[Tensor, Tensor]:
         hidden_TD = self.hidden(batch, leaves_only=rewards_only)
+        states_SD = hidden_TD[batch.leaves_S]
         if rewards_only:
-            return self.model.score(hidden_TD[batch.leaves_S]).squeeze(-1)
+            return self.model.score(states_SD).squeeze(-1), states_SD
         values_T = self.model.score(hidden_TD).squeeze(-1)
         if self.store is not None and isinstance(batch, PrefixTreeBatch) and batch.slots is not None:
             values_T = self.store.extend_token_values(values_T, batch.slots)
-        return values_T[batch.tokens_SL]
+        return values_T[batch.tokens_SL], states_SD
 
     def values(self, batch: Batch) -> Tensor:
         """Computes the value at every token of every sequence, fp32 ``[S, L]``; undefined at padding.
@@ -141,6 +146,10 @@ class Critic(Backbone):
         Rows of a prefix tree start with the first token of their sequence. Rows of a padded batch are padded like it.
         """
         return self(batch)
+
+    def rewards_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Computes the reward of every sequence, fp32 ``[S]``, and the hidden state that gives it, ``[S, D]``."""
+        return self(batch, rewards_only=True, with_states=True)
 
     def rewards(self, batch: Batch) -> Tensor:
         """Computes the reward of every sequence, its value at the last real token, fp32 ``[S]``."""

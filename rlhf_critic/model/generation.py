@@ -9,7 +9,7 @@ Shape legend: S responses, V vocabulary, R tokens of a response.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,7 @@ class TransformersGenerator:
             CheckpointError: Weights are missing or unknown; names them.
         """
         state = self._policy.model.state_dict()
-        unfit = (persistent_tensors(self._policy.model).keys() - weights.keys()) | (weights.keys() - state.keys())
-        if unfit:
-            raise CheckpointError(f"these are not the weights of the policy: missing or unknown: {sorted(unfit)}")
+        _require_names(weights, persistent_tensors(self._policy.model).keys(), state.keys())
         with torch.no_grad():
             for name, tensor in weights.items():
                 state[name].copy_(tensor)
@@ -161,6 +159,13 @@ class _SamplingRecorder(LogitsProcessor):
             self._log_probs.append(self._last.gather(1, input_ids[:, -1:]))
 
 
+def _require_names(weights: Mapping[str, Tensor], needed: Set[str], known: Set[str]) -> None:
+    unfit = sorted((needed - weights.keys()) | (weights.keys() - known))
+    if unfit:
+        named = ", ".join(unfit[:10]) + (f" and {len(unfit) - 10} more" if len(unfit) > 10 else "")
+        raise CheckpointError(f"these are not the weights of the policy: missing or unknown: {named}")
+
+
 class VllmGenerator:
     """Generator that uses vLLM, which computes each prompt once for all responses to it. Needs a GPU."""
 
@@ -176,13 +181,19 @@ class VllmGenerator:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         self._shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
+        self._needed = persistent_tensors(base).keys()
         overrides = {} if model.num_layers is None else {"hf_overrides": {"num_hidden_layers": model.num_layers}}
         self._llm = LLM(
             model.path, dtype=model.dtype, logprobs_mode="processed_logprobs", enable_prefix_caching=True, **overrides
         )
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Loads new weights. vLLM's models accept the names of Hugging Face checkpoints, and their shapes only."""
+        """Loads new weights. vLLM's models accept the names of Hugging Face checkpoints, and their shapes only.
+
+        Raises:
+            CheckpointError: Weights are missing or unknown; names them.
+        """
+        _require_names(weights, self._needed, self._shapes.keys())  # vLLM keeps its weights where new ones are missing
         tensors = {
             name: tensor if tensor.shape == self._shapes[name] else tensor[: self._shapes[name][0]]
             for name, tensor in weights.items()

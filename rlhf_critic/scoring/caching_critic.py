@@ -48,7 +48,7 @@ class CachingCritic:
         return self._cache.known_lengths(sequences, with_values=not rewards_only)
 
     @torch.no_grad()
-    def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> tuple[Tensor, int]:
+    def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> tuple[Tensor, Tensor, int]:
         """Computes one micro-batch.
 
         Args:
@@ -56,11 +56,12 @@ class CachingCritic:
             rewards_only: Whether to compute rewards instead of values.
 
         Returns:
-            Rewards ``[S]`` or values ``[S, L]``, as `Critic` computes them, and the number of computed tokens.
+            Rewards ``[S]`` or values ``[S, L]`` and the last hidden state of each sequence, ``[S, D]``, as `Critic`
+            computes them, and the number of computed tokens.
         """
         with self._cache.lease(sequences, with_values=not rewards_only) as lease:
             batch = self._critic.batch_of(sequences, self._device, lease)
             assert isinstance(batch, PrefixTreeBatch), "only prefix trees have a store"
-            output = self._critic(batch, rewards_only=rewards_only)
+            output, states_SD = self._critic(batch, rewards_only=rewards_only, with_states=True)
             lease.keep(batch.tree)
-        return output, batch.computed_tokens
+        return output, states_SD, batch.computed_tokens

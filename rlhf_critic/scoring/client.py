@@ -227,7 +227,9 @@ class ScorerClient:
             except ScorerRejected as error:
                 raise error.after(start) from error
             except ScorerLost as error:
-                if is_suspect:
+                if not is_suspect:  # a node was taken away, or an item kills scorers: the next loss tells
+                    return await answer(start, is_suspect=True)
+                if len(part) == 1:
                     raise ScorerRejected(
                         "kills_scorers",
                         f"item {start}: {LOSSES_PER_ITEM} scorers died while they scored it alone: leave it out, and "
@@ -277,7 +279,7 @@ class ScorerClient:
 
         backoff = wait_random_exponential(multiplier=FIRST_WAIT_S, max=MAX_WAIT_S)
         reason = "they are all busy"
-        losses_left = LOSSES_PER_ITEM if is_suspect else 1
+        losses_left = LOSSES_PER_ITEM if is_suspect and len(part) == 1 else 1
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(ScorerUnavailable),
@@ -327,6 +329,8 @@ def _validate(scores: Scores, items: int, values: bool, version: str | None) -> 
     if version not in {None, scores.model_version}:
         raise VersionMismatch(f"version {version} was requested, and {scores.model_version} answered")
     told = {"rewards": scores.rewards_S, **{f"component {name}": value for name, value in scores.components.items()}}
+    if scores.stds_S is not None:
+        told["stds"] = scores.stds_S
     shapes = {name: value.shape for name, value in told.items()}
     shapes |= {"truncated": scores.truncated_S.shape, "tokens": scores.tokens_S.shape}
     if values:
@@ -352,6 +356,7 @@ def _join(answers: list[Scores]) -> Scores:
     if len({frozenset(answer.components) for answer in answers}) > 1:
         raise ScorerFailed(f"version {answers[0].model_version} answered with different components: check the pool")
     values = [answer.values for answer in answers]
+    stds = [answer.stds_S for answer in answers if answer.stds_S is not None]
     return Scores(
         rewards_S=np.concatenate([answer.rewards_S for answer in answers]),
         model_version=answers[0].model_version,
@@ -361,6 +366,7 @@ def _join(answers: list[Scores]) -> Scores:
             name: np.concatenate([answer.components[name] for answer in answers]) for name in answers[0].components
         },
         values=None if values[0] is None else tuple(value for part in values if part is not None for value in part),
+        stds_S=np.concatenate(stds) if len(stds) == len(answers) else None,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator
 
-from rlhf_critic.data.conversation import Turn, to_prompt
+from rlhf_critic.data.conversation import ToolPrompt, Tools, Turn, to_prompt, turns_of
 from rlhf_critic.errors import ScorerRejected
 from rlhf_critic.scoring.items import Adjusted, Conversation, Item, Scores, Text
 
@@ -39,37 +39,13 @@ class ConversationModel(_Message):
     """A prompt and the response to score. The response may be empty."""
 
     prompt: StrictStr | ListOf[Turn]
-    response: StrictStr
+    response: StrictStr | Turn = Field(description="Text of the last turn, or the whole turn, with its tool_calls.")
+    tools: Tools = Field((), description="JSON schemas of the tools that the assistant may call.")
 
     def to_item(self) -> Item:
         """Converts to the item of `rlhf_critic.scoring.items`."""
-        return Conversation(to_prompt(self.prompt), self.response)
-
-
-class TextPart(BaseModel):
-    """A part of a turn's content. Only texts can be scored."""
-
-    model_config = ConfigDict(extra="ignore")
-    type: Literal["text"] = "text"
-    text: StrictStr
-
-
-class ChatTurn(BaseModel):
-    """A turn as clients of OpenAI and vLLM send it. Fields that a text model has no use for are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-    role: Name
-    content: StrictStr | Nonempty[TextPart]
-    name: StrictStr | None = None
-
-    @property
-    def text(self) -> str:
-        """The content, with parts joined by line breaks, as vLLM joins them."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-    def to_message(self) -> dict[str, Any]:
-        """Returns the turn in the form that a chat template takes."""
-        return {"role": self.role, "content": self.text, **({"name": self.name} if self.name else {})}
+        response = self.response if isinstance(self.response, str) else self.response.to_reply()
+        return Conversation(to_prompt(self.prompt, self.tools), response)
 
 
 def check_response(role: str) -> None:
@@ -84,7 +60,7 @@ def check_response(role: str) -> None:
         )
 
 
-def conversation_of(messages: Sequence[Turn]) -> Conversation:
+def conversation_of(messages: Sequence[Turn], tools: Tools = ()) -> Conversation:
     """Splits a chat into a prompt and the response to score.
 
     Raises:
@@ -92,17 +68,18 @@ def conversation_of(messages: Sequence[Turn]) -> Conversation:
     """
     *before, last = messages
     check_response(last.role)
-    return Conversation(to_prompt(before), last.content)
+    return Conversation(to_prompt(before, tools), last.to_reply())
 
 
 class ChatModel(_Message):
     """A conversation. Its last turn, by the assistant, is scored."""
 
     messages: Nonempty[Turn]
+    tools: Tools = Field((), description="JSON schemas of the tools that the assistant may call.")
 
     def to_item(self) -> Item:
         """Converts to the item of `rlhf_critic.scoring.items`."""
-        return conversation_of(self.messages)
+        return conversation_of(self.messages, self.tools)
 
 
 class TextModel(_Message):
@@ -134,6 +111,8 @@ ItemModel: TypeAlias = ConversationModel | ChatModel | TextModel | TokensModel
 
 
 def _item_to_json(item: Item) -> dict[str, Any]:
+    if isinstance(item, Conversation) and isinstance(item.prompt, ToolPrompt):
+        return {"prompt": turns_of(item.prompt), "response": item.response, "tools": item.prompt.tools}
     # The fields of a conversation and of a text have the names of their models.
     return item._asdict() if isinstance(item, Conversation | Text) else {"token_ids": np.asarray(item).tolist()}
 
@@ -163,6 +142,9 @@ class ScoreResponse(_Message):
         description="Unweighted value of each reward component, if there are several."
     )
     values: list[list[float]] | None = Field(None, description="Value at every token, if requested.")
+    stds: list[float] | None = Field(
+        None, description="Standard deviation of the critic's reward; null if the critic is not calibrated."
+    )
 
     @classmethod
     def of(cls, scores: Scores) -> ScoreResponse:
@@ -174,6 +156,7 @@ class ScoreResponse(_Message):
             tokens=scores.tokens_S.tolist(),
             components={name: value_S.tolist() for name, value_S in scores.components.items()},
             values=None if scores.values is None else [values.tolist() for values in scores.values],
+            stds=None if scores.stds_S is None else scores.stds_S.tolist(),
         )
 
     def to_scores(self) -> Scores:
@@ -190,6 +173,7 @@ class ScoreResponse(_Message):
             tokens_S=np.array(self.tokens, dtype=np.int64),
             components={name: fp32(values) for name, values in self.components.items()},
             values=None if self.values is None else tuple(fp32(values) for values in self.values),
+            stds_S=None if self.stds is None else fp32(self.stds),
         )
 
 
@@ -222,7 +206,8 @@ class ClassifyRequest(BaseModel):
     model: StrictStr | None = Field(None, description="Any name. The answer repeats it.")
     version: Name | None = Field(None, description="Answer only if this version is served.")
     input: StrictStr | ListOf[StrictStr] | SomeIds | ListOf[Ids] | None = None
-    messages: Nonempty[ChatTurn] | None = None
+    messages: Nonempty[Turn] | None = None
+    tools: Tools | None = Field(None, description="JSON schemas of the tools that the assistant may call.")
     use_activation: bool | None = Field(
         None,
         strict=True,
@@ -253,9 +238,7 @@ class ClassifyRequest(BaseModel):
             raise ScorerRejected("no_items", "give either input or messages")
         items: list[Any]
         if self.messages is not None:
-            *before, last = self.messages
-            check_response(last.role)
-            items = [Conversation([turn.to_message() for turn in before], last.text)]
+            items = [conversation_of(self.messages, self.tools or ())]
         elif isinstance(self.input, str) or (self.input and isinstance(self.input[0], int)):
             items = [self.input]
         else:

@@ -22,18 +22,19 @@ from rlhf_critic.errors import EncodingError, ScorerRejected
 if TYPE_CHECKING:  # clients need neither torch nor transformers
     from rlhf_critic.batching.prefix_tree import TokenIds
     from rlhf_critic.config.serve import CallLimits
-    from rlhf_critic.data.conversation import Prompt
+    from rlhf_critic.data.conversation import Prompt, Reply, Turn
     from rlhf_critic.data.encoding import Encoded, Encoder, Rendered
 
 
 class Conversation(NamedTuple):
     """A prompt (a text, or turns with ``role`` and ``content``) and the assistant's response to it.
 
-    The response may be empty, because a policy may end at once.
+    The response is a text, or a whole turn with ``tool_calls`` or other fields. A text may be empty, because a policy
+    may end at once. A prompt with tools is a `rlhf_critic.data.conversation.ToolPrompt`.
     """
 
     prompt: Prompt
-    response: str
+    response: Reply
 
 
 class Text(NamedTuple):
@@ -136,6 +137,8 @@ class Scores:
         tokens_S: Tokens of each item that the critic read, int64.
         components: Unweighted value of each component, fp32 ``[S]``; empty if the critic is the only component.
         values: Value at every token of each item, fp32, never normalised; None if not requested.
+        stds_S: Standard deviation of the critic's reward of each item, fp32, normalised like it; None if the critic is
+            not calibrated.
     """
 
     rewards_S: NDArray[np.float32]
@@ -144,6 +147,11 @@ class Scores:
     tokens_S: NDArray[np.int64]
     components: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     values: tuple[NDArray[np.float32], ...] | None = None
+    stds_S: NDArray[np.float32] | None = None
+
+    def logs(self) -> dict[str, NDArray[np.float32]]:
+        """Returns the components, and ``std`` if the critic is calibrated, for logs of other trainers."""
+        return self.components if self.stds_S is None else {**self.components, "std": self.stds_S}
 
 
 def conversations(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Conversation]:
@@ -232,27 +240,53 @@ def encode_items(items: Sequence[Item], encoder: Encoder, limits: CallLimits) ->
 
 
 def _render(index: int, item: Conversation, encoder: Encoder, limits: CallLimits) -> Rendered:
-    prompt = item.prompt if isinstance(item.prompt, str) else "".join(_contents(index, item.prompt))
-    if not isinstance(item.response, str):
-        raise _rejected("not_text", index, f": a response must be a text, not {_kind(item.response)}")
-    _check_text(index, prompt + item.response, limits)
+    from rlhf_critic.data.conversation import text_of, to_prompt, tools_of, turns_of
+
+    prompt, response = item.prompt, item.response
+    if not isinstance(response, str):
+        if not isinstance(response, Mapping):
+            raise _rejected("not_text", index, f": a response must be a text or a turn, not {_kind(response)}")
+        (turn,) = _validated(index, [response], "a response")
+        if turn.role != "assistant":
+            raise _rejected("no_response", index, f": the response is a turn of {turn.role!r}, not of the assistant")
+        response = turn.to_reply()
+    if not isinstance(prompt, str):
+        tools = tools_of(prompt)
+        turns = prompt.turns if tools else prompt  # type: ignore[union-attr]
+        prompt = to_prompt(_validated(index, turns, "a prompt"), tools)
+    texts = [prompt] if isinstance(prompt, str) else [text_of(turn) for turn in turns_of(prompt)]
+    if isinstance(response, str):
+        _check_text(index, "".join([*texts, response]), limits)
     try:
-        rendered = encoder.render_conversation(item.prompt, item.response)
+        rendered = encoder.render_conversation(prompt, response)
     except EncodingError as error:
         raise _rejected("template_refused", index, f": {error}") from error
     _check_text(index, rendered.text, limits)  # counts roles and other fields that the template renders
     return rendered
 
 
-def _contents(index: int, turns: Any) -> list[str]:
+def _validated(index: int, turns: Any, what: str) -> list[Turn]:
+    from pydantic import ValidationError
+
+    from rlhf_critic.data.conversation import Turn
+
     # An iterator would be exhausted before it is rendered, and other empty values would count as an empty prompt.
     is_list = isinstance(turns, Sequence | np.ndarray) and not isinstance(turns, NOT_LISTS)
     is_list = is_list and getattr(turns, "ndim", 1) == 1
-    if not is_list or not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in turns):
+    if not is_list or not all(isinstance(turn, Mapping) for turn in turns):
         raise _rejected("not_text", index, ": a prompt must be a text, or a list of turns with 'role' and 'content'")
-    if not all(isinstance(turn[name], str) for turn in turns for name in ("role", "content")):
-        raise _rejected("not_text", index, ": the role and content of a turn must be texts")
-    return [turn["content"] for turn in turns]
+    validated = []
+    for turn in turns:
+        if turn.keys() == {"role", "content"} and all(isinstance(part, str) for part in turn.values()):
+            validated.append(Turn.model_construct(**turn))  # most turns are plain
+            continue
+        try:
+            validated.append(Turn.model_validate(dict(turn)))
+        except ValidationError as error:
+            first = max(error.errors(), key=lambda found: len(found["loc"]))
+            field = ".".join(str(part) for part in first["loc"][:1])
+            raise _rejected("not_text", index, f": {what}: field {field!r} of a turn: {first['msg']}") from error
+    return validated
 
 
 def _check_text(index: int, text: Any, limits: CallLimits) -> None:

@@ -28,7 +28,8 @@ from rlhf_critic.errors import NonFiniteRewardError, ScorerUnavailable
 
 logger = logging.getLogger(__name__)
 
-# One array per sequence: its reward, fp32 [1], or its values, fp32 [tokens].
+# One array per sequence: its reward, fp32 [1], or its values, fp32 [tokens]. The standard deviation of the reward
+# follows if the critic is calibrated.
 Outputs: TypeAlias = list[NDArray[np.float32]]
 
 

@@ -18,8 +18,15 @@ import numpy as np
 import regex  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from rlhf_critic.config.serve import Component, CriticComponent, LengthPenalty, PythonComponent, RegexComponent
-from rlhf_critic.data.conversation import Prompt
+from rlhf_critic.config.serve import (
+    Component,
+    CriticComponent,
+    LengthPenalty,
+    PythonComponent,
+    RegexComponent,
+    UncertaintyComponent,
+)
+from rlhf_critic.data.conversation import Prompt, text_of
 from rlhf_critic.errors import ComponentError, ConfigError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.scoring.items import Conversation, Item, Text
 
@@ -52,12 +59,12 @@ class RewardComponents:
         self._rules = {
             component.name: self._rule(component, count_tokens)
             for component in components
-            if not isinstance(component, CriticComponent)
+            if not isinstance(component, CriticComponent | UncertaintyComponent)
         }
 
     @property
     def is_critic_alone(self) -> bool:
-        """Whether `combine` only weights the critic's rewards, which takes no time."""
+        """Whether `combine` only weights numbers of the critic, which takes no time."""
         return not self._rules
 
     def check_healthy(self) -> None:
@@ -69,12 +76,15 @@ class RewardComponents:
         for function in self._functions:
             function.check_healthy()
 
-    def combine(self, items: Sequence[Item], critic_S: Rewards) -> tuple[Rewards, dict[str, Rewards]]:
+    def combine(
+        self, items: Sequence[Item], critic_S: Rewards, stds_S: Rewards | None = None
+    ) -> tuple[Rewards, dict[str, Rewards]]:
         """Returns the weighted sum and the unweighted components. The latter are empty if the critic is alone.
 
         Args:
             items: The scored items.
             critic_S: Rewards of the critic, fp32.
+            stds_S: Their standard deviations, if the critic is calibrated, fp32.
 
         Raises:
             ScorerRejected: A component needs the response, and an item does not state it, or its text does not end
@@ -82,14 +92,20 @@ class RewardComponents:
             ComponentError: A function failed, took too long or did not return a finite number for each item, a regular
                 expression took too long for an item, or a sum overflows.
         """
-        values = {}
+        values: dict[str, Rewards] = {}
         if self._rules:
             prompts, responses = _prompts_and_responses(items, self._ending)
             values = {name: rule(prompts, responses) for name, rule in self._rules.items()}
+        for component in self._components:
+            if isinstance(component, CriticComponent):
+                values[component.name] = critic_S
+            elif isinstance(component, UncertaintyComponent):
+                assert stds_S is not None, "checked when the critic was loaded"
+                values[component.name] = stds_S
         total_S = np.zeros(len(items), dtype=np.float32)
         by_name = {}
         for component in self._components:
-            value_S = critic_S if isinstance(component, CriticComponent) else values[component.name]
+            value_S = values[component.name]
             by_name[component.name] = value_S
             with np.errstate(over="ignore", invalid="ignore"):  # checked below
                 total_S += np.float32(component.weight) * value_S
@@ -118,7 +134,7 @@ def _prompts_and_responses(items: Sequence[Item], ending: Callable[[], str]) -> 
     pairs: list[tuple[Prompt, str]] = []
     for index, item in enumerate(items):
         if isinstance(item, Conversation):
-            pairs.append((item.prompt, item.response))
+            pairs.append((item.prompt, text_of(item.response)))
         elif isinstance(item, Text) and item.response is not None:
             pairs.append((_prompt_of(index, item.text, item.response, ending()), item.response))
         else:

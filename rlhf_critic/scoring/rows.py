@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from rlhf_critic.data.conversation import NonEmptyText, Turn, Turns, to_prompt
+from rlhf_critic.data.conversation import NonEmptyText, Reply, Tools, Turn, Turns, to_prompt
 from rlhf_critic.data.rows import validate_row
 from rlhf_critic.errors import DataError
 from rlhf_critic.scoring.items import Conversation, Item, Text
@@ -23,6 +23,7 @@ class ScorableRow(BaseModel):
     messages: Annotated[Turns, Field(min_length=1)] | None = None
     text: NonEmptyText | None = None
     token_ids: Annotated[tuple[StrictInt, ...], Field(min_length=1)] | None = None
+    tools: Tools | None = None
 
 
 FORMATS = (("prompt", "response"), ("prompt", "responses"), ("messages",), ("text",), ("token_ids",))
@@ -40,7 +41,9 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
         DataError: A field is missing, invalid or redundant. The message names the place and the field.
     """
     parsed = validate_row(ScorableRow, row, place, fields)
-    given = tuple(name for name in ScorableRow.model_fields if getattr(parsed, name) is not None)
+    named = [name for name in ScorableRow.model_fields if name != "tools"]
+    given = tuple(name for name in named if getattr(parsed, name) is not None)
+    tools = parsed.tools or ()
     if given not in FORMATS:
         ways = ", or ".join(" and ".join(way) for way in FORMATS)
         theirs = " and ".join(fields.get(name, name) for name in given) or "none of them"
@@ -58,22 +61,22 @@ def parse_scorable(place: str, row: Mapping[str, Any], fields: Mapping[str, str]
                 f"{place}: field {fields.get('messages', 'messages')!r}: the last turn must be the assistant's; fix or "
                 "remove this row"
             )
-        return [_conversation(place, fields.get("messages", "messages"), before, last.content)]
+        return [_conversation(place, fields.get("messages", "messages"), before, last.to_reply(), tools)]
     prompt = parsed.prompt or ()
     if parsed.response is not None:
-        return [_conversation(place, fields.get("response", "response"), prompt, parsed.response)]
+        return [_conversation(place, fields.get("response", "response"), prompt, parsed.response, tools)]
     name = fields.get("responses", "responses")
     return [
-        _conversation(place, f"{name}.{position}", prompt, response)
+        _conversation(place, f"{name}.{position}", prompt, response, tools)
         for position, response in enumerate(parsed.responses or ())
     ]
 
 
-def _conversation(place: str, field: str, prompt: str | Sequence[Turn], response: str) -> Conversation:
-    texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
-    if not response and not any(texts):
+def _conversation(place: str, field: str, prompt: str | Sequence[Turn], response: Reply, tools: Tools) -> Conversation:
+    texts = [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]
+    if isinstance(response, str) and not response and not any(texts):
         raise DataError(
             f"{place}: field {field!r}: the prompt and the response are empty, so there is nothing to score; fix or "
             "remove this row"
         )
-    return Conversation(to_prompt(prompt), response)
+    return Conversation(to_prompt(prompt, tools), response)

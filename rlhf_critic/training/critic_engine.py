@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_critic.algorithms.head_posterior import HeadPosterior
 from rlhf_critic.algorithms.ppo import clipped_value_loss
 from rlhf_critic.algorithms.preference_objective import needs_values, preference_loss
 from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
@@ -34,8 +35,19 @@ from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
 from rlhf_critic.training.engine import PROBE_LENGTH, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
+from rlhf_critic.training.posterior_fit import (
+    MAX_PREFERENCES,
+    MAX_VALIDATION,
+    MIN_VALIDATION,
+    DistributedRanks,
+    FitReport,
+    fit_head_posterior,
+    sample_units,
+)
 from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.rollout_step import TokensOnDevice, take_rollout_step
+
+MAX_COST_OF_POSTERIOR = 0.04  # as a part of the run
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +259,27 @@ class CriticEngine(InferenceEngine):
         if len(bad_rows):
             raise NonFiniteLossError(self.step, [preferences.origin(int(row)) for row in bad_rows])
         return evaluate_rewards(better_P, worse_P, pairs.lengths_P2, subsets_P=pairs.subsets_P)
+
+    def fit_posterior(
+        self, train: EncodedPreferences, validation: EncodedPreferences
+    ) -> tuple[HeadPosterior, FitReport]:
+        """Fits the posterior of the head on a sample of the preferences; see `rlhf_critic.training.posterior_fit`.
+
+        A forward pass costs about a third of a training step. So the samples are chosen for at most
+        `MAX_COST_OF_POSTERIOR` of what the run computed so far.
+
+        Raises:
+            DataError: There are too few validation preferences.
+        """
+        trained = self.step * self.options.global_batch_size
+        affordable = int(3 * MAX_COST_OF_POSTERIOR * trained)
+        units = sample_units(train, max(1, min(affordable * 3 // 4, MAX_PREFERENCES)), self.options.seed)
+        held_out = sample_units(
+            validation, max(MIN_VALIDATION, min(affordable // 4, MAX_VALIDATION)), self.options.seed
+        )
+        return fit_head_posterior(
+            units, held_out, self.last_states, scale=len(train) / len(units), ranks=DistributedRanks()
+        )
 
     def save(self, directory: str | Path, encoder: Encoder, card: CriticCard) -> None:
         """Writes a critic directory, and the state that a resumed run needs to its folder ``resume``.

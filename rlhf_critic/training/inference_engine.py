@@ -17,14 +17,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlhf_critic.algorithms.head_posterior import HeadPosterior
 from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import OpenedCritic
 from rlhf_critic.config.deepspeed import TIMERS_OFF
-from rlhf_critic.model.backbone import forward_micro_batches
+from rlhf_critic.model.backbone import Batch, forward_micro_batches
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.device import configure_device
+from rlhf_critic.training.posterior_fit import Unit, last_states, plan_units
 
 
 class InferenceEngine:
@@ -34,17 +36,23 @@ class InferenceEngine:
         critic: The critic.
         engine: DeepSpeed's engine around the critic.
         token_budget: Returns the maximum number of tokens that a rank computes at once. All ranks call it together.
+        posterior: Posterior of the head, if the critic is calibrated.
 
     Attributes:
         computed_tokens: Tokens that all ranks together computed for the last call.
+        stds_S: Standard deviation of each reward of the last call, fp32; None without a posterior.
     """
 
-    def __init__(self, critic: Critic, engine: Any, token_budget: Callable[[], int]) -> None:
+    def __init__(
+        self, critic: Critic, engine: Any, token_budget: Callable[[], int], posterior: HeadPosterior | None = None
+    ) -> None:
         self.critic = critic
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = engine.device
         self.computed_tokens = 0
+        self.stds_S: NDArray[np.float32] | None = None
+        self._posterior = posterior and posterior.to(self.device)
         self._engine = engine
         self._token_budget = token_budget
 
@@ -63,10 +71,11 @@ class InferenceEngine:
             "bf16": {"enabled": dtype == torch.bfloat16},
             "timers": TIMERS_OFF,
         }
+        posterior = opened.posterior()  # before `build`, which takes the weights
         critic = opened.build(config, dtype)
         engine, *_ = deepspeed.initialize(model=critic, config=config)
         configure_device(engine.device, dtype)
-        return cls(critic, engine, lambda: token_budget)
+        return cls(critic, engine, lambda: token_budget, posterior)
 
     def rewards(self, sequences: Sequence[TokenIds]) -> NDArray[np.float32]:
         """Computes the reward of each sequence of token ids, fp32 ``[S]``.
@@ -96,6 +105,23 @@ class InferenceEngine:
             flat[-1] += computed_tokens
         return np.split(self._sum_over_ranks(flat), ends[:-1])
 
+    def last_states(self, units: Sequence[Unit]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Computes rewards and last hidden states of the sequences of units, each unit on one rank.
+
+        Yields:
+            Rewards fp32 ``[S]`` and states fp32 ``[S, D]`` of each unit of this rank. Read it to its end on all ranks.
+
+        Raises:
+            ValueError: There is no unit.
+        """
+        plan = plan_units(units, self.world_size, self._token_budget(), self.critic.prefix_tree)
+        self._engine.eval()
+
+        def run(batch: Batch) -> tuple[Tensor, Tensor]:
+            return self._engine(batch, rewards_only=True, with_states=True)
+
+        return last_states(self.critic, units, plan[self.rank], run, self.device)
+
     def _sum_over_ranks(self, results: Tensor) -> NDArray[np.float32]:
         """Sums the ranks' results, whose last entry counts tokens.
 
@@ -111,10 +137,22 @@ class InferenceEngine:
         """Computes this rank's part of the sequences, micro-batch by micro-batch."""
         plan = plan_sequences(sequences, self.world_size, self._token_budget(), self.critic.prefix_tree)
         self._engine.eval()  # after the token budget, whose probe runs in training mode
-        return forward_micro_batches(
-            self.critic,
-            sequences,
-            plan[self.rank],
-            lambda batch, _: self._engine(batch, rewards_only=rewards_only),
-            self.device,
-        )
+        posterior = self._posterior
+        stds_S = torch.zeros(len(sequences), dtype=torch.float64, device=self.device)
+
+        def run(batch: Batch, _: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+            if posterior is None:
+                return self._engine(batch, rewards_only=rewards_only), None
+            output, states_SD = self._engine(batch, rewards_only=rewards_only, with_states=True)
+            return output, posterior.stds(states_SD)
+
+        for units, (output, stds_U), computed in forward_micro_batches(
+            self.critic, sequences, plan[self.rank], run, self.device
+        ):
+            if stds_U is not None:
+                (places_U,) = copy_to_device([torch.tensor(units)], self.device)
+                stds_S.index_copy_(0, places_U, stds_U.double())
+            yield units, output, computed
+        if posterior is not None:
+            dist.all_reduce(stds_S)
+            self.stds_S = stds_S.float().cpu().numpy()

@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "rows": Fault(f"{ENGINE}.validate_preferences", lambda: DataError("d.jsonl:3: field 'chosen'"), 2, "d.jsonl:3"),
     "wandb": Fault(f"{WORKER}:RunLogger", lambda: CannotBePickled("no such project"), 1, "CannotBePickled"),
-    "step": Fault(f"{ENGINE}.train_step", lambda: RuntimeError("shape '[2, 3]' is invalid"), 1, "shape '[2, 3]'"),
-    "memory": Fault(f"{ENGINE}.train_step", lambda: torch.OutOfMemoryError("tried to get 2 GiB"), 2, "out of memory"),
+    "step": Fault(f"{ENGINE}.take_step", lambda: RuntimeError("shape '[2, 3]' is invalid"), 1, "shape '[2, 3]'"),
+    "memory": Fault(f"{ENGINE}.take_step", lambda: torch.OutOfMemoryError("tried to get 2 GiB"), 2, "out of memory"),
     "validation": Fault(f"{ENGINE}.evaluate", lambda: ZeroDivisionError("by zero"), 1, "ZeroDivisionError"),
     "save": Fault(
         f"{ENGINE}.save", lambda: PermissionError(errno.EACCES, "Permission denied", "/mnt/x"), 2, "/mnt/x: Permission"

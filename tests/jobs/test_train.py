@@ -124,7 +124,8 @@ def test_a_submitted_job_trains_and_tells_the_user(submitted):
     assert "succeeded" in output
     assert f"trained {STEPS} steps" in output
     assert "training: loss" in output
-    assert "train.jsonl: 90 preferences" in output
+    assert output.count("train.jsonl: 90 preferences") == 1
+    assert "Reporting training result" not in output
     accuracy = float(re.search(r"validation accuracy (\d\.\d+)", output).group(1))
     assert accuracy > 0.9
     assert [record["step"] for record in history_of(run, "validation")] == [25, 50, STEPS]

@@ -1,14 +1,18 @@
 """TRL's trainers read an export as this project does, and this project reads what they save."""
 
 import itertools
+import json
 
 import numpy as np
 import torch
 
 from rlhf_critic.checkpoint.convert import convert_checkpoint
+from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.preference_schema import parse_row
 from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import rewards_by_engine
 from tests.peers.contract import turns_of
+from tests.rlhf_critic.data.agent_rows import ROWS, TEMPLATE, TOOLS
 
 
 def rows_of(pairs):
@@ -34,6 +38,19 @@ def test_the_reward_trainer_evaluates_our_export_with_our_numbers(peer, export, 
         metrics,
         [loss, (chosen - rejected).mean(), (chosen > rejected).mean()],
     )
+
+
+def test_the_reward_trainer_reads_turns_of_agents_with_our_token_ids(peer, export, tmp_path):
+    """Results and calls of tools, a system turn and reasoning, with the schemas of tools in a column."""
+    contract = peer("trl")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    rows = [{"prompt": [], **row, "tools": json.dumps(TOOLS)} for row in ROWS.values()]
+    answer = contract.run("ask_trl", {"model": export, "rows": rows, "chat_template": str(template)})
+    encoder = Encoder(load_tokenizer(export, str(template)), 2048)
+    for row, theirs in zip(rows, answer["ids"], strict=True):
+        (prompt, response), _ = parse_row("row:1", row, {}).conversations()
+        contract.compare("turns of agents: RewardTrainer's token ids", theirs, encoder.encode(prompt, response).ids)
 
 
 def test_a_model_that_the_reward_trainer_made_has_its_scores_here(peer, base, pairs, tmp_path):

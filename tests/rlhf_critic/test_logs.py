@@ -1,3 +1,4 @@
+import io
 import logging
 import subprocess
 import sys
@@ -5,7 +6,7 @@ import sys
 import pytest
 
 from rlhf_critic.errors import ConfigError
-from rlhf_critic.logs import LEVEL_VARIABLE, configure_logging
+from rlhf_critic.logs import LEVEL_VARIABLE, configure_logging, quiet_root_handlers
 
 PROGRAM = """
 import logging
@@ -40,6 +41,20 @@ def test_events_are_plain_timed_lines_on_standard_error_and_results_on_standard_
     (line,) = done.stderr.splitlines()
     assert line.endswith(" INFO actors.training.worker: resumed step=15")
     assert line[:4].isdigit()
+
+
+def test_another_console_repeats_nothing_and_shows_warnings_of_libraries():
+    root, console = logging.getLogger(), logging.StreamHandler(io.StringIO())
+    root.addHandler(console)
+    try:
+        quiet_root_handlers()
+        for name in ("actors.training.worker", "a/file/of/a/library.py"):
+            logging.getLogger(name).setLevel(logging.INFO)
+            logging.getLogger(name).info("an event")
+            logging.getLogger(name).warning("a warning of %s", name)
+    finally:
+        root.removeHandler(console)
+    assert console.stream.getvalue() == "a warning of a/file/of/a/library.py\n"
 
 
 def test_the_level_comes_from_the_environment():

@@ -1,7 +1,7 @@
 """Trains or evaluates with TRL's RewardTrainer.
 
 Request: ``model``, ``rows`` (chosen and rejected turns); ``steps`` and ``save_to`` to train first and save; ``prompts``
-for a step of GRPOTrainer with ``model`` as its reward function and ``policy`` as its policy.
+for a step of GRPOTrainer with ``model`` as its reward function and ``policy`` as its policy; ``chat_template``, a file.
 """
 
 import json
@@ -24,6 +24,7 @@ def train_and_score():
     options = {"output_dir": "trainer", "use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False}
     options.update(max_length=None, max_steps=request.get("steps", 0), learning_rate=1e-3, disable_tqdm=True)
     options.update(per_device_eval_batch_size=len(rows), gradient_checkpointing=False)
+    options.update(chat_template_path=request.get("chat_template"))
     trainer = RewardTrainer(model=request["model"], args=RewardConfig(**options), train_dataset=rows, eval_dataset=rows)
     if request.get("steps"):
         trainer.train()

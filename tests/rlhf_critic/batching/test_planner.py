@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from rlhf_critic.batching.planner import MicroBatch, plan_micro_batches, plan_sequences
 from rlhf_critic.batching.prefix_tree import PrefixTree
-from rlhf_critic.batching.sampler import rows_of_step, steps_in
 
 Unit = tuple[list[int], ...]
 # Few ids and a few common prefixes, so that units share prefixes of all lengths.
@@ -94,48 +93,6 @@ def test_comparisons_of_the_same_answers_cost_each_answer_once():
     pairs = [(answers[better], answers[worse]) for better in range(4) for worse in range(better + 1, 4)]
     ((micro_batch,),) = plan_micro_batches(pairs, 1, 10_000, prefix_tree=True)
     assert tokens_of(pairs, micro_batch, True) == 40 + 4 * 10
-
-
-@given(
-    prompts=st.lists(st.integers(0, 20), min_size=1, max_size=60),
-    batch=st.integers(1, 70),
-    epochs=st.sampled_from([0.5, 1.0, 1.7, 3.0]),
-    seed=st.integers(0, 3),
-)
-def test_an_epoch_shows_every_preference_once_and_prompts_stay_together(prompts, batch, epochs, seed):
-    prompts_N = np.array(prompts)
-    count = len(prompts)
-    steps = steps_in(count, batch, epochs)
-    batches = [rows_of_step(prompts_N, batch, seed, step, epochs) for step in range(steps)]
-    shown = np.concatenate(batches) if batches else np.array([], dtype=int)
-    assert len(shown) == round(count * epochs)
-    assert all(len(rows) == batch for rows in batches[:-1])
-    for epoch in range(int(epochs)):
-        of_epoch = shown[epoch * count : (epoch + 1) * count]
-        assert sorted(of_epoch) == list(range(count))
-        changes = np.count_nonzero(np.diff(prompts_N[of_epoch]))
-        assert changes == len(set(prompts)) - 1
-    with pytest.raises(ValueError, match="past the end"):
-        rows_of_step(prompts_N, batch, seed, steps, epochs)
-
-
-def test_epochs_and_seeds_differ_in_order():
-    prompts_N = np.arange(50)
-    first, second, other = (rows_of_step(prompts_N, 50, seed, step, 2) for seed, step in ((0, 0), (0, 1), (1, 0)))
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, other)
-    assert not np.array_equal(first, np.sort(first))
-    of_one_prompt = [rows_of_step(np.zeros(50, dtype=int), 50, 0, step, 2) for step in (0, 1)]
-    assert not np.array_equal(*of_one_prompt)
-    assert not np.array_equal(of_one_prompt[0], np.sort(of_one_prompt[0]))
-
-
-@given(rows=st.integers(1, 30), size=st.integers(1, 40), seed=st.integers(0, 3), step=st.integers(0, 9))
-def test_without_epochs_steps_are_full_and_never_end(rows, size, seed, step):
-    ids = np.arange(rows)
-    found = rows_of_step(ids, size, seed, step)
-    assert len(found) == size
-    assert np.array_equal(found, rows_of_step(ids, size, seed, step, epochs=(step + 1) * size / rows + 1))
 
 
 def test_nothing_to_plan_and_empty_sequences_are_refused():

@@ -185,7 +185,11 @@ BAD = [
     ({**GOOD, "margin": float("inf")}, "'margin': .*finite"),
     ({**GOOD, "chosen_score": 1.0, "rejected_score": 2.0}, "'chosen_score': 1.0 is below rejected_score 2.0"),
     ({**GOOD, "prompt": [{"role": "user"}]}, "'prompt.*content': Field required"),
-    ({**GOOD, "prompt": [{**USER, "tool_calls": [1]}]}, "'prompt.*tool_calls': Extra"),
+    ({**GOOD, "prompt": [{**USER, "tool_calls": [1]}]}, "'prompt.0': .*tool_calls must be a list of objects"),
+    ({**GOOD, "prompt": [{**USER, "content": [{"type": "image_url"}]}]}, "'prompt.0.content': .*type 'image_url'"),
+    ({**GOOD, "prompt": [{**USER, "content": []}]}, "'prompt.0.content': .*empty list of parts"),
+    ({**GOOD, "tools": "{"}, "'tools': .*list of tools as JSON"),
+    ({**GOOD, "prompt": [{"from": "function_call", "value": "{"}]}, "'prompt.0': .*must be a call as JSON"),
     ({"prompt": [USER], "chosen": [USER], "rejected": [REJECTED]}, "'chosen': must end with a turn of the assistant"),
     (
         {"prompt": [USER], "chosen": [{**CHOSEN, "content": ""}], "rejected": [REJECTED]},

@@ -82,7 +82,7 @@ ANSWER = {"role": "assistant", "content": "b"}
         ("a", [ANSWER], "consists of turns, but its prompt is a text"),
         ([USER], [{"role": "assistant", "content": None}], "ends with a turn that is not text"),
         ([USER], [{"role": "assistant", "content": [{"type": "image"}]}], "ends with a turn that is not text"),
-        ([USER], [{**ANSWER, "tool_calls": [{"type": "function"}]}], "ends with a turn that is not text"),
+        ([USER], [{**ANSWER, "tool_calls": ["function"]}], "ends with a turn that is not text"),
     ],
 )
 def test_a_completion_that_is_no_text_is_refused(prompt, completion, reason):

@@ -266,7 +266,7 @@ def test_weights_that_lack_one_or_have_one_too_many_are_refused(tiny_model):
     for unfit, name in (
         ({key: tensor for key, tensor in weights.items() if key != "lm_head.weight"}, "lm_head.weight"),
         ({**weights, "score.weight": torch.zeros(1, 32)}, "score.weight"),
-        ({}, "model.norm.weight"),
+        ({}, r"lm_head.weight, .* and \d+ more"),
     ):
         with pytest.raises(CheckpointError, match=name):
             generator.load(unfit)
@@ -333,6 +333,10 @@ def test_vllm_excludes_what_the_policy_excludes_and_gets_weights_of_its_shapes(r
     for name, tensor in engine.model.state_dict().items():
         if name in weights:
             torch.testing.assert_close(tensor, weights[name][: len(tensor)], rtol=0, atol=0)
+    name, *others = weights
+    for unfit, given in ((name, others), ("surplus", [*weights, "surplus"])):
+        with pytest.raises(CheckpointError, match=f"unknown: {unfit}$"):
+            generator.load({key: weights.get(key, weights[name]) for key in given})
     engine.answer = [len(tokenizer)]
     with pytest.raises(CheckpointError, match=rf"vLLM sampled the id {len(tokenizer)}"):
         generator.generate([[7]], 4, seed=0)

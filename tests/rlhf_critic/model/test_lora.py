@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.batching.sampler import DataOrder
 from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard, load_critic
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
@@ -42,7 +42,7 @@ class Run:
     def step_to(self, until: int) -> list[float]:
         engine, rows = self.engine, self.preferences.prompts_N
         return [
-            engine.train_step(self.preferences, rows_of_step(rows, 12, 0, engine.step, 10.0)).loss
+            engine.train_step(self.preferences, DataOrder(rows, 0).rows_of_step(12, engine.step, 10.0)).loss
             for _ in range(engine.step, until)
         ]
 

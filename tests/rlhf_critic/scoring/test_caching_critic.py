@@ -35,7 +35,7 @@ def critics() -> tuple[Critic, Critic]:
 
 @torch.no_grad()
 def check(caching, cold, sequences, rewards_only):
-    output, computed = caching.forward(sequences, rewards_only)
+    output, _, computed = caching.forward(sequences, rewards_only)
     expected = cold(cold.batch_of(sequences), rewards_only=rewards_only)
     for found, wanted, ids in zip(output, expected, sequences, strict=True):
         length = None if rewards_only else len(ids)

@@ -320,10 +320,10 @@ def test_an_item_that_kills_scorers_is_named_and_asked_for_no_more(index, monkey
             client.score_items(conversations_of(10))
         assert (refused.value.kind, refused.value.item) == ("kills_scorers", index)
         part = 2 if index == 9 else 4
-        assert transport.died_of == [part, 1, 1], "three scorers in all"
+        assert transport.died_of == [part, part, 1, 1], "four scorers in all"
         with pytest.raises(ScorerRejected, match="item 0: 2 scorers died"):
             client.score(["p"], ["x" * index])
-        assert transport.died_of[3:] == [1, 1, 1]
+        assert transport.died_of[4:] == [1, 1, 1]
         wait_until(lambda: transport.in_flight == 0, "the other items to be taken back", 30)
 
 
@@ -335,8 +335,10 @@ def test_items_that_were_there_when_a_scorer_died_are_scored(losses):
     assert scores.rewards_S.tolist() == list(range(14))
     assert [len(values) for values in scores.values] == list(range(14))
     assert scores.model_version == "v2"
-    with ScorerClient(Lengths([ScorerLost("gone")])) as client:
-        assert client.score(["a"], ["bcd"]).tolist() == [3.0]
+    transport = Lengths([ScorerLost("gone")])
+    with ScorerClient(transport) as client:
+        assert client.score(["a"] * 20, ["bcd"] * 20).tolist() == [3.0] * 20
+    assert transport.calls == [20, 20], "after one loss the items are scored together again"
     with (
         ScorerClient(Lengths([ScorerUnavailable("busy")] * 3 + [ScorerLost("gone")] * 3)) as client,
         pytest.raises(ScorerRejected, match="gone"),

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.batching.sampler import DataOrder
 from rlhf_critic.checkpoint.critic_directory import CriticCard, EncoderCard
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
@@ -32,7 +32,7 @@ def make(
 
 
 def rows_of(preferences: EncodedPreferences, step: int) -> np.ndarray:
-    return rows_of_step(preferences.prompts_N, OPTIONS.global_batch_size, OPTIONS.seed, step, OPTIONS.epochs)
+    return DataOrder(preferences.prompts_N, OPTIONS.seed).rows_of_step(OPTIONS.global_batch_size, step, OPTIONS.epochs)
 
 
 def train(engine: CriticEngine, preferences: EncodedPreferences, until: int) -> list[dict]:

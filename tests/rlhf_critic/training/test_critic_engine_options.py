@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -11,7 +12,8 @@ from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.factory import check_critic_model, create_critic_model
 from rlhf_critic.training.critic_engine import CriticEngine
-from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, make, train, whole_weights
+from rlhf_critic.training.posterior_fit import fit_head_posterior, last_states_of, sample_units
+from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, make, train, whole_weights
 
 FROZEN = ("model.embed_tokens.weight", "model.layers.0.")
 
@@ -99,3 +101,30 @@ def test_a_base_model_is_checked_and_counted_without_its_weights(tiny_model, tie
         assert len(list(check_critic_model(source, tokenizer, num_layers=1).parameters())) < len(
             list(built.parameters())
         )
+
+
+def posterior_of_ranks(source: str, data: str, cache: str, stage: int, directory: str) -> dict:
+    """Fits a posterior after four steps; saves the critic, and returns what was fitted and what it costs."""
+    engine, preferences, encoder = make(source, data, cache, stage)
+    train(engine, preferences, 4)
+    posterior, report = engine.fit_posterior(preferences, preferences)
+    engine.save(directory, encoder, card_of(encoder))
+    states = torch.randn(6, len(posterior.mean_D), generator=torch.Generator().manual_seed(0))
+    return {"stds": posterior.stds(states).tolist(), "report": report.to_dict()}
+
+
+def test_ranks_fit_the_posterior_of_one_process(ranks, tiny_model, preference_file, cache, tmp_path):
+    results = ranks(2).run(posterior_of_ranks, tiny_model, preference_file, cache, 3, str(tmp_path / "critic"))
+    report = results[0]["report"]
+    assert report == pytest.approx(results[1]["report"])
+    loaded = load_critic(tmp_path / "critic")
+    preferences = load_preferences(preference_file, loaded.encoder, cache)
+    units = sample_units(preferences, report["preferences"], OPTIONS.seed)
+    assert 1 <= len(units) < 12  # a small part of the four steps with twelve preferences each
+    held_out = sample_units(preferences, report["validation"], OPTIONS.seed)
+    posterior, alone = fit_head_posterior(
+        units, held_out, last_states_of(loaded.critic, 150), scale=len(preferences) / len(units)
+    )
+    assert alone.to_dict() == pytest.approx(report, rel=1e-3)
+    states = torch.randn(6, len(posterior.mean_D), generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(results[0]["stds"], posterior.stds(states).tolist(), rtol=2e-2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jobs.quickstart_data import download_model
-from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.batching.sampler import DataOrder
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -34,7 +34,7 @@ def fit(model: str, train: str, validation: str, cache: str) -> Evaluation:
     )
     engine = CriticEngine.from_pretrained(encoder, ModelConfig(path=model, num_layers=4), options, STEPS)
     for step in range(STEPS):
-        engine.train_step(preferences, rows_of_step(preferences.prompts_N, BATCH, 0, step, 1.0))
+        engine.train_step(preferences, DataOrder(preferences.prompts_N, 0).rows_of_step(BATCH, step, 1.0))
     return engine.evaluate(held_out)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.batching.sampler import DataOrder
 from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
@@ -75,7 +75,7 @@ def measure(source: str, data: str, cache: str, model: ModelConfig, train: Train
         if index == 2:
             deepspeed_engine.step = look_and_step
             engine.critic.model.score.register_forward_hook(look_at_gathered)
-        rows = rows_of_step(preferences.prompts_N, train.global_batch_size, 0, engine.step, 10.0)
+        rows = DataOrder(preferences.prompts_N, 0).rows_of_step(train.global_batch_size, engine.step, 10.0)
         micro_batches = engine.train_step(preferences, rows).micro_batches
     held["after a step"] = held_bytes(deepspeed_engine)
     return {**held, "gathered": max(gathered), "micro_batches": micro_batches}
@@ -166,7 +166,7 @@ def peak_of_a_step(
     preferences = load_preferences(data, encoder, cache)
 
     def step() -> None:
-        engine.train_step(preferences, rows_of_step(preferences.prompts_N, 12, 0, engine.step, 10.0))
+        engine.train_step(preferences, DataOrder(preferences.prompts_N, 0).rows_of_step(12, engine.step, 10.0))
 
     step()
     step()

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_critic.batching.sampler import rows_of_step
+from rlhf_critic.batching.sampler import DataOrder
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
@@ -55,7 +55,7 @@ def make(source: str, data: str, cache: str, stage: int, dtype: str) -> tuple[Cr
 
 
 def step(engine: CriticEngine, preferences: EncodedPreferences) -> dict[str, Any]:
-    rows = rows_of_step(preferences.prompts_N, 12, 0, engine.step, 10.0)
+    rows = DataOrder(preferences.prompts_N, 0).rows_of_step(12, engine.step, 10.0)
     return asdict(engine.train_step(preferences, rows))
 
 

@@ -1,5 +1,6 @@
-"""Faults of the soak that are more than a kill, and a watch over what the replicas of its pool serve.
+"""Faults of a soak, and a watch over what the replicas of its pool serve.
 
+- Every few seconds, a process is killed.
 - A publisher is killed as soon as its critic is published, and the critic's files are away for some seconds, as on a
   file system that fails once. No other process publishes meanwhile, so the replicas must heal alone.
 - A component of the reward hangs.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,11 +21,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from numpy.typing import NDArray
 
 from actors.serving import control
 from actors.serving.replica_status import read_status
@@ -32,43 +33,16 @@ from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation
 from tests.helpers import wait_until
 from tests.jobs.ppo_rules import HANG
+from tests.soak.growth import pids_of
+from tests.soak.load import Trainer
+from tests.soak.world import REPOSITORY, Tally, World
 
 APP = "scorers"
 FAULT_EVERY_S = 20.0
 FILES_AWAY_S = 3.0
 MAX_MIXED_S = 60.0
 ANSWER_TIMEOUT_S = 120.0
-COMPONENT_TIMEOUT_S = 2.0
 BODY_ITEMS = 400
-REPOSITORY = Path(__file__).parents[1]
-COMPONENTS = (
-    "components:\n- {kind: critic}\n"
-    f"- {{kind: python, name: hangs, weight: 0.0, function: 'tests.jobs.ppo_rules:hangs', "
-    f"timeout_s: {COMPONENT_TIMEOUT_S}}}\n"
-)
-
-
-class World(Protocol):
-    """What the faults need of the soak's world."""
-
-    critics: dict[str, str]
-    items: list[Conversation]
-    rewards: dict[str, NDArray[np.float32]]
-    ray_address: str
-    url: str
-    token: str
-
-
-class Tally(Protocol):
-    """What the faults need of the soak's tally."""
-
-    kills: Any
-
-    def count(self, what: str, number: int = 1) -> None:
-        """Counts an event."""
-
-    def problem(self, what: str, message: str) -> None:
-        """Counts a violation."""
 
 
 def running_reports() -> list[Any]:
@@ -85,7 +59,6 @@ class Chaos:
         tally: Counts and problems.
         client: Client of the pool.
         publishing: Held by whoever publishes.
-        gateways: Returns the process ids of the gateway.
     """
 
     def __init__(
@@ -94,10 +67,9 @@ class Chaos:
         tally: Tally,
         client: ScorerClient,
         publishing: threading.Lock,
-        gateways: Callable[[], list[int]],
     ) -> None:
         self._world, self._tally, self._client = world, tally, client
-        self._publishing, self._gateways = publishing, gateways
+        self._publishing = publishing
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._fail_on, daemon=True)
         self._thread.start()
@@ -179,7 +151,7 @@ class Chaos:
         ):
             connection.sendall(head.encode() + body[: len(body) // 2])
             time.sleep(0.5)
-            for pid in self._gateways():
+            for pid in pids_of("ray::ServeReplica:scorers:Gateway"):
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.5)
             connection.sendall(body[len(body) // 2 :])
@@ -194,6 +166,39 @@ class Chaos:
                 self._tally.problem("wrong answers", "to a body that arrived while the gateway was killed")
         elif status and not status[0].startswith(b"5"):
             self._tally.problem("wrong answers", f"HTTP status {status[0]!r} after the gateway was killed")
+
+
+class Killer:
+    """Kills processes; spares one replica, so that the growth of a long-lived one can be measured."""
+
+    def __init__(self, tally: Tally, trainer: Trainer, seed: int) -> None:
+        self._tally, self._trainer = tally, trainer
+        self._rng = random.Random(seed)
+        self._spared = min(pids_of("ray::ServeReplica:scorers:Scorer"), default=0)
+        self._kinds: dict[str, Callable[[], list[int]]] = {
+            "replica": lambda: [pid for pid in pids_of("ray::ServeReplica:scorers:Scorer") if pid != self._spared],
+            "HTTP gateway": lambda: pids_of("ray::ServeReplica:scorers:Gateway"),
+            "HTTP proxy": lambda: pids_of("ray::ProxyActor"),
+            "pool board": lambda: pids_of("ray::ReplicaStatus"),
+            "training worker": lambda: pids_of("ray::RayTrainWorker"),
+            "training driver": self._driver,
+        }
+
+    def kill_one(self) -> None:
+        """Kills one process, of a kind that exists at the moment."""
+        kinds = list(self._kinds)
+        self._rng.shuffle(kinds)
+        for kind in kinds:
+            victims = self._kinds[kind]()
+            if victims:
+                with suppress(ProcessLookupError):
+                    os.kill(self._rng.choice(sorted(victims)), signal.SIGKILL)
+                    self._tally.kills[kind] += 1
+                return
+
+    def _driver(self) -> list[int]:
+        driver = self._trainer.driver
+        return [driver.pid] if driver is not None and driver.poll() is None else []
 
 
 class MixedWatch:
