@@ -34,10 +34,11 @@ from benchmarks.workloads import (
     head_weight,
     save_model,
 )
+from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.data.encoding import load_tokenizer
+from rlhf_critic.model.caching_critic import CachingCritic
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import create_critic_model
-from rlhf_critic.scoring.caching_critic import CachingCritic
 from rlhf_critic.scoring.request_batcher import Computed, RequestBatcher
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def measure(critic: Critic, jobs: Jobs, options: Options, cached: bool) -> tuple
     caching = CachingCritic(critic, CPU) if cached else None
 
     @torch.no_grad()
-    def forward(sequences: Sequence[Sequence[int]], rewards_only: bool) -> Computed:
+    def forward(sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
         if caching:
             output, _, tokens = caching.forward(sequences, rewards_only)
         else:

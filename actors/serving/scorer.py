@@ -24,6 +24,7 @@ import torch
 
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
+from rlhf_critic.batching.prefix_cache import PrefixCacheFigures
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, OpenedCritic
 from rlhf_critic.checkpoint.reward_model import verify_reward_model
@@ -32,10 +33,10 @@ from rlhf_critic.config.serve import CallLimits, ScorerConfig, UncertaintyCompon
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.model.backbone import forward_micro_batches
+from rlhf_critic.model.caching_critic import CachingCritic
 from rlhf_critic.model.device import configure_device, is_working, select_device
 from rlhf_critic.model.factory import DTYPE_OF
-from rlhf_critic.scoring.caching_critic import CachingCritic
-from rlhf_critic.scoring.items import Adjusted, Item, PrefixCacheFigures, ScorerInfo, Scores, encode_items, finish_items
+from rlhf_critic.scoring.items import Adjusted, Item, ScorerInfo, Scores, encode_items, finish_items
 from rlhf_critic.scoring.request_batcher import BatchRecord, Computed, OutOfDeviceMemory, Outputs, RequestBatcher
 from rlhf_critic.scoring.reward_components import RewardComponents
 

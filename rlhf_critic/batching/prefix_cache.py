@@ -35,6 +35,23 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PrefixCacheFigures:
+    """Figures of a prefix cache.
+
+    Attributes:
+        max_bytes: Size of its store.
+        bytes: Bytes of the store that are in use.
+        hit_tokens: Tokens of scored sequences that it had, each sequence counted separately, since it began.
+        evicted_tokens: Tokens that it evicted since it began.
+    """
+
+    max_bytes: int
+    bytes: int
+    hit_tokens: int
+    evicted_tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class Lease:
     """Cached prefixes of the sequences of one forward pass.

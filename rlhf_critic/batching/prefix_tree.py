@@ -36,7 +36,7 @@ class PrefixTree:
         leaves_S: Index of the last token of each sequence.
         lengths_S: Length of each sequence in tokens.
         run_sequences_R: Index of the sequence to which each run was added.
-        is_cached_R: Whether a cache has the tokens of each run, bool. A run is cached as a whole or not at all.
+        is_cached_R: Whether a cache has the tokens of each run, bool. No run is cached in part.
     """
 
     input_ids_T: IntArray

@@ -359,7 +359,7 @@ class PrefixCacheModel(_Message):
     """Prefix cache of the replica that describes the pool."""
 
     max_bytes: int
-    bytes: int = Field(description="Bytes in use.")
+    bytes: int = Field(description="Bytes that are in use.")
     hit_tokens: int = Field(description="Tokens of scored sequences that the cache had, since the critic was loaded.")
     evicted_tokens: int = Field(description="Tokens that the cache evicted, since the critic was loaded.")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_critic.batching.prefix_cache import PrefixCacheFigures
 from rlhf_critic.errors import EncodingError, ScorerRejected
 
 if TYPE_CHECKING:  # clients need neither torch nor transformers
@@ -82,23 +83,6 @@ class Adjusted(NamedTuple):
 Item: TypeAlias = "Conversation | Text | TokenIds | Adjusted"
 
 NOT_LISTS = (str, bytes, bytearray, memoryview)  # sequences in Python, but not lists of ids or turns
-
-
-@dataclass(frozen=True)
-class PrefixCacheFigures:
-    """Figures of a prefix cache.
-
-    Attributes:
-        max_bytes: Size of its store.
-        bytes: Bytes of the store that are in use.
-        hit_tokens: Tokens of scored sequences that it had, each sequence counted separately, since it began.
-        evicted_tokens: Tokens that it evicted since it began.
-    """
-
-    max_bytes: int
-    bytes: int
-    hit_tokens: int
-    evicted_tokens: int
 
 
 @dataclass(frozen=True)

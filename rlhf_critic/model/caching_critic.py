@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_critic.batching.prefix_cache import PrefixCache
+from rlhf_critic.batching.prefix_cache import PrefixCache, PrefixCacheFigures
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.scoring.items import PrefixCacheFigures
 
 
 class CachingCritic:

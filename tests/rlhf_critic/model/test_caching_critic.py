@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_critic.model.caching_critic import CachingCritic
 from rlhf_critic.model.critic import Critic
-from rlhf_critic.scoring.caching_critic import CachingCritic
 from tests.rlhf_critic.families import VOCABULARY, family_configs, kernels_of, random_model
 
 CPU = torch.device("cpu")
