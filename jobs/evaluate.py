@@ -89,7 +89,7 @@ def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tu
     rewards_R = score_sequences(loaded.critic, sequences, config.token_budget).astype(np.float64)
     pairs = preferences.comparisons()
     rewards_P2 = np.stack([rewards_R[pairs.better_P], rewards_R[pairs.worse_P]], axis=1)
-    evaluation = evaluate_rewards(rewards_P2[:, 0], rewards_P2[:, 1], pairs.lengths_P2, subsets_P=pairs.subsets_P)
+    evaluation = evaluate_rewards(rewards_P2[:, 0], rewards_P2[:, 1], pairs.lengths_P2, pairs.subsets_P, pairs.rows_P)
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     wrong = []
     for pair in _lowest(margin_P):

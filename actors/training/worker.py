@@ -59,7 +59,7 @@ from rlhf_critic.model.factory import DTYPE_OF, HEAD_NAME
 from rlhf_critic.model.weights import WeightReader
 from rlhf_critic.training.critic_engine import CriticEngine, PreparedPreferences
 from rlhf_critic.training.posterior_fit import MIN_VALIDATION
-from rlhf_critic.training.process_group import init_distributed, raise_on_all_ranks
+from rlhf_critic.training.process_group import init_distributed, patient_group, raise_on_all_ranks
 
 T = TypeVar("T")
 
@@ -120,8 +120,11 @@ class _TrainingRun:
         raise_on_all_ranks(lambda: validate_wandb(config.run.wandb_project) if self.is_main else None)
         self._on_each_node(lambda: remove_unfinished_saves(config.run.storage_path, config.run.name))
         # One rank of a node encodes what is not cached yet; then all map its files.
-        self._on_each_node(lambda: load_data(config, _ignored_end_id(config)))
-        self.data = raise_on_all_ranks(lambda: load_data(config, _ignored_end_id(config)))
+        # The others wait, which may take hours.
+        waiting = patient_group()
+        self._on_each_node(lambda: load_data(config, _ignored_end_id(config)), waiting)
+        self.data = raise_on_all_ranks(lambda: load_data(config, _ignored_end_id(config)), waiting)
+        dist.destroy_process_group(waiting)
         self.order = DataOrder(self.data.train.prompts_N, config.train.seed)
         self.total_steps = total_steps(len(self.data.train), config.train)
         # Every rank opens every file, so that one missing on a single node does not leave the others in a collective.
@@ -165,8 +168,8 @@ class _TrainingRun:
         if self.is_main:
             logger.log(level, message, *values)
 
-    def _on_each_node(self, action: Callable[[], object]) -> None:
-        raise_on_all_ranks(lambda: action() if self.is_first_of_node else None)
+    def _on_each_node(self, action: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+        raise_on_all_ranks(lambda: action() if self.is_first_of_node else None, group)
 
     def _validate_same_run(self, directory: str) -> None:
         trained, run = read_card(directory).training, self.config.run.name

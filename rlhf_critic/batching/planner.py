@@ -9,12 +9,19 @@ Shape legend: U units to place.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf_critic.batching.prefix_tree import PrefixTree, TokenIds, lexicographic_order, shared_lengths
+from rlhf_critic.batching.prefix_tree import (
+    PrefixTree,
+    TokenIds,
+    lexicographic_order,
+    shared_length,
+    shared_lengths,
+)
 
 KEPT_TOGETHER_FROM = 0.25  # neighbours stay together if they share at least this part of the next unit's tokens
 
@@ -78,7 +85,8 @@ def plan_micro_batches(
     groups = _groups_that_share(units, world_size, token_budget, known_U) if prefix_tree else _groups_by_length(units)
     shares = _place([group.tokens for group in groups], world_size)
     if prefix_tree:
-        plan = [_cut_trees(groups, share, token_budget) for share in shares]
+        least_shared = _RangeMinimum([group.least_shared for group in groups])
+        plan = [_cut_trees(groups, least_shared, share, token_budget) for share in shares]
     else:
         plan = [_cut_rows([groups[index].units[0] for index in share], units, token_budget) for share in shares]
     longest = max(len(micro_batches) for micro_batches in plan)
@@ -116,8 +124,7 @@ def _groups_that_share(
     # A prefix that a cache has costs nothing, shared or not.
     neighbours = zip(order, shared_lengths([firsts[unit] for unit in order]), strict=True)
     shared = [max(0, common - known_U[unit]) for unit, common in neighbours]
-    whole = (len(units[unit][0]) if len(units[unit]) == 1 else len(PrefixTree.build(units[unit])) for unit in order)
-    tokens = [length - known_U[unit] for unit, length in zip(order, whole, strict=True)]
+    tokens = [_tree_tokens(units[unit]) - known_U[unit] for unit in order]
     limit = min(token_budget, -(-(sum(tokens) - sum(shared)) // world_size))
     groups: list[_Group] = []
     for unit, cost, common in zip(order, tokens, shared, strict=True):
@@ -130,6 +137,14 @@ def _groups_that_share(
     return groups
 
 
+def _tree_tokens(unit: Sequence[TokenIds]) -> int:
+    """Returns the number of tokens in the prefix tree of a unit."""
+    if len(unit) > 2:
+        return len(PrefixTree.build(unit))
+    tokens = sum(len(sequence) for sequence in unit)
+    return tokens if len(unit) == 1 else tokens - shared_length(np.asarray(unit[0]), np.asarray(unit[1]))
+
+
 def _groups_by_length(units: Sequence[Sequence[TokenIds]]) -> list[_Group]:
     """Makes one group per unit, sorted by decreasing length of the longest sequence."""
     tokens = [sum(len(sequence) for sequence in unit) for unit in units]
@@ -140,22 +155,45 @@ def _groups_by_length(units: Sequence[Sequence[TokenIds]]) -> list[_Group]:
 def _place(costs: Sequence[int], world_size: int) -> list[list[int]]:
     """Returns the indices of the costs assigned to each rank, in ascending order."""
     shares: list[list[int]] = [[] for _ in range(world_size)]
-    load = [0] * world_size
+    load = [(0, rank) for rank in range(world_size)]  # a heap
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        rank = min(range(world_size), key=load.__getitem__)
+        tokens, rank = load[0]
         shares[rank].append(index)
-        load[rank] += costs[index]
+        heapq.heapreplace(load, (tokens + costs[index], rank))
     return [sorted(share) for share in shares]
 
 
-def _cut_trees(groups: Sequence[_Group], share: Sequence[int], token_budget: int) -> list[MicroBatch]:
+class _RangeMinimum:
+    """Minimum of any range of a list, in O(1) after O(n log n): each range is two overlapping powers of two long."""
+
+    def __init__(self, values: Sequence[int]) -> None:
+        level = np.asarray(values)
+        self._levels = [level.tolist()]
+        while len(level) > 2 ** (len(self._levels) - 1):
+            half = 2 ** (len(self._levels) - 1)
+            level = np.minimum(level[:-half], level[half:])
+            self._levels.append(level.tolist())
+
+    def of(self, start: int, end: int) -> int:
+        """Returns the minimum of a range that is not empty."""
+        power = (end - start).bit_length() - 1
+        level: list[int] = self._levels[power]
+        return min(level[start], level[end - 2**power])
+
+
+def _cut_trees(
+    groups: Sequence[_Group], least_shared: _RangeMinimum, share: Sequence[int], token_budget: int
+) -> list[MicroBatch]:
     micro_batches: list[MicroBatch] = []
     current: list[int] = []
     spent = 0
-    for position, index in enumerate(share):
-        # The prefix shared with an earlier group is the minimum over all neighbours in between.
-        between = groups[share[position - 1] + 1 : index] if position else []
-        shared = min([groups[index].shared, *(group.least_shared for group in between)])
+    before = -1
+    for index in share:
+        shared = groups[index].shared
+        if before >= 0 and index > before + 1:
+            # The prefix shared with an earlier group is the minimum over all neighbours in between.
+            shared = min(shared, least_shared.of(before + 1, index))
+        before = index
         cost = groups[index].tokens - shared
         if current and spent + cost > token_budget:
             micro_batches.append(MicroBatch(tuple(current)))
@@ -168,13 +206,14 @@ def _cut_trees(groups: Sequence[_Group], share: Sequence[int], token_budget: int
 def _cut_rows(share: Sequence[int], units: Sequence[Sequence[TokenIds]], token_budget: int) -> list[MicroBatch]:
     micro_batches: list[MicroBatch] = []
     current: list[int] = []
+    rows = 0
     for unit in share:
         # Units are sorted by length, so the first unit of a micro-batch sets the row length.
-        rows = sum(len(units[other]) for other in (*current, unit))
-        if current and rows * _longest(units[current[0]]) > token_budget:
+        if current and (rows + len(units[unit])) * _longest(units[current[0]]) > token_budget:
             micro_batches.append(MicroBatch(tuple(current)))
-            current = []
+            current, rows = [], 0
         current.append(unit)
+        rows += len(units[unit])
     return [*micro_batches, MicroBatch(tuple(current))] if current else micro_batches
 
 

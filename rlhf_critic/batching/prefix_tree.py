@@ -184,8 +184,11 @@ def lexicographic_order(arrays: Sequence[IntArray]) -> list[int]:
 def shared_length(first: IntArray, second: IntArray) -> int:
     """Returns the length of the common prefix of two sequences, in tokens."""
     common = min(len(first), len(second))
-    differ = np.flatnonzero(first[:common] != second[:common])
-    return int(differ[0]) if len(differ) else common
+    if not common:
+        return 0
+    differ = first[:common] != second[:common]
+    place = int(differ.argmax())
+    return place if differ[place] else common
 
 
 def shared_lengths(arrays: Sequence[IntArray]) -> list[int]:

@@ -6,16 +6,15 @@ reads the score before that token, so the converted encoding leaves the token ou
 
 Sources of the names: DeepSpeed-Chat (``reward_model.py``, also in an older, misspelt form), trlx
 (``examples/summarize_rlhf/reward_model``), Cong Chen's "Reward Modeling Practice" (``modeling_llama_rw.py``, the
-article), and the ``*ForSequenceClassification`` classes of transformers, which TRL and OpenRLHF train. Knows nothing
-about how those systems were trained, nor about their state for resuming.
+article), TRL until 2026 (``modeling_value_head.py``), and the ``*ForSequenceClassification`` and
+``*ForTokenClassification`` classes of transformers, which TRL and OpenRLHF train. Knows nothing about how those systems
+were trained, nor about their state for resuming.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -38,20 +37,19 @@ from rlhf_critic.data.encoding import Encoder, leave_out_at_end, load_tokenizer
 from rlhf_critic.data.templates import template_name
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.files import atomic_directory
-from rlhf_critic.model.factory import HEAD_NAME, check_critic_model, learned_positions, validate_positions
+from rlhf_critic.model.factory import HEAD_FILES, HEAD_NAME, check_critic_model, learned_positions, validate_positions
 from rlhf_critic.model.hf_config import load_config
 from rlhf_critic.model.weights import WeightReader
 
 AUTO_FORMAT = "auto"
 NATIVE_FORMAT = "native"
+TWO_LABELS_FORMAT = "two-labels"
 DEFAULT_MAX_LENGTH = 1024
 NO_LIMIT = 10**9  # a tokenizer without a limit has a larger model_max_length
 HeadBias: TypeAlias = Literal["refuse", "reward-mean", "keep"]
 # Which tokens at the end of a text a system takes for padding: its config's pad token, EOS whatever the config says, or
 # none, because it finds the end by the attention mask.
 Padding: TypeAlias = Literal["config", "eos", "mask"]
-# LLaMA-Factory saves the head in a file of its own, beside a causal language model.
-HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 OPENRLHF_FIELDS = ("value_head_prefix", "normalize_reward")  # it adds the first to its last checkpoint only
 OPENRLHF_CLASSES = ("RewardModel", "CriticModel")
 
@@ -65,27 +63,34 @@ class Format:
         head: Name of the scalar head.
         chat_template: Name of the template that encodes texts as the system does.
         padding: Tokens at the end of a text that the system takes for padding.
+        labels: Number of outputs of the head. The reward of two is the second minus the first: the log-odds of its
+            softmax.
+        head_file: Whether the head is in a file of its own.
     """
 
     backbones: tuple[str, ...]
     head: str
     chat_template: str = PLAIN_TEMPLATE_NAME
     padding: Padding = "config"
+    labels: int = 1
+    head_file: bool = False
 
-    def fits(self, keys: Sequence[str]) -> bool:
-        """Returns whether the keys of a file have these names."""
-        return f"{self.head}.weight" in keys and any(key.startswith(self.backbones) for key in keys)
+    def fits(self, reader: WeightReader) -> bool:
+        """Returns whether the weights have these names."""
+        keys = reader.names
+        has_head_file = any(path.name in HEAD_FILES for path in reader.files)
+        has_names = f"{self.head}.weight" in keys and any(key.startswith(self.backbones) for key in keys)
+        return has_names and (has_head_file or not self.head_file)
 
     def native_name(self, key: str) -> str:
         """Returns a key's name in transformers; keys of the backbone lose their prefix, which the loader adds."""
-        for prefix in self.backbones:
-            if key.startswith(prefix):
-                return key.removeprefix(prefix)
-        return re.sub(rf"^{re.escape(self.head)}\.", "score.", key)
+        if key.startswith(f"{self.head}."):
+            return f"score.{key.removeprefix(f'{self.head}.')}"
+        return key.removeprefix(next((prefix for prefix in self.backbones if key.startswith(prefix)), ""))
 
     def __str__(self) -> str:
         backbones = " or ".join(f"{prefix}*" for prefix in self.backbones)
-        return f"{backbones} and {self.head}.weight"
+        return f"{backbones} and {self.head}.weight" + (f" with {self.labels} outputs" if self.labels > 1 else "")
 
 
 # DeepSpeed-Chat's names come before trlx's, which have the same head.
@@ -93,8 +98,11 @@ FORMATS = {
     "deepspeed-chat": Format(("rwtransformer.", "rwtranrsformer."), "v_head", padding="eos"),
     "trlx": Format(("transformer.",), "v_head", padding="eos"),
     "article": Format(("model.", "transformer."), "value_head", ARTICLE_TEMPLATE_NAME),
-    "llama-factory": Format(("model.", "transformer."), "v_head.summary", AUTO_TEMPLATE, padding="mask"),
+    "openrlhf-critic": Format(("",), "value_head", OPENRLHF_TEMPLATE_NAME),
+    "llama-factory": Format(("",), "v_head.summary", AUTO_TEMPLATE, padding="mask", head_file=True),
+    "trl-value-head": Format(("",), "v_head.summary", AUTO_TEMPLATE, padding="mask"),
     NATIVE_FORMAT: Format(("",), "score", AUTO_TEMPLATE),
+    TWO_LABELS_FORMAT: Format(("",), "score", AUTO_TEMPLATE, padding="mask", labels=2),
 }
 
 
@@ -180,14 +188,20 @@ def open_foreign(
     """
     source = Path(source)
     reader = open_weights(source, safetensors_only=safetensors_only)
+    is_detected = source_format == AUTO_FORMAT
     source_format = detect_format(reader, source_format)
+    labels = FORMATS[source_format].labels
     reader.rename(FORMATS[source_format].native_name)
+    if labels == 2:
+        _subtract_labels(reader)
     bias = _pop_head_bias(reader, head_bias)
 
     # DeepSpeed-Chat saves the vocabulary only. A tokenizer loads from that, but with another BOS, EOS and pad token.
     of_tokenizer = _directory_with(source, "tokenizer_config.json", "tokenizer", base)
     config = _directory_with(source, "config.json", "config", base)
     source_config = load_config(config)
+    if is_detected and source_format == "article" and is_of_openrlhf(source_config):  # the names are the same
+        source_format = "openrlhf-critic"
     if chat_template is None:
         of_openrlhf = is_of_openrlhf(source_config)
         chat_template = OPENRLHF_TEMPLATE_NAME if of_openrlhf else FORMATS[source_format].chat_template
@@ -200,7 +214,8 @@ def open_foreign(
     ignored_end_id = leave_out_at_end(tokenizer, None if padding == "mask" else pad_token_id)
     model = check_critic_model(config, tokenizer, weights=reader)
     if max_length is None:
-        max_length = _own_limit(tokenizer, model) if source_format == NATIVE_FORMAT else DEFAULT_MAX_LENGTH
+        is_native = source_format in (NATIVE_FORMAT, TWO_LABELS_FORMAT)
+        max_length = _own_limit(tokenizer, model) if is_native else DEFAULT_MAX_LENGTH
         max_length = min(max_length, learned_positions(model) or max_length)
     validate_positions(model, max_length)
     encoder = Encoder(tokenizer, max_length, ignored_end_id=ignored_end_id)
@@ -256,7 +271,7 @@ def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
         CheckpointError: They match another format than the expected one, or no known format.
     """
     for name, known in FORMATS.items():
-        if expected in (AUTO_FORMAT, name) and known.fits(reader.names):
+        if expected in (AUTO_FORMAT, name) and known.fits(reader):
             return name
     found = ", ".join(sorted({f"{key.split('.')[0]}.*" for key in reader.names})) or "no weights at all"
     wanted = "; ".join(f"{name}: {known}" for name, known in FORMATS.items() if expected in (AUTO_FORMAT, name))
@@ -267,13 +282,30 @@ def detect_format(reader: WeightReader, expected: str = AUTO_FORMAT) -> str:
     )
 
 
+def _subtract_labels(reader: WeightReader) -> None:
+    """Replaces a head with two outputs by the difference, the second minus the first.
+
+    A difference of two linear heads is one, and the sigmoid of it is the second probability of the softmax.
+    """
+    shape = tuple(reader.shape(HEAD_NAME))
+    if len(shape) != 2 or shape[0] != 2:
+        raise CheckpointError(
+            f"{reader.source}: the head's weight has shape {shape}, but --from {TWO_LABELS_FORMAT} is for two outputs"
+        )
+    names = [HEAD_NAME, *(name for name in ("score.bias",) if name in reader.names)]
+    for name in names:
+        first, second = reader.read(name).split(1)
+        reader.replace(name, second - first)
+
+
 def _pop_head_bias(reader: WeightReader, head_bias: HeadBias) -> float:
     """Checks that the head has one output, removes its bias from the weights and returns it (0 if there is none)."""
     head_shape = reader.shape(HEAD_NAME)
     if len(head_shape) != 2 or head_shape[0] != 1:
         raise CheckpointError(
             f"{reader.source}: the head's weight has shape {tuple(head_shape)}, with {head_shape[0]} outputs (labels), "
-            "expected 1: use a model that was trained with num_labels=1"
+            "expected 1: use a model that was trained with num_labels=1, or give --from two-labels for one that "
+            "tells good (label 1) from bad (label 0), such as a process reward model"
         )
     if "score.bias" not in reader.names:
         return 0.0

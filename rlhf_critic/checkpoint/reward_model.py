@@ -135,7 +135,7 @@ def _open_native(directory: Path, name: str, encoding: AssumedEncoding) -> Opene
             model has another kind of head.
     """
     reader = open_weights(directory, safetensors_only=True)
-    fitting = next((known for known, names in FORMATS.items() if names.fits(reader.names)), None)
+    fitting = next((known for known, names in FORMATS.items() if names.fits(reader)), None)
     if fitting not in (None, NATIVE_FORMAT):
         raise CheckpointError(
             f"{name}: no {CARD_NAME}, and weights in the format {fitting}, whose texts have an encoding of their own: "

@@ -98,6 +98,19 @@ class CalibrateJobConfig(AssumedEncoding):
     """Local cache directory for encoded data. Safe to delete."""
 
 
+SourceFormat = Literal[
+    "auto",
+    "deepspeed-chat",
+    "trlx",
+    "article",
+    "openrlhf-critic",
+    "llama-factory",
+    "trl-value-head",
+    "native",
+    "two-labels",
+]
+
+
 class ExportJobConfig(Section):
     """Copies a critic out of a run, without its resume state, or converts another system's reward model.
 
@@ -111,11 +124,10 @@ class ExportJobConfig(Section):
     """New directory for the exported critic."""
     auto_map: bool = False
     """Add a modeling file, so that trust_remote_code=True gives a value at every token as well."""
-    source_format: Annotated[
-        Literal["auto", "deepspeed-chat", "trlx", "article", "llama-factory", "native"], tyro.conf.arg(name="from")
-    ] = "auto"
+    source_format: Annotated[SourceFormat, tyro.conf.arg(name="from")] = "auto"
     """Format of the weights. auto copies a directory with critic.json and recognises other formats by their keys.
-    native is a sequence-classification model, such as those of TRL and OpenRLHF."""
+    native is a sequence-classification model, such as those of TRL and OpenRLHF. two-labels is one with two outputs,
+    such as a process reward model; its reward is the log-odds of label 1, and auto never chooses it."""
     base: str | None = None
     """Base model, a directory or hub id, for a config or tokenizer that the checkpoint lacks, or to merge adapters of
     peft into. Only for another system's checkpoint."""

@@ -63,6 +63,9 @@ class TrainConfig(OptimizerConfig):
     """Weight of the squared sum of a preference's rewards, which keeps rewards near 0; TRL suggests 0.01."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Label smoothing: assumed probability that a preference label is flipped."""
+    router_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, per sequence; transformers uses 0.001 to 0.02. 0 keeps
+    the routers free. Only training on preferences uses it."""
     early_stopping_patience: NonNegativeInt = 0
     """Stop after this many consecutive validations without a lower log-loss; 0 never stops early."""
     reference: Literal["validation", "train"] = "validation"

@@ -1,5 +1,8 @@
 """Encoding of preference data: each source is encoded once, counted and cached.
 
+A source is divided into parts, which several processes encode at the same time. Each holds 512 rows at once, so memory
+does not grow with the data. A restart reuses the parts that are complete.
+
 The cache key covers the contents of the source, the fingerprint of the encoder and the options that select rows. For
 sources and rows see `rlhf_critic.data.sources` and `rlhf_critic.data.preference_schema`. Knows nothing about ranks,
 batches or models.
@@ -7,29 +10,38 @@ batches or models.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import datasets
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.data.preference_dataset import FEATURES, EncodedPreferences, EncodingReport, digest
 from rlhf_critic.data.preference_schema import FIELDS, STANDARD_EXPLICIT, WHOLE_TEXTS, Preference, parse_row
-from rlhf_critic.data.repeated_prompts import TextRow, count_repeats
-from rlhf_critic.data.sources import fingerprint_of, read_rows
-from rlhf_critic.errors import ConfigError, DataError, EncodingError
+from rlhf_critic.data.processes import map_in_processes, usable_cores
+from rlhf_critic.data.repeated_prompts import RepeatCount, TextRow
+from rlhf_critic.data.source_parts import PartReader, SourcePart, split_source
+from rlhf_critic.data.sources import fingerprint_of
+from rlhf_critic.errors import ConfigError, CriticError, DataError, EncodingError
 from rlhf_critic.files import atomic_directory
 
-CACHE_FORMAT = 5  # increase it when the cached columns change their meaning, or rows are read in another way
+CACHE_FORMAT = 6  # increase it when the cached columns change their meaning, or rows are read in another way
 DATA_FORMAT = 4  # increase it when a run that began before must not continue
 ENCODE_CHUNK = 512
+TABLE_NAME = "table.arrow"
 
 COUNTS = (
     "truncated",
@@ -43,6 +55,7 @@ COUNTS = (
 )
 
 Overlong = Literal["truncate", "skip"]
+T = TypeVar("T")
 
 
 def load_preferences(
@@ -79,102 +92,221 @@ def load_preferences(
     key = digest(str(CACHE_FORMAT), *data)
     entry = Path(cache_dir) / "preferences" / key
     if not entry.is_dir():
-        # Another process may write the same entry first.
-        with atomic_directory(entry, keep_existing=True) as building:
-            _encode_source(source, contents, encoder, fields, overlong, building)
+        with _lock(Path(cache_dir)):
+            if not entry.is_dir():  # another process may have encoded it meanwhile
+                parts = entry.with_name(f"{key}.parts")
+                _encode_source(_Job(source, contents, encoder, fields, overlong, parts, PartReader(source)), entry)
     report = EncodingReport(**json.loads((entry / "report.json").read_text()))
-    table = datasets.load_from_disk(str(entry), keep_in_memory=False)
+    table = datasets.Dataset.from_file(str(entry / TABLE_NAME))
     return EncodedPreferences(table, {source: report}, digest(str(DATA_FORMAT), *data))
 
 
-def _encode_source(
-    source: str, contents: str, encoder: Encoder, fields: Mapping[str, str], overlong: Overlong, directory: Path
-) -> None:
-    parsed = [(line, parse_row(f"{source}:{line}", row, fields)) for line, row in read_rows(source)]
-    parsed, begin_with_prompt = _separate_whole_texts(source, parsed)
+@contextmanager
+def _lock(cache_dir: Path) -> Iterator[None]:
+    """Lets one process at a time encode into a cache, because each uses all cores."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with (cache_dir / "encoding.lock").open("w") as file:
+        with suppress(OSError):  # a file system without locks: then each process encodes, and writes atomically
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass
+class _Job:
+    """The encoding of one source, in each process that works on it.
+
+    Attributes:
+        source: The source.
+        contents: Fingerprint of its contents.
+        encoder: The encoder.
+        fields: See `load_preferences`.
+        overlong: See `load_preferences`.
+        parts: Directory of the encoded parts. It outlives a killed process, so that a restart reuses its parts.
+        reader: Reader of the source.
+        are_whole: Whether the texts of the source repeat their prompt.
+    """
+
+    source: str
+    contents: str
+    encoder: Encoder
+    fields: Mapping[str, str]
+    overlong: Overlong
+    parts: Path
+    reader: PartReader
+    are_whole: bool = False
+
+    def directory(self, part: SourcePart) -> Path:
+        """Returns the directory of an encoded part, which exists once it is complete."""
+        whole = "-whole" if self.are_whole else ""
+        return self.parts / f"{part.number}-{part.first}-{part.rows}{whole}"
+
+
+def _encode_source(job: _Job, entry: Path) -> None:
+    """Encodes the parts of a source in several processes, joins them and removes them."""
+    parts = split_source(job.source)
+    try:
+        # Rows are validated before the first is encoded, because encoding takes most of the time.
+        repeats = RepeatCount()
+        for counted in _each_part("reading", _count_repeats, job, parts):
+            repeats.join(counted)
+        job = replace(job, are_whole=repeats.are_whole_texts(), reader=PartReader(job.source))
+        missing = [part for part in parts if not job.directory(part).is_dir()]
+        for _ in _each_part("encoding", _encode_part, job, missing):
+            pass
+        # Another process may write the same entry first, on a file system without locks.
+        with atomic_directory(entry, keep_existing=True) as building:
+            _join_parts(job, parts, 0 if job.are_whole else repeats.repeating, building)
+    except CriticError:
+        shutil.rmtree(job.parts, ignore_errors=True)  # it is the data that must change
+        raise
+    shutil.rmtree(job.parts, ignore_errors=True)
+
+
+def _each_part(
+    verb: str, function: Callable[[_Job, SourcePart], T], job: _Job, parts: Sequence[SourcePart]
+) -> Iterator[T]:
+    """Applies a function to all parts in several processes, and shows rows per second and the time left."""
+    with tqdm(total=sum(part.rows for part in parts), desc=f"{verb} {job.source}", unit="row", disable=None) as bar:
+        for part, result in zip(parts, map_in_processes(function, job, parts, usable_cores()), strict=True):
+            bar.update(part.rows)
+            yield result
+
+
+def _parse_part(job: _Job, part: SourcePart) -> Iterator[tuple[int, Preference]]:
+    for line, row in job.reader.read(part):
+        yield line, parse_row(f"{job.source}:{line}", row, job.fields)
+
+
+def _text_row(job: _Job, line: int, row: Preference) -> TextRow | None:
+    """Returns the texts of a row whose responses may repeat its prompt."""
+    if not row.shape.startswith(STANDARD_EXPLICIT):
+        return None
+    return TextRow(f"{job.source}:{line}", str(row.prompt), tuple(map(str, row.responses)), row.fields)
+
+
+def _count_repeats(job: _Job, part: SourcePart) -> RepeatCount:
+    count = RepeatCount()
+    for line, row in _parse_part(job, part):
+        texts = _text_row(job, line, row)
+        if texts is not None:
+            count.add(texts)
+    return count
+
+
+def _without_repeats(job: _Job, line: int, row: Preference) -> Preference:
+    """Separates the texts of a row from the prompt that they repeat."""
+    texts = _text_row(job, line, row) if job.are_whole else None
+    if texts is None:
+        return row
+    prompt, responses = texts.separated()
+    return replace(row, prompt=prompt, responses=responses, shape=row.shape.replace(STANDARD_EXPLICIT, WHOLE_TEXTS))
+
+
+def _encode_part(job: _Job, part: SourcePart) -> None:
+    """Encodes the rows of a part and writes them, their counts and the hashes of their ids."""
     counts = Counter(dict.fromkeys(COUNTS, 0))
+    shapes: Counter[str] = Counter()
+    hashes: list[tuple[int, int]] = []
+    rows = ((line, _without_repeats(job, line, row)) for line, row in _parse_part(job, part))
+    with atomic_directory(job.directory(part), keep_existing=True) as building:
+        with _table_writer(building / TABLE_NAME) as writer:
+            while chunk := list(islice(rows, ENCODE_CHUNK)):
+                shapes.update(preference.shape for _, preference in chunk)
+                records = _encode_records(job, chunk, counts, hashes)
+                writer.write_table(pa.Table.from_pylist(records, schema=FEATURES.arrow_schema))
+        np.save(building / "hashes.npy", np.array(hashes, dtype=np.int64).reshape(-1, 2))
+        (building / "counts.json").write_text(json.dumps({"counts": counts, "shapes": shapes}))
+
+
+def _encode_records(
+    job: _Job, chunk: list[tuple[int, Preference]], counts: Counter[str], hashes: list[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Encodes some rows. Adds to the counts, and to the hashes of the ids in order and in reversed order."""
     records: list[dict[str, Any]] = []
-    seen: Counter[tuple[bytes, ...]] = Counter()
-    for start in tqdm(range(0, len(parsed), ENCODE_CHUNK), desc=f"encoding {source}", unit="chunk", disable=None):
-        chunk = parsed[start : start + ENCODE_CHUNK]
-        for (line, preference), encoded in zip(chunk, _encode_chunk(source, encoder, chunk), strict=True):
-            responses = [one.ids for one in encoded]
-            is_overlong = any(one.truncated for one in encoded)
-            ids_of_row = tuple(np.asarray(ids, dtype=np.int32).tobytes() for ids in responses)
-            rendered = [one.rendered for one in encoded if one.rendered]
-            counts["kept_whole"] += any(one.change == "kept whole" for one in rendered)
-            counts["white_space"] += any(one.change == "white space" for one in rendered)
-            counts["special_tokens"] += any(one.has_special_tokens for one in rendered)
-            if is_overlong and overlong == "skip":
-                counts["skipped_overlong"] += 1
-                continue
-            if len(set(ids_of_row)) < len(ids_of_row):
-                counts["identical"] += 1
-                continue
-            counts["truncated"] += is_overlong
-            counts["duplicates"] += seen[ids_of_row] > 0
-            counts["contradictions"] += seen[ids_of_row[::-1]] > 0
-            seen[ids_of_row] += 1
-            records.append(
-                {
-                    "responses": responses,
-                    "lengths": [len(ids) for ids in responses],
-                    "margin": float("nan") if preference.margin is None else preference.margin,
-                    "subset": preference.subset,
-                    "line": line,
-                    "prompt": _prompt_key(preference, f"{contents}:{line}"),
-                }
-            )
-    if not records:
-        raise DataError(
-            f"{source}: no row is left of {len(parsed)}: {counts['skipped_overlong']} are longer than "
-            f"encoding.max_length {encoder.max_length} and {counts['identical']} have identical responses; raise the "
-            "limit, or truncate long rows (--data.overlong truncate)"
+    for (line, preference), encoded in zip(chunk, _encode_chunk(job.source, job.encoder, chunk), strict=True):
+        responses = [np.asarray(one.ids, dtype=np.int32) for one in encoded]
+        is_overlong = any(one.truncated for one in encoded)
+        ids_of_row = tuple(ids.tobytes() for ids in responses)
+        rendered = [one.rendered for one in encoded if one.rendered]
+        counts["kept_whole"] += any(one.change == "kept whole" for one in rendered)
+        counts["white_space"] += any(one.change == "white space" for one in rendered)
+        counts["special_tokens"] += any(one.has_special_tokens for one in rendered)
+        if is_overlong and job.overlong == "skip":
+            counts["skipped_overlong"] += 1
+            continue
+        if len(set(ids_of_row)) < len(ids_of_row):
+            counts["identical"] += 1
+            continue
+        counts["truncated"] += is_overlong
+        counts["tokens"] += sum(map(len, responses))
+        counts["longest"] = max(counts["longest"], *map(len, responses))
+        hashes.append((_hash_of(ids_of_row), _hash_of(ids_of_row[::-1])))
+        records.append(
+            {
+                "responses": responses,
+                "lengths": [len(ids) for ids in responses],
+                "margin": float("nan") if preference.margin is None else preference.margin,
+                "subset": preference.subset,
+                "line": line,
+                "prompt": _prompt_key(preference, f"{job.contents}:{line}"),
+            }
         )
-    lengths = [length for record in records for length in record["lengths"]]
+    return records
+
+
+def _hash_of(ids_of_row: Sequence[bytes]) -> int:
+    """Hashes the ids of all responses of a row in their order, to 64 bits."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for ids in ids_of_row:
+        hashed.update(hashlib.blake2b(ids, digest_size=16).digest())
+    return int.from_bytes(hashed.digest(), "little", signed=True)
+
+
+def _table_writer(path: Path) -> pa.RecordBatchStreamWriter:
+    return pa.ipc.new_stream(str(path), FEATURES.arrow_schema)
+
+
+def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, directory: Path) -> None:
+    """Joins the encoded parts of a source to one table with a report."""
+    counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+    shapes: Counter[str] = Counter()
+    longest, hashes = 0, []
+    with _table_writer(directory / TABLE_NAME) as writer:
+        for part in parts:
+            encoded = job.directory(part)
+            of_part = json.loads((encoded / "counts.json").read_text())
+            longest = max(longest, of_part["counts"].pop("longest", 0))
+            counts.update(of_part["counts"])
+            shapes.update(of_part["shapes"])
+            hashes.append(np.load(encoded / "hashes.npy"))
+            with pa.memory_map(str(encoded / TABLE_NAME)) as file:
+                for batch in pa.ipc.open_stream(file):
+                    writer.write_batch(batch)
+    hashes_N2 = np.concatenate(hashes)
+    if not len(hashes_N2):
+        raise DataError(
+            f"{job.source}: no row is left of {sum(shapes.values())}: {counts['skipped_overlong']} are longer than "
+            f"encoding.max_length {job.encoder.max_length} and {counts['identical']} have identical responses; raise "
+            "the limit, or truncate long rows (--data.overlong truncate)"
+        )
+    counts["duplicates"], counts["contradictions"] = _count_repeated_rows(hashes_N2)
     report = EncodingReport(
-        rows=len(parsed),
-        preferences=len(records),
+        rows=sum(shapes.values()),
+        preferences=len(hashes_N2),
         **counts,
-        tokens=sum(lengths),
-        longest=max(lengths),
-        shapes=dict(Counter(preference.shape for _, preference in parsed)),
+        longest=longest,
+        shapes=dict(shapes),
         begin_with_prompt=begin_with_prompt,
     )
-    showed_bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()  # which would be a second bar for the same work
-    try:
-        datasets.Dataset.from_list(records, features=FEATURES).save_to_disk(str(directory))
-    finally:
-        if showed_bars:
-            datasets.enable_progress_bars()
     (directory / "report.json").write_text(json.dumps(asdict(report)))
 
 
-def _separate_whole_texts(
-    source: str, parsed: list[tuple[int, Preference]]
-) -> tuple[list[tuple[int, Preference]], int]:
-    """Separates texts from the prompt that they repeat, if those of most rows do.
-
-    Returns the number of rows whose texts begin with their prompt as a part of the answer.
-    """
-    texts = {
-        line: TextRow(f"{source}:{line}", str(row.prompt), tuple(map(str, row.responses)), row.fields)
-        for line, row in parsed
-        if row.shape.startswith(STANDARD_EXPLICIT)
-    }
-    count, are_whole = count_repeats(list(texts.values()))
-    if not are_whole:
-        return parsed, count
-
-    def separated(line: int, row: Preference) -> Preference:
-        if line not in texts:
-            return row
-        prompt, responses = texts[line].separated()
-        shape = row.shape.replace(STANDARD_EXPLICIT, WHOLE_TEXTS)
-        return replace(row, prompt=prompt, responses=responses, shape=shape)
-
-    return [(line, separated(line, row)) for line, row in parsed], 0
+def _count_repeated_rows(hashes_N2: NDArray[np.int64]) -> tuple[int, int]:
+    """Counts the rows that repeat an earlier one, and those that reverse an earlier one."""
+    hashes, firsts = np.unique(hashes_N2[:, 0], return_index=True)
+    place_N = np.searchsorted(hashes, hashes_N2[:, 1]).clip(max=len(hashes) - 1)
+    reverses_N = (hashes[place_N] == hashes_N2[:, 1]) & (firsts[place_N] < np.arange(len(hashes_N2)))
+    return len(hashes_N2) - len(hashes), int(reverses_N.sum())
 
 
 def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Preference]]) -> Iterator[list[Encoded]]:

@@ -122,21 +122,60 @@ class TextRow:
         return self.prompt.rstrip() + space, tuple(rest.removeprefix(space) for rest in rests)
 
 
+@dataclass
+class RepeatCount:
+    """Number of rows with a response that begins with its prompt, counted row by row.
+
+    Attributes:
+        rows: Number of rows.
+        repeating: Number of rows with such a response.
+        exception: Place and field of the first response that does not begin with its prompt, in a row where another
+            does or none does; None if all do.
+    """
+
+    rows: int = 0
+    repeating: int = 0
+    exception: tuple[str, str] | None = None
+
+    def add(self, row: TextRow) -> None:
+        """Counts one row."""
+        repeats = row.repeats
+        self.rows += 1
+        self.repeating += any(repeats)
+        if self.exception is None and not all(repeats):
+            self.exception = row.place, row.names[repeats.index(False)]
+
+    def join(self, later: RepeatCount) -> None:
+        """Adds the count of later rows."""
+        self.rows += later.rows
+        self.repeating += later.repeating
+        self.exception = self.exception or later.exception
+
+    def are_whole_texts(self) -> bool:
+        """Returns whether all texts are whole texts.
+
+        Raises:
+            DataError: In most rows a response begins with the prompt, and in one row another response does not.
+        """
+        if 2 * self.repeating <= self.rows:
+            return False
+        if self.exception is not None:
+            place, field = self.exception
+            raise DataError(
+                f"{place}: field {field!r}: does not begin with the prompt, but {self.repeating} of {self.rows} rows "
+                "have a response that does. Remove the prompt from all responses, or let all begin with it. If answers "
+                'really say it again, give prompts as turns ([{"role": "user", ...}])'
+            )
+        return True
+
+
 def count_repeats(rows: Sequence[TextRow]) -> tuple[int, bool]:
     """Counts the rows with a response that begins with its prompt; returns also whether all texts are whole texts.
 
     Raises:
         DataError: In most rows a response begins with the prompt, and in one row another response does not.
     """
-    repeats = [row.repeats for row in rows]
-    count = sum(map(any, repeats))
-    if 2 * count <= len(rows):
-        return count, False
-    for row, repeated in zip(rows, repeats, strict=True):
-        if not all(repeated):
-            raise DataError(
-                f"{row.place}: field {row.names[repeated.index(False)]!r}: does not begin with the prompt, but {count} "
-                f"of {len(rows)} rows have a response that does. Remove the prompt from all responses, or let all "
-                'begin with it. If answers really say it again, give prompts as turns ([{"role": "user", ...}])'
-            )
-    return count, True
+    count = RepeatCount()
+    for row in rows:
+        count.add(row)
+    return count.repeating, count.are_whole_texts()

@@ -19,7 +19,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -46,13 +46,24 @@ def read_rows(source: str) -> Iterator[tuple[int, Row]]:
             line is not UTF-8, not JSON or not an object.
     """
     found = False
-    for number, row in enumerate(_load_dataset(source), start=1) if _is_dataset(source) else _read_file(source):
-        if not isinstance(row, dict):
-            raise DataError(f"{source}:{number}: must be an object with named fields, not {type(row).__name__}")
+    rows = enumerate(load_dataset(source), start=1) if is_dataset(source) else _read_file(source)
+    for number, row in validate_objects(source, rows):
         found = True
         yield number, row
     if not found:
         raise DataError(f"{source}: has no rows; give a source with at least one row")
+
+
+def validate_objects(source: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Row]]:
+    """Yields rows that are objects.
+
+    Raises:
+        DataError: A row is not an object.
+    """
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{source}:{number}: must be an object with named fields, not {type(row).__name__}")
+        yield number, row
 
 
 def fingerprint_of(source: str) -> str:
@@ -62,25 +73,25 @@ def fingerprint_of(source: str) -> str:
         DataError: The source is missing or cannot be read.
     """
     files = [source]
-    if _is_dataset(source):
-        loaded = _load_dataset(source)
+    if is_dataset(source):
+        loaded = load_dataset(source)
         if not Path(_without_split(source)[0]).is_dir():
             return str(loaded._fingerprint)  # hash of the hub files
         # The fingerprint of a saved dataset covers how it was made, not its rows, and covers functions only by name.
         files = [file["filename"] for file in loaded.cache_files]
-    digest = hashlib.sha256(_suffix(files[0] if files else "").encode())
+    digest = hashlib.sha256(kind_of(files[0] if files else "").encode())
     try:
         for path in files:
             with fsspec.open(path, "rb") as file:
                 while block := file.read(READ_BYTES):
                     digest.update(block)
     except UNREADABLE as error:
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
     return digest.hexdigest()
 
 
 def _read_file(source: str) -> Iterator[tuple[int, Row]]:
-    read = _READERS.get(_suffix(source))
+    read = _READERS.get(kind_of(source))
     if read is None:
         raise DataError(
             f"{source}: unknown kind of source; give a file ({', '.join(_READERS)}, each also .gz), a directory that "
@@ -92,11 +103,16 @@ def _read_file(source: str) -> Iterator[tuple[int, Row]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{source}: not UTF-8: {error}; save it as UTF-8") from error
     except (*UNREADABLE, pa.ArrowException, csv.Error) as error:
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
 
 
-def _read_json_lines(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(file, start=1):
+def parse_json_lines(source: str, lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, Row]]:
+    """Parses lines of JSON, each with its number. The first of them has the number ``first``.
+
+    Raises:
+        DataError: A line is not UTF-8 or not JSON.
+    """
+    for number, line in enumerate(lines, start=first):
         if line.removeprefix(codecs.BOM_UTF8).strip():
             yield number, _parse_json(f"{source}:{number}", line)
 
@@ -132,14 +148,19 @@ def _read_csv(source: str, file: BinaryIO) -> Iterator[tuple[int, Row]]:
 
 
 _READERS: dict[str, Callable[[str, BinaryIO], Iterator[tuple[int, Row]]]] = {
-    ".jsonl": _read_json_lines,
+    ".jsonl": parse_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
 }
 
 
-def _load_dataset(source: str) -> datasets.Dataset:
+def load_dataset(source: str) -> datasets.Dataset:
+    """Loads a directory that datasets saved, or a hub id.
+
+    Raises:
+        DataError: It cannot be loaded, or has no such split.
+    """
     name, split = _without_split(source)
     try:
         if not Path(name).is_dir():
@@ -163,11 +184,12 @@ def _load_dataset(source: str) -> datasets.Dataset:
     return loaded
 
 
-def _is_dataset(source: str) -> bool:
+def is_dataset(source: str) -> bool:
+    """Returns whether a source is a directory that datasets saved, or a hub id, and no file."""
     name, _ = _without_split(source)
     if Path(name).is_dir():
         return True
-    return not Path(source).exists() and _suffix(source) not in _READERS and HUB_ID.fullmatch(name) is not None
+    return not Path(source).exists() and kind_of(source) not in _READERS and HUB_ID.fullmatch(name) is not None
 
 
 def _without_split(source: str) -> tuple[str, str | None]:
@@ -176,9 +198,11 @@ def _without_split(source: str) -> tuple[str, str | None]:
     return (name, split) if is_split else (source, None)
 
 
-def _suffix(source: str) -> str:
+def kind_of(source: str) -> str:
+    """Returns the format of a file by its name, such as ``.jsonl``, also if it is compressed."""
     return Path(source.removesuffix(".gz")).suffix
 
 
-def _unreadable(source: str, error: BaseException) -> DataError:
+def unreadable(source: str, error: BaseException) -> DataError:
+    """Returns the error for a source that cannot be read."""
     return DataError(f"{source}: cannot be read ({type(error).__name__}: {error}); check the path and the file")

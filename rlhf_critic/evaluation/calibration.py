@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rlhf_critic.evaluation.bootstrap import FloatArray, wins
+from rlhf_critic.evaluation.bootstrap import MAX_BLOCKS, FloatArray, wins
 
 BINS = 10  # of equal width over confidences from 0.5 to 1
 
@@ -89,14 +90,9 @@ def reliability(margin_P: FloatArray) -> Reliability:
     confidence_K = np.bincount(bin_P, confidence_P, BINS)
     right_K = np.bincount(bin_P, right_P, BINS)
     edges = np.linspace(0.5, 1.0, BINS + 1).tolist()
-    rng = np.random.default_rng(0)
-    errors_by_chance = [
-        np.abs(np.bincount(bin_P, rng.random(len(bin_P)) < confidence_P, BINS) - confidence_K).sum() / len(bin_P)
-        for _ in range(1000)
-    ]
     return Reliability(
         error=float(np.abs(right_K - confidence_K).sum() / len(bin_P)),
-        error_by_chance=float(np.mean(errors_by_chance)),
+        error_by_chance=_error_by_chance(bin_P, confidence_P),
         log_loss=float(np.logaddexp(0.0, -margin_P).mean()),
         bins=tuple(
             ReliabilityBin(
@@ -109,6 +105,24 @@ def reliability(margin_P: FloatArray) -> Reliability:
             for k in np.flatnonzero(count_K)
         ),
     )
+
+
+def _error_by_chance(bin_P: NDArray[np.int64], confidence_P: FloatArray) -> float:
+    """Returns the mean calibration error if each side wins with its confidence, by simulation up to `MAX_BLOCKS`.
+
+    Above, the sum of a bin is normal with the variance of its wins, ``sum(p * (1 - p))``. The mean distance of a normal
+    number from its own mean is ``sqrt(2 * variance / pi)``.
+    """
+    if len(bin_P) > MAX_BLOCKS:
+        variance_K = np.bincount(bin_P, confidence_P * (1.0 - confidence_P), BINS)
+        return float(np.sqrt(2.0 * variance_K / np.pi).sum() / len(bin_P))
+    rng = np.random.default_rng(0)
+    confidence_K = np.bincount(bin_P, confidence_P, BINS)
+    errors = [
+        np.abs(np.bincount(bin_P, rng.random(len(bin_P)) < confidence_P, BINS) - confidence_K).sum() / len(bin_P)
+        for _ in range(1000)
+    ]
+    return float(np.mean(errors))
 
 
 def fit_temperature(margin_P: FloatArray) -> float | None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_critic.errors import NonFiniteRewardError
-from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, bootstrap_mean, wins
+from rlhf_critic.evaluation.bootstrap import BootstrapEstimate, FloatArray, IntArray, bootstrap_mean, wins
 from rlhf_critic.evaluation.calibration import Calibration, calibrate
 from rlhf_critic.evaluation.length_control import length_controlled_accuracy
 
@@ -68,6 +68,7 @@ def evaluate_rewards(
     rejected_rewards: Sequence[float] | FloatArray,
     lengths_P2: NDArray[np.int64],
     subsets_P: NDArray[np.str_] | None = None,
+    rows_P: NDArray[np.int64] | None = None,
 ) -> Evaluation:
     """Compares the rewards of chosen and rejected sides.
 
@@ -76,6 +77,8 @@ def evaluate_rewards(
         rejected_rewards: Rewards of the rejected sides ``[P]``.
         lengths_P2: Tokens of the chosen and the rejected side.
         subsets_P: Tag of each preference, or empty; None if no preference has a tag.
+        rows_P: Row of the data that each preference is from. The pairs of a ranking depend on each other, so intervals
+            resample rows. None if each preference is a row.
 
     Raises:
         ValueError: Shapes differ, or there is no preference.
@@ -91,22 +94,27 @@ def evaluate_rewards(
             f"number {bad_rows[0] + 1}; use another critic"
         )
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    is_plain = rows_P is None or len(np.unique(rows_P)) == len(rows_P)
+
+    def mean(sample_P: FloatArray, chosen: IntArray | NDArray[np.bool_] | slice = slice(None)) -> BootstrapEstimate:
+        return bootstrap_mean(sample_P[chosen], groups_P=None if is_plain or rows_P is None else rows_P[chosen])
+
     longer_P = (lengths_P2[:, 0] - lengths_P2[:, 1]).astype(np.float64)
     right_P = wins(margin_P)
     shorter_wins = longer_P < 0
     return Evaluation(
         preferences=len(margin_P),
-        accuracy=bootstrap_mean(right_P),
-        margin=bootstrap_mean(margin_P),
-        log_loss=bootstrap_mean(np.logaddexp(0.0, -margin_P)),
-        length_controlled_accuracy=length_controlled_accuracy(margin_P, lengths_P2),
-        length_baseline=bootstrap_mean(wins(longer_P)),
-        accuracy_where_shorter_wins=bootstrap_mean(right_P[shorter_wins]) if shorter_wins.any() else None,
+        accuracy=mean(right_P),
+        margin=mean(margin_P),
+        log_loss=mean(np.logaddexp(0.0, -margin_P)),
+        length_controlled_accuracy=length_controlled_accuracy(margin_P, lengths_P2, None if is_plain else rows_P),
+        length_baseline=mean(wins(longer_P)),
+        accuracy_where_shorter_wins=mean(right_P, shorter_wins) if shorter_wins.any() else None,
         reward_mean=float(rewards_P2.mean()),
         reward_std=float(rewards_P2.std()),
         calibration=calibrate(margin_P),
         subsets=tuple(
-            SubsetAccuracy(name, len(rows), bootstrap_mean(right_P[rows]), bootstrap_mean(wins(longer_P[rows])))
+            SubsetAccuracy(name, len(rows), mean(right_P, rows), mean(wins(longer_P), rows))
             for name, rows in ([] if subsets_P is None else rows_of_subsets(subsets_P))
         ),
     )
@@ -114,5 +122,7 @@ def evaluate_rewards(
 
 def rows_of_subsets(subsets_P: NDArray[np.str_]) -> list[tuple[str, NDArray[np.int64]]]:
     """Returns the rows of each subset, the largest first, or an empty list if no row has a tag."""
-    rows = [(str(name), np.flatnonzero(subsets_P == name)) for name in np.unique(subsets_P)]
-    return sorted(rows, key=lambda one: -len(one[1])) if any(name for name, _ in rows) else []
+    names, inverse_P = np.unique(subsets_P, return_inverse=True)
+    rows = np.split(inverse_P.argsort(kind="stable"), np.bincount(inverse_P).cumsum()[:-1])
+    named = zip(names.tolist(), rows, strict=True)
+    return sorted(named, key=lambda one: -len(one[1])) if any(names.tolist()) else []

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_critic.batching.prefix_tree import PrefixTree
 from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.batching.varlen_plan import VarlenCall
-from rlhf_critic.model.key_value_store import KeyValueStore
+from rlhf_critic.model.key_value_store import KeyValueStore, ShapeRecorder
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class AttentionPlan:
     """Attention pattern of the prefix tree of a batch.
 
     With ``leaves_only``, the last layer computes only the last token of every run and leaves the rest undefined.
-    ``store`` has the keys and values of the batch's cached tokens, if it has slots.
+    ``store`` has the keys and values of the batch's cached tokens.
     """
 
     batch: PrefixTreeBatch
     leaves_only: bool
-    store: KeyValueStore | None = None
+    store: KeyValueStore | ShapeRecorder | None = None
 
     @property
     def tree(self) -> PrefixTree:
@@ -54,7 +54,7 @@ class AttentionPlan:
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of a layer, ``[1, K, T, E]``, with those of cached tokens behind them."""
-        if self.store is None or self.batch.slots is None:
+        if self.store is None:
             return key, value
         return self.store.extend(layer, key, value, self.batch.slots)
 

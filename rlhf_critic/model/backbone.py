@@ -24,7 +24,7 @@ from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.model.attention_plan import AttentionPlan
 from rlhf_critic.model.fused_ops import fuse_norms_and_activations
-from rlhf_critic.model.key_value_store import KeyValueStore
+from rlhf_critic.model.key_value_store import KeyValueStore, ShapeRecorder
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, enable_prefix_trees
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ Batch: TypeAlias = PrefixTreeBatch | PaddedBatch
 OutputT = TypeVar("OutputT")
 
 # Families that the same tests check in padded batches, because their attention cannot follow a tree.
-PADDED_FAMILIES = frozenset({"bloom"})
+PADDED_FAMILIES = frozenset({"bloom", "falcon", "mpt", "stablelm"})
 
 
 class Backbone(nn.Module):
@@ -91,7 +91,10 @@ class Backbone(nn.Module):
         elif self._positions_depend_on_the_batch:
             logger.warning("no prefix cache: the keys of this rope type depend on the longest sequence of a batch")
         else:
-            store = KeyValueStore(self.model.config, max_bytes, self.model.dtype, device)
+            recorder = ShapeRecorder()
+            with torch.no_grad():
+                self._hidden_of_tree(PrefixTreeBatch.from_sequences([[0]], device), False, recorder)
+            store = KeyValueStore(recorder.pairs, max_bytes)
             if store.slots:
                 self.store = store
             else:
@@ -124,7 +127,12 @@ class Backbone(nn.Module):
         """
         if isinstance(batch, PaddedBatch):
             return self._run(batch.input_ids_SL, batch.attention_mask_SL, batch.position_ids_SL).flatten(0, 1)
-        plan = AttentionPlan(batch, leaves_only, self.store)
+        return self._hidden_of_tree(batch, leaves_only, self.store if batch.slots else None)
+
+    def _hidden_of_tree(
+        self, batch: PrefixTreeBatch, leaves_only: bool, store: KeyValueStore | ShapeRecorder | None
+    ) -> Tensor:
+        plan = AttentionPlan(batch, leaves_only, store)
         # transformers uses a 4-D mask as it is and builds none. This project's attention ignores it.
         no_mask = torch.zeros(1, 1, 1, 1, device=batch.input_ids_1T.device)
         return self._run(batch.input_ids_1T, no_mask, batch.position_ids_1T, prefix_tree=plan)[0]

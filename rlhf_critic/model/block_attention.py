@@ -26,9 +26,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def plain_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, for_leaves: bool, options: Any
 ) -> Tensor:
-    """Computes attention run by run in plain operations, for soft caps, dropout and windows shorter than a sequence."""
+    """Computes attention run by run in plain operations, for what kernels lack.
+
+    These are soft caps, dropout, windows shorter than a sequence, and sinks (``s_aux``, ``[H]``): learned scores that
+    take a share of every token's attention, as in gpt-oss.
+    """
     group = query.shape[1] // key.shape[1]
-    scaling, softcap, window = (options.get(name) for name in ("scaling", "softcap", "sliding_window"))
+    names = ("scaling", "softcap", "sliding_window", "s_aux")
+    scaling, softcap, window, sinks_H = (options.get(name) for name in names)
     outputs = []
     for run, block in enumerate(plan.own_blocks):
         path_N = plan.paths_R[run]
@@ -43,7 +48,11 @@ def plain_attention(
         position_N = torch.arange(len(path_N), device=query.device)
         distance_QN = position_N[len(path_N) - (last - first) :, None] - position_N
         hidden_QN = distance_QN < 0 if window is None else (distance_QN < 0) | (distance_QN >= window)
-        weights = scores.masked_fill(hidden_QN, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+        scores = scores.masked_fill(hidden_QN, float("-inf"))
+        if sinks_H is not None:
+            sinks_KGQ1 = sinks_H.view(-1, group, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks_KGQ1.to(scores.dtype)], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32)[..., : len(path_N)].to(query.dtype)
         weights = nn.functional.dropout(weights, options.get("dropout") or 0.0, training=module.training)
         outputs.append((weights @ value_K1NE).flatten(0, 1))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]

@@ -74,6 +74,7 @@ class Critic(Backbone):
         attention_mask: Tensor | None = None,
         *,
         rewards_only: bool = False,
+        every_token: bool = False,
         with_states: bool = False,
         use_cache: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor] | dict[str, Tensor]:
@@ -85,6 +86,7 @@ class Critic(Backbone):
             input_ids: A batch; or token ids, int64 ``[2P, L]``: the chosen rows, then the rejected rows.
             attention_mask: Mask of token ids: 1 at the tokens of each row's sequence, 0 at padding, ``[2P, L]``.
             rewards_only: Whether to compute `rewards` instead of `values`, for a batch.
+            every_token: Whether all layers compute every token, even if only rewards are read.
             with_states: Whether to return the last hidden states as well, for a batch.
             use_cache: Ignored; DeepSpeed-Chat's callers pass it, and nothing is cached.
 
@@ -96,7 +98,7 @@ class Critic(Backbone):
             ValueError: The mask is missing or has another shape, the number of rows is odd, or a row has no token.
         """
         if not isinstance(input_ids, Tensor):
-            outputs, states_SD = self._forward_batch(input_ids, rewards_only)
+            outputs, states_SD = self._forward_batch(input_ids, rewards_only, every_token)
             return (outputs, states_SD) if with_states else outputs
         rows = Rows.from_padded(input_ids, attention_mask)
         values_BS, _ = self._forward_batch(self.batch_of(rows.sequences, input_ids.device), rewards_only=False)
@@ -130,8 +132,8 @@ class Critic(Backbone):
             return values_BL
         return {"values": values_BL, "chosen_end_scores": rows.at_ends(values_BS)}
 
-    def _forward_batch(self, batch: Batch, rewards_only: bool) -> tuple[Tensor, Tensor]:
-        hidden_TD = self.hidden(batch, leaves_only=rewards_only)
+    def _forward_batch(self, batch: Batch, rewards_only: bool, every_token: bool = False) -> tuple[Tensor, Tensor]:
+        hidden_TD = self.hidden(batch, leaves_only=rewards_only and not every_token)
         states_SD = hidden_TD[batch.leaves_S]
         if rewards_only:
             return self.model.score(states_SD).squeeze(-1), states_SD

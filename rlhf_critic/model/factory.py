@@ -24,7 +24,15 @@ from rlhf_critic.model.backbone import Backbone
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.hf_config import keep_layers, load_config, padded, silence_dropout, validate_tokenizer
 from rlhf_critic.model.lora import add_adapters
-from rlhf_critic.model.weights import WeightReader, full_shape, gathered, is_writer, load_weights, match_weights
+from rlhf_critic.model.weights import (
+    WeightReader,
+    cached_file_of,
+    full_shape,
+    gathered,
+    is_writer,
+    load_weights,
+    match_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +42,9 @@ HEAD_NAME = "score.weight"
 OUTPUT_LAYERS = ("lm_head.", "embed_out.")
 # Masks and rotations that older versions of transformers saved with the weights. They are computed today.
 OLD_BUFFERS = re.compile(r"\b(?:(?:attn|attention)\.(?:bias|masked_bias|embed_positions)|rotary_emb\.inv_freq)$")
+# Heads of other systems' reward models, and the files in which LLaMA-Factory saves one beside a model.
+FOREIGN_HEADS = ("v_head.", "value_head.", "reward_head.")
+HEAD_FILES = ("value_head.safetensors", "value_head.bin")
 DTYPE_OF = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -82,9 +93,7 @@ def create_hf_model(
     model = _construct(
         model_class, model_name_or_path, tokenizer, ds_config, disable_dropout, num_layers, dtype, attn_implementation
     )
-    reader = weights or WeightReader(model_name_or_path)
-    if hasattr(model, "lm_head"):  # GPT-NeoX's files have the name that the output layer had before transformers 5
-        reader.rename(lambda key: re.sub(r"^embed_out\.", "lm_head.", key))
+    reader = weights or _base_weights(model_name_or_path, model, rlhf_training)
     missing = load_weights(model, reader, **_tolerances(model, rlhf_training, num_layers))
     if HEAD_NAME in missing:
         init_head(model.score.weight, head_init, head_seed)
@@ -109,8 +118,33 @@ def check_critic_model(
         model = _construct(
             AutoModelForSequenceClassification, model_name_or_path, tokenizer, {}, True, num_layers, torch.float32, None
         )
-    match_weights(model, weights or WeightReader(model_name_or_path), **_tolerances(model, False, num_layers))
+    reader = weights or _base_weights(model_name_or_path, model, False)
+    match_weights(model, reader, **_tolerances(model, False, num_layers))
     return model
+
+
+def _base_weights(model_name_or_path: str, model: PreTrainedModel, rlhf_training: bool) -> WeightReader:
+    """Opens the weights of a base model, and checks that no trained head in them would be ignored.
+
+    Raises:
+        CheckpointError: There is one: in a file of its own, under another system's name, or with two outputs.
+    """
+    reader = WeightReader(model_name_or_path)
+    if rlhf_training or not hasattr(model, "score"):
+        return reader
+    found, source_format = None, ""
+    if any(cached_file_of(model_name_or_path, name) for name in HEAD_FILES):
+        found = "a trained head in a file of its own"
+    elif foreign := next((name for name in reader.names if name.startswith(FOREIGN_HEADS)), None):
+        found = f"a trained head ({foreign})"
+    elif HEAD_NAME in reader.names and reader.shape(HEAD_NAME)[:1] == (2,):
+        found, source_format = f"a trained head with two outputs ({HEAD_NAME})", " --from two-labels"
+    if found:
+        raise CheckpointError(
+            f"{model_name_or_path}: has {found}, which training would ignore. Import it with rlhf-critic export "
+            f"{model_name_or_path} OUT{source_format}, and train from OUT; or give the model that it was trained from"
+        )
+    return reader
 
 
 def critic_without_weights(config: PreTrainedConfig, options: ModelConfig) -> Critic:

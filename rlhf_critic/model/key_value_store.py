@@ -9,41 +9,59 @@ heads, E head size, P slots.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from rlhf_critic.batching.prefix_tree_batch import BatchSlots
+
+
+class ShapeRecorder:
+    """Stands in for a store in one forward pass, and records the keys and values of one token of each layer.
+
+    Attributes:
+        pairs: By layer, tensors like the key and the value of one token, each ``[K, E]``. E may differ between them.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, key: Tensor, value: Tensor, slots: BatchSlots | None) -> tuple[Tensor, Tensor]:
+        """Records the shapes of keys and values, ``[1, K, T, E]``, and returns them."""
+        self.pairs[layer] = (key[0, :, 0], value[0, :, 0])
+        return key, value
 
 
 class KeyValueStore:
     """The tensors of a prefix cache, allocated once.
 
     Args:
-        config: Config of the model, with one shape of keys and values in all layers.
+        pairs: See `ShapeRecorder`.
         max_bytes: Maximum size in bytes of all tensors.
-        dtype: Dtype of keys and values, the model's.
-        device: Device of the model.
 
     Attributes:
         slots: Number of slots; 0 if not even one fits.
         bytes_per_slot: Bytes of a slot.
     """
 
-    def __init__(self, config: PreTrainedConfig, max_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
-        config = config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers
-        self.bytes_per_slot = 2 * layers * heads * size * dtype.itemsize + torch.float32.itemsize
+    def __init__(self, pairs: Mapping[int, tuple[Tensor, Tensor]], max_bytes: int) -> None:
+        self.bytes_per_slot = torch.float32.itemsize + sum(one.nbytes for pair in pairs.values() for one in pair)
         self.slots = max_bytes // self.bytes_per_slot
         # Memory of a CPU that was never written is not resident.
-        self._keys_PKE, self._values_PKE = (
-            [torch.empty(self.slots, heads, size, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
-        )
-        self._token_values_P = torch.empty(self.slots, dtype=torch.float32, device=device)
+        self._layers = {
+            layer: (key.new_empty(self.slots, *key.shape), value.new_empty(self.slots, *value.shape))
+            for layer, (key, value) in pairs.items()
+        }
+        key, _ = pairs[0]
+        self._token_values_P = key.new_empty(self.slots, dtype=torch.float32)
 
-    def extend(self, layer: int, key: Tensor, value: Tensor, slots: BatchSlots) -> tuple[Tensor, Tensor]:
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, the memory of the store."""
+        return [*(tensor for pair in self._layers.values() for tensor in pair), self._token_values_P]
+
+    def extend(self, layer: int, key: Tensor, value: Tensor, slots: BatchSlots | None) -> tuple[Tensor, Tensor]:
         """Writes the keys and values of the tokens that are kept, and adds those of the cached tokens.
 
         Args:
@@ -55,9 +73,10 @@ class KeyValueStore:
         Returns:
             Keys and values, ``[1, K, N, E]``: the computed tokens, then the cached ones.
         """
+        assert slots is not None, "only a batch with slots has a store"
         key, value = (
-            _extend(store[layer], one[0].transpose(0, 1), slots).transpose(0, 1)[None]
-            for store, one in ((self._keys_PKE, key), (self._values_PKE, value))
+            _extend(stored, one[0].transpose(0, 1), slots).transpose(0, 1)[None]
+            for stored, one in zip(self._layers[layer], (key, value), strict=True)
         )
         return key, value
 
@@ -67,7 +86,7 @@ class KeyValueStore:
 
     def free(self) -> None:
         """Frees the memory at once."""
-        for tensor in (*self._keys_PKE, *self._values_PKE, self._token_values_P):
+        for tensor in self.tensors:
             tensor.data = tensor.new_empty(0)
 
 

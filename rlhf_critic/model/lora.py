@@ -24,7 +24,8 @@ def add_adapters(model: PreTrainedModel, options: ModelConfig, seed: int) -> Non
     """Adds adapters to a model in place and freezes everything but them and the head.
 
     Call it before DeepSpeed initialises the model, because its optimizer holds the trainable parameters. Under ZeRO-3
-    the adapters are created unpartitioned and identical on all ranks. DeepSpeed partitions them with the rest.
+    the adapters are created unpartitioned and identical on all ranks. DeepSpeed partitions them with the rest. The
+    experts and the router of a mixture of experts are no linear layers, and get none.
 
     Raises:
         ConfigError: peft is missing, or a target names no module.
@@ -33,23 +34,39 @@ def add_adapters(model: PreTrainedModel, options: ModelConfig, seed: int) -> Non
         raise ConfigError("model.lora_rank needs the package peft: pip install 'rlhf-critic[lora]', or set it to 0")
     from peft import LoraConfig, inject_adapter_in_model
 
+    adapted, targets = _linear_layers(model, options)
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=list(options.lora_target_modules) or "all-linear",
+        target_modules=targets,
         task_type="SEQ_CLS",  # makes peft exclude the head from "all-linear"
     )
+    model.requires_grad_(False)
     # The state of the generator depends on the ZeRO stage; the adapters must not.
     torch.manual_seed(seed)
     try:
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(config, adapted)
     except ValueError as error:
         raise ConfigError(
             f"model.lora_target_modules {list(options.lora_target_modules)}: {error} Use names of linear layers of "
             f"{type(model).__name__}, or leave it empty for all of them"
         ) from error
     model.score.weight.requires_grad_(True)
+
+
+def _linear_layers(model: PreTrainedModel, options: ModelConfig) -> tuple[nn.Module, str | list[str]]:
+    """Returns the module to adapt and the names of the linear layers in it, as peft takes them.
+
+    Of a mixture of experts it is the list of layers alone. peft reads the family from a model's config, and would add
+    adapters to the tensors of the experts, which neither ZeRO-3 nor an export can merge tensor by tensor.
+    """
+    chosen = list(options.lora_target_modules)
+    if "router_logits" not in (getattr(model.base_model, "_can_record_outputs", None) or {}):
+        return model, chosen or "all-linear"
+    layers = next(module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
+    linear = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    return layers, chosen or linear
 
 
 def adapters_of(module: nn.Module) -> dict[str, LoraLayer]:

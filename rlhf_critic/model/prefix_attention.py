@@ -25,7 +25,13 @@ from rlhf_critic.model.varlen_attention import varlen_attention
 from rlhf_critic.model.varlen_kernels import Scores, kernel_for
 
 # Families, by config.model_type, for which tests check that values equal those of each sequence alone.
-PREFIX_TREE_FAMILIES = frozenset({"gemma2", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"})
+PREFIX_TREE_FAMILIES = frozenset(
+    {
+        *("gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "gptj", "llama", "mistral", "olmo2", "olmo3", "opt"),
+        *("phi", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"),
+        *("deepseek_v3", "gpt_oss", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"),  # mixtures of experts
+    }
+)
 IMPLEMENTATIONS = {"sdpa": "prefix_tree_sdpa", "eager": "prefix_tree_eager"}
 # Modules of a decoder layer that process each token separately and whose output only that token uses.
 TOKENWISE_MODULES = (
@@ -61,9 +67,11 @@ class _LeavesOnly:
         self._size = arguments[0].shape[-2]
         return (arguments[0].index_select(-2, self.tokens), *arguments[1:])
 
-    def _put_back(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _put_back(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> Any:
         if self.tokens is None:
             return None
+        if isinstance(output, tuple):  # a mixture of experts may return its router's scores too
+            return self._put_back(module, arguments, output[0]), *output[1:]
         padded = output.new_zeros(*output.shape[:-2], self._size, output.shape[-1])
         return padded.index_copy(-2, self.tokens, output)
 
@@ -109,7 +117,7 @@ def prefix_tree_forward(
         value: ``[1, K, T, E]``.
         attention_mask: Mask of plain transformers, ignored if there is a tree.
         prefix_tree: Plan of this forward pass, if it has a tree.
-        **options: ``scaling``, ``dropout``, ``softcap``, ``sliding_window`` as transformers passes them.
+        **options: ``scaling``, ``dropout``, ``softcap``, ``sliding_window``, ``s_aux`` as transformers passes them.
 
     Returns:
         The output ``[1, T, H, E]`` and None for the attention weights.
@@ -145,7 +153,7 @@ def _attend_on_cpu(
     options: dict[str, Any],
 ) -> Tensor:
     is_sdpa = module.config._attn_implementation == IMPLEMENTATIONS["sdpa"]
-    plain = options.get("dropout") or not is_sdpa or _exceeded_window(plan, options)
+    plain = not is_sdpa or _exceeded_window(plan, options) or _needs_plain_operations(query, value, options)
     return (plain_attention if plain else fused_attention)(module, query, key, value, plan, for_leaves, options)
 
 
@@ -160,11 +168,16 @@ def _attend_on_gpu(
 ) -> Tensor:
     scale = query.shape[-1] ** -0.5 if options.get("scaling") is None else options["scaling"]
     scores = Scores(scale, _exceeded_window(plan, options), options.get("softcap"))
-    kernel = None if options.get("dropout") else kernel_for(query, scores)
+    kernel = None if _needs_plain_operations(query, value, options) else kernel_for(query, scores)
     if kernel is None:
         return plain_attention(module, query, key, value, plan, for_leaves, options)
     calls = plan.calls(for_leaves, paths_only=scores.window is not None or not kernel.packs_log_sum_exp)
     return varlen_attention(query, key, value, calls, kernel, scores)
+
+
+def _needs_plain_operations(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    """Returns whether no kernel computes a layer: it has dropout, sinks, or values of another size than keys."""
+    return bool(options.get("dropout")) or options.get("s_aux") is not None or query.shape[-1] != value.shape[-1]
 
 
 def _exceeded_window(plan: AttentionPlan, options: dict[str, Any]) -> int | None:

@@ -1,17 +1,19 @@
 """Weights: reads and writes named tensors in files, for the parameters of a module at any ZeRO stage.
 
 Tensors are processed one at a time. Under ZeRO-3 a parameter is gathered, copied and partitioned again before the next
-one, so no rank ever holds the full model. Nothing is skipped silently: one error lists all keys that are missing,
-unexpected or of another shape. Knows nothing about heads, tokenizers or training.
+one, so no rank ever holds the full model. Nothing is skipped silently: one error counts all keys that are missing,
+unexpected or of another shape, and lists ten. Knows nothing about heads, tokenizers or training.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,8 +27,11 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 
 from rlhf_critic.errors import CheckpointError
+from rlhf_critic.model.file_layout import FileLayout, Source
 from rlhf_critic.model.hf_config import reject_other_kinds
 from rlhf_critic.model.lora import adapter_parameters, adapters_of, merged
+
+LISTED_PROBLEMS = 10  # of one error; a large model has thousands of keys
 
 
 class WeightReader:
@@ -49,7 +54,7 @@ class WeightReader:
         self._place_of: dict[str, tuple[Path, str]] = {}  # file and key of each tensor
         self._open_files: dict[Path, Any] = {}  # an open safetensors file, or a dict of tensors
         names = (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
-        first = next(filter(None, map(self._resolve, names)), None)
+        first = next(filter(None, map(partial(cached_file_of, name_or_path), names)), None)
         if first is None:
             reject_other_kinds(name_or_path)
             raise CheckpointError(
@@ -58,23 +63,13 @@ class WeightReader:
             )
         self._add_listed_files(first) if first.suffix == ".json" else self._add_file(first)
 
-    def _resolve(self, name: str) -> Path | None:
-        found = cached_file(
-            self.source,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return None if found is None else Path(found)
-
     def _add_listed_files(self, index: Path) -> None:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{index}: damaged, or not an index of weights: {error}") from error
         for name in names:
-            path = self._resolve(name)
+            path = cached_file_of(self.source, name)
             if path is None:
                 raise CheckpointError(f"{self.source}: {name} is missing, but {index.name} lists it")
             self._add_file(path)
@@ -101,7 +96,7 @@ class WeightReader:
         Raises:
             CheckpointError: The file is damaged.
         """
-        path = self._resolve(name)
+        path = cached_file_of(self.source, name)
         if path is not None:
             self._add_file(path)
         return path is not None
@@ -142,6 +137,12 @@ class WeightReader:
         del self._place_of[name]
         return tensor
 
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Replaces a tensor by another one, which stays in memory."""
+        place = Path(f"{name} in memory")
+        self._open_files[place] = {name: tensor}
+        self._place_of[name] = (place, name)
+
     def rename(self, new_name: Callable[[str], str]) -> None:
         """Renames every tensor.
 
@@ -155,6 +156,18 @@ class WeightReader:
                 raise CheckpointError(f"{self.source}: {renamed[new][1]} and {name} are both the weight {new}")
             renamed[new] = place
         self._place_of = renamed
+
+
+def cached_file_of(name_or_path: str, name: str) -> Path | None:
+    """Returns a file of a directory or hub id, downloaded if necessary; None if there is none or no connection."""
+    found = cached_file(
+        name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -207,7 +220,7 @@ def match_weights(
     may_be_missing: Callable[[str], bool],
     may_be_unexpected: Callable[[str], bool],
     may_have_fewer_rows: Callable[[str], bool],
-) -> dict[str, str]:
+) -> dict[str, Source]:
     """Matches the tensors of a module with those of a file by name and shape, without reading them.
 
     Args:
@@ -221,10 +234,10 @@ def match_weights(
             before the vocabulary is padded. The missing rows become zero.
 
     Returns:
-        The file's key of each tensor of the module that the file has.
+        The source in the file of each tensor of the module that the file has.
 
     Raises:
-        CheckpointError: Keys do not match; lists every missing, unexpected and mis-shaped key.
+        CheckpointError: Keys do not match; counts the missing, unexpected and mis-shaped keys, and lists some.
     """
     targets = persistent_tensors(module)
 
@@ -233,33 +246,52 @@ def match_weights(
         candidates = (key, f"{prefix}{key}", key.removeprefix(prefix))
         return next((name for name in candidates if name in targets), key)
 
-    key_of: dict[str, str] = {}
-    problems = []
+    source_of: dict[str, Source] = {}
+    problems: defaultdict[str, list[str]] = defaultdict(list)
     quantised: defaultdict[str, list[str]] = defaultdict(list)
-    for key in reader.names:
-        first = key_of.setdefault(name_in_module(key), key)
-        if first != key:
-            problems.append(f"twice: {first} and {key}")
-    missing = {name for name in targets if name not in key_of}
-    problems += [f"missing: {name}" for name in sorted(missing) if not may_be_missing(name)]
-    problems += [
-        f"unexpected: {key}" for name, key in key_of.items() if name not in targets and not may_be_unexpected(key)
+    for found_name, source in FileLayout(module).sources(reader.names):
+        first = source_of.setdefault(name_in_module(found_name), source)
+        if first != source:
+            problems["twice"].append(f"{first.keys[0]} and {source.keys[0]}")
+    missing = {name for name in targets if name not in source_of}
+    problems["missing"] = [name for name in sorted(missing) if not may_be_missing(name)]
+    problems["unexpected"] = [
+        source.keys[0]
+        for name, source in source_of.items()
+        if name not in targets and not may_be_unexpected(source.keys[0])
     ]
-    for name in targets.keys() & key_of.keys():
-        found, wanted = reader.shape(key_of[name]), full_shape(targets[name])
+    for name in targets.keys() & source_of.keys():
+        source, wanted = source_of[name], full_shape(targets[name])
+        try:
+            found = source.convert(lambda key: torch.empty(reader.shape(key), device="meta")).shape
+        except (RuntimeError, ValueError, KeyError) as error:
+            problems["experts"].append(f"{name}: {len(source.keys)} entries of the file do not make it: {error}")
+            continue
         shorter = found[1:] == wanted[1:] and found[0] < wanted[0] and may_have_fewer_rows(name)
         if found != wanted and not shorter:
-            problems.append(f"shape: {name}: {tuple(found)} in the file, {tuple(wanted)} in the model")
-        elif (dtype := reader.dtype(key_of[name])).itemsize == 1 and targets[name].is_floating_point():
+            problems["shape"].append(f"{name}: {tuple(found)} in the file, {tuple(wanted)} in the model")
+        elif (dtype := reader.dtype(source.keys[0])).itemsize == 1 and targets[name].is_floating_point():
             quantised[str(dtype).removeprefix("torch.")].append(name)
     for kind, names in quantised.items():
-        problems.append(
-            f"quantised: {len(names)} tensors are {kind}, such as {names[0]}: they are numbers without their scales. "
+        problems["quantised"].append(
+            f"{len(names)} tensors are {kind}, such as {names[0]}: they are numbers without their scales. "
             "Dequantise the model and save it in bfloat16 or float32"
         )
-    if problems:
-        raise CheckpointError(f"{reader.source}: the weights do not fit the model:\n  " + "\n  ".join(problems))
-    return {name: key for name, key in key_of.items() if name in targets}
+    if any(problems.values()):
+        raise CheckpointError(f"{reader.source}: the weights do not fit the model:\n  {_listed(problems)}")
+    return {name: source for name, source in source_of.items() if name in targets}
+
+
+def _listed(problems: dict[str, list[str]]) -> str:
+    """Returns a line for each problem, at most `LISTED_PROBLEMS`, and for the number of others of each kind."""
+    kinds = {kind: sorted(places) for kind, places in problems.items() if places}
+    shown = max(1, LISTED_PROBLEMS // len(kinds))
+    lines = []
+    for kind, places in kinds.items():
+        lines += [f"{kind}: {place}" for place in places[:shown]]
+        if len(places) > shown:
+            lines.append(f"{kind}: and {len(places) - shown} more")
+    return "\n  ".join(lines)
 
 
 def load_weights(module: nn.Module, reader: WeightReader, **tolerances: Any) -> set[str]:
@@ -271,24 +303,25 @@ def load_weights(module: nn.Module, reader: WeightReader, **tolerances: Any) -> 
     Raises:
         CheckpointError: See `match_weights`.
     """
-    key_of = match_weights(module, reader, **tolerances)
+    source_of = match_weights(module, reader, **tolerances)
     targets = persistent_tensors(module)
     for name, tensor in targets.items():
-        if name not in key_of:
+        if name not in source_of:
             continue
         with torch.no_grad(), gathered(tensor, modify=True):
             if is_writer(tensor):
-                source = reader.read(key_of[name])
+                source = source_of[name].convert(reader.read)
                 tensor[: len(source)].copy_(source) if source.dim() else tensor.copy_(source)
                 if source.dim():
                     tensor[len(source) :].zero_()
-    return targets.keys() - key_of.keys()
+    return targets.keys() - source_of.keys()
 
 
 def save_weights(module: nn.Module, directory: Path, is_main: bool) -> None:
     """Writes a module's weights as safetensors, file by file, split as on the Hugging Face hub.
 
-    Adapters are merged into their weights, one weight at a time, so the file is that of a model without adapters.
+    Adapters are merged into their weights, one weight at a time, so the file is that of a model without adapters. Names
+    are those that every version of transformers reads; see `rlhf_critic.model.file_layout`.
     Under ZeRO-3 all ranks must call. Ranks that are not ``is_main`` take part in gathering and keep nothing.
     """
     layers = adapters_of(module)
@@ -299,22 +332,32 @@ def save_weights(module: nn.Module, directory: Path, is_main: bool) -> None:
             plain = name.replace(".base_layer.", ".")
             tensors[plain] = tensor
             layer_of[plain] = layers.get(name)
+    layout = FileLayout(module)
+    entries: dict[str, Tensor] = {}  # of the files, without memory
+    tensor_of: dict[str, str] = {}  # name of the tensor that an entry is made of
+    for plain, tensor in tensors.items():
+        shape_only = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
+        made = layout.to_file(plain, shape_only)
+        entries.update(made)
+        tensor_of.update(dict.fromkeys(made, plain))
     split = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: full_shape(tensor).numel() * tensor.element_size(),
+        entries,
+        get_storage_size=lambda entry: entry.numel() * entry.element_size(),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size="5GB",
     )
     for filename, names in split.filename_to_tensors.items():
         in_file: dict[str, Tensor] = {}
-        for name in names:
-            layer = layer_of[name]
+        for plain, of_tensor in itertools.groupby(names, key=tensor_of.__getitem__):
+            layer = layer_of[plain]
             with ExitStack() as stack:
-                for tensor in [tensors[name], *(adapter_parameters(layer) if layer else [])]:
+                for tensor in [tensors[plain], *(adapter_parameters(layer) if layer else [])]:
                     stack.enter_context(gathered(tensor))
                 if is_main:
-                    tensor = merged(tensors[name], layer) if layer else tensors[name].detach()
-                    in_file[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+                    tensor = merged(tensors[plain], layer) if layer else tensors[plain].detach()
+                    made = layout.to_file(plain, tensor)
+                    for name in of_tensor:
+                        in_file[name] = made[name].cpu().clone(memory_format=torch.contiguous_format)
         if is_main:
             save_file(in_file, directory / filename, metadata={"format": "pt"})
     if is_main and split.is_sharded:

@@ -10,11 +10,14 @@ Shape legend: P preferences of a micro-batch, G of a global batch, S sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +36,7 @@ from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.backbone import Batch
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.factory import DTYPE_OF, create_critic_model, limit_training, validate_positions
+from rlhf_critic.model.router_loss import RouterRecorder
 from rlhf_critic.training.engine import PROBE_LENGTH, MicroBatchLoss, PreparedStep, StepResult, TrainingEngine
 from rlhf_critic.training.inference_engine import InferenceEngine
 from rlhf_critic.training.posterior_fit import (
@@ -44,7 +48,7 @@ from rlhf_critic.training.posterior_fit import (
     fit_head_posterior,
     sample_units,
 )
-from rlhf_critic.training.process_group import hardware_of_ranks
+from rlhf_critic.training.process_group import hardware_of_ranks, raise_on_all_ranks
 from rlhf_critic.training.rollout_step import TokensOnDevice, take_rollout_step
 
 MAX_COST_OF_POSTERIOR = 0.04  # as a part of the run
@@ -113,6 +117,7 @@ class CriticEngine(InferenceEngine):
             critic, model, train, total_steps, lambda engine, batch: engine(batch, rewards_only=True).sum(), longest
         )
         super().__init__(critic, self.training.engine, lambda: self.training.token_budget)
+        self._routers = RouterRecorder(critic.model) if train.router_loss_coefficient else None
 
     @classmethod
     def from_pretrained(
@@ -194,10 +199,14 @@ class CriticEngine(InferenceEngine):
         options, preferences, rows_G, units = self.options, prepared.preferences, prepared.rows_G, prepared.units
 
         def loss_of(batch: Batch, positions: Sequence[int]) -> MicroBatchLoss:
-            output = self._engine(batch, rewards_only=not needs_values(options))
+            responses = [units[position] for position in positions]
+            with self._routers or nullcontext():
+                output = self._engine(
+                    batch, rewards_only=not needs_values(options), every_token=self._routers is not None
+                )
             margins_P = preferences.margins_N[rows_G[list(positions)]]
-            result = preference_loss(output, [units[position] for position in positions], margins_P, options)
-            return MicroBatchLoss(result.loss_P, result.sums())
+            result = preference_loss(output, responses, margins_P, options)
+            return MicroBatchLoss(result.loss_P + self._router_loss(batch, responses), result.sums())
 
         step, (right_sum, margin_sum) = self.training.take_step(
             prepared.step,
@@ -208,6 +217,14 @@ class CriticEngine(InferenceEngine):
             name_of=lambda position: preferences.origin(int(rows_G[position])),
         )
         return StepMetrics(**vars(step), accuracy=right_sum / len(rows_G), margin=margin_sum / len(rows_G))
+
+    def _router_loss(self, batch: Batch, units: Sequence[Sequence[TokenIds]]) -> Tensor | float:
+        """Returns the weighted mean load-balancing loss of each unit's sequences, ``[P]``; 0 without such a loss."""
+        if self._routers is None:
+            return 0.0
+        loss_S = self._routers.loss(batch, [len(ids) for unit in units for ids in unit])
+        of_units = loss_S.split([len(unit) for unit in units])
+        return self.options.router_loss_coefficient * torch.stack([one.mean() for one in of_units])
 
     def update(
         self,
@@ -247,18 +264,25 @@ class CriticEngine(InferenceEngine):
         return ValueMetrics(**vars(result), clip_fraction=clip_fraction)
 
     def evaluate(self, preferences: EncodedPreferences) -> Evaluation:
-        """Scores both sides of all preferences and compares them.
+        """Scores all responses and compares them. Collective; rank 0 computes the statistics.
 
         Raises:
             NonFiniteLossError: A reward is NaN or infinite.
         """
         rewards_R = self.rewards(preferences.responses()).astype(np.float64)
-        pairs = preferences.comparisons()
-        better_P, worse_P = rewards_R[pairs.better_P], rewards_R[pairs.worse_P]
-        bad_rows = np.unique(pairs.rows_P[~(np.isfinite(better_P) & np.isfinite(worse_P))])
-        if len(bad_rows):
-            raise NonFiniteLossError(self.step, [preferences.origin(int(row)) for row in bad_rows])
-        return evaluate_rewards(better_P, worse_P, pairs.lengths_P2, subsets_P=pairs.subsets_P)
+
+        def judge() -> Evaluation:
+            pairs = preferences.comparisons()
+            better_P, worse_P = rewards_R[pairs.better_P], rewards_R[pairs.worse_P]
+            bad_rows = np.unique(pairs.rows_P[~(np.isfinite(better_P) & np.isfinite(worse_P))])
+            if len(bad_rows):
+                raise NonFiniteLossError(self.step, [preferences.origin(int(row)) for row in bad_rows])
+            return evaluate_rewards(better_P, worse_P, pairs.lengths_P2, pairs.subsets_P, pairs.rows_P)
+
+        # The statistics of many preferences take seconds of a core, which the ranks of a node share.
+        evaluation = [raise_on_all_ranks(lambda: judge() if self.rank == 0 else None)]
+        dist.broadcast_object_list(evaluation, src=0)
+        return cast(Evaluation, evaluation[0])
 
     def fit_posterior(
         self, train: EncodedPreferences, validation: EncodedPreferences

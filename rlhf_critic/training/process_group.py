@@ -20,6 +20,7 @@ from rlhf_critic.config.deepspeed import Hardware
 from rlhf_critic.errors import CriticError
 
 LOOPBACK = "127.0.0.1"
+PATIENCE = timedelta(days=365)
 T = TypeVar("T")
 
 
@@ -83,8 +84,21 @@ def hardware_of_ranks() -> Hardware:
     return Hardware(on_gpu=get_accelerator().device_name() == "cuda", ranks=dist.get_world_size())
 
 
-def raise_on_all_ranks(action: Callable[[], T]) -> T:
+def patient_group() -> dist.ProcessGroup:
+    """Creates a group of all ranks that wait for each other as long as it takes, on CPUs. Collective.
+
+    The default group ends the ranks when a collective takes longer than half an hour. A rank that is lost still ends
+    the wait of the others, because it closes its connections.
+    """
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def raise_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs an action on this rank and raises on all ranks if it failed on any, so that no rank waits for a failed one.
+
+    Args:
+        action: The action of this rank.
+        group: The group in which ranks wait for each other; None for the default one. See `patient_group`.
 
     Raises:
         CriticError: The error of the lowest rank on which ``action`` raised a `CriticError`.
@@ -95,7 +109,7 @@ def raise_on_all_ranks(action: Callable[[], T]) -> T:
     except CriticError as raised:
         error = raised
     errors: list[CriticError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+    dist.all_gather_object(errors, error, group=group)
     for first in errors:
         if first is not None:
             raise first

@@ -90,5 +90,5 @@ def test_the_memory_of_a_replaced_cache_is_freed(critics):
     scorer = Scorer(ScorerConfig(checkpoint=critics["first"], prefix_cache_bytes=CACHE_BYTES))
     store = scorer._version.backend._critic.store
     scorer.publish(ScorerConfig(checkpoint=critics["second"], prefix_cache_bytes=CACHE_BYTES))
-    assert all(tensor.numel() == 0 for tensor in (*store._keys_PKE, *store._values_PKE))
+    assert all(tensor.numel() == 0 for tensor in store.tensors)
     scorer.close()

@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rlhf_critic.data import preferences as preferences_module
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.preference_dataset import concatenate, count_leaked, split_by_prompt, weigh_sources
 from rlhf_critic.data.preferences import load_preferences
+from rlhf_critic.data.source_parts import split_source
 from rlhf_critic.errors import ConfigError, DataError
 
 GOOD = {"prompt": "please", "chosen": "of course", "rejected": "no"}
@@ -229,3 +232,59 @@ def test_texts_of_which_only_some_repeat_the_prompt_are_refused(encoder, tmp_pat
     rows = [("please", "please thank", "please go"), ("how", "how glad", "no")]
     with pytest.raises(DataError, match=r"some.jsonl:2: field 'rejected': does not begin with the prompt, but 2 of 2"):
         load_preferences(write_rows(tmp_path / "some.jsonl", *rows), encoder, str(tmp_path))
+
+
+def in_parts(monkeypatch, rows: int) -> None:
+    monkeypatch.setattr(preferences_module, "split_source", lambda source: split_source(source, rows))
+    monkeypatch.setattr(preferences_module, "usable_cores", lambda: 1)
+
+
+def many_rows(tmp_path) -> str:
+    rows = [{**GOOD, "chosen": f"glad {n % 7}", "rejected": f"no {n % 5}", "subset": f"s{n % 2}"} for n in range(40)]
+    rows += [{**GOOD, "chosen": "no 1", "rejected": "glad 1"}, {**GOOD, "chosen": "same", "rejected": "same"}]
+    return write(tmp_path / "many.jsonl", rows)
+
+
+def test_a_source_in_parts_is_the_source_in_one(encoder, tmp_path, monkeypatch):
+    source = many_rows(tmp_path)
+    whole = load_preferences(source, encoder, str(tmp_path / "whole"))
+    in_parts(monkeypatch, 3)
+    joined = load_preferences(source, encoder, str(tmp_path / "joined"))
+    (report,) = joined.reports.values()
+    assert joined.reports == whole.reports
+    assert (report.duplicates, report.contradictions, report.identical) == (5, 1, 1)
+    assert joined.fingerprint == whole.fingerprint
+    for name in ("prompts_N", "prompt_keys_N", "subsets_N", "tokens_N", "sizes_N"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+    rows = np.random.default_rng(0).permutation(len(whole))
+    for one, other, row in zip(joined.take(rows), whole.take(rows), rows, strict=True):
+        assert [ids.tolist() for ids in one.responses] == [ids.tolist() for ids in other.responses]
+        assert joined.origin(row) == whole.origin(row)
+    assert not list((tmp_path / "joined" / "preferences").glob("*.parts"))
+
+
+def test_a_restart_encodes_only_the_parts_that_are_missing(encoder, tmp_path, monkeypatch):
+    source, cache = many_rows(tmp_path), str(tmp_path / "cache")
+    in_parts(monkeypatch, 5)
+    encoded = []
+    encode_part = preferences_module._encode_part
+
+    def encode_until_killed(job, part):
+        if len(encoded) == 4:
+            raise KeyboardInterrupt
+        encoded.append(part.number)
+        encode_part(job, part)
+
+    monkeypatch.setattr(preferences_module, "_encode_part", encode_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        load_preferences(source, encoder, cache)
+    monkeypatch.setattr(preferences_module, "_encode_part", lambda job, part: encoded.append(part.number))
+    monkeypatch.setattr(preferences_module, "_join_parts", lambda *_: None)
+    with pytest.raises(FileNotFoundError):  # nothing was joined
+        load_preferences(source, encoder, cache)
+    assert encoded == list(range(9))
+
+
+def test_an_encoder_is_the_same_in_another_process(encoder):
+    """Encoders go to other processes by pickle."""
+    assert pickle.loads(pickle.dumps(encoder)).encode("please", "glad") == encoder.encode("please", "glad")

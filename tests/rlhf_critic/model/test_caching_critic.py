@@ -120,7 +120,7 @@ def test_bytes_are_counted_exactly():
     critic = Critic(random_model(family_configs()["qwen3"], "sdpa"))
     critic.create_store(10**5, CPU)
     store = critic.store
-    tensors = [*store._keys_PKE, *store._values_PKE, store._token_values_P]
+    tensors = store.tensors
     assert sum(tensor.nbytes for tensor in tensors) == store.slots * store.bytes_per_slot <= 10**5
     store.free()
     assert sum(tensor.nbytes for tensor in tensors) == 0

@@ -32,7 +32,7 @@ from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from rlhf_critic.scoring.local import score_sequences
 from rlhf_critic.training.critic_engine import CriticEngine
 from tests.helpers import slow_except, write_preferences
-from tests.rlhf_critic.families import BOS, NAMES, save_base_model
+from tests.rlhf_critic.families import BOS, NAMES, UNTESTED_NAMES, save_base_model
 
 STEPS, ROWS = 3, 6
 MAX_LENGTH = 64
@@ -44,9 +44,8 @@ OPTIONS = TrainConfig(
     adam_epsilon=1e-4,  # a gradient that is only rounding noise must not become a full step
     token_budget=200,
 )
-UNTESTED_NAMES = ["falcon", "stablelm"]
-# In `make test`: rotary embeddings, soft caps, learned positions with a leading BOS, a padded and an unknown family.
-TRAINED = slow_except(["llama", "gemma2", "opt", "bloom", "falcon"], [*NAMES, *UNTESTED_NAMES])
+# In `make test`: rotary embeddings, soft caps, learned positions with a leading BOS, padded batches, experts.
+TRAINED = slow_except(["llama", "gemma2", "opt", "bloom", "mixtral"], [*NAMES, *UNTESTED_NAMES])
 
 
 def load_data(source: str, data: str, cache: str) -> tuple[Encoder, EncodedPreferences]:

@@ -15,12 +15,18 @@ from rlhf_critic.model.attention_plan import AttentionPlan
 from rlhf_critic.model.block_attention import fused_attention, plain_attention
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
+from tests.helpers import slow_except
 from tests.rlhf_critic.families import VOCABULARY, WINDOW, family_configs, kernels_of, random_model
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 TOKENS = st.integers(3, 6)  # few, so that prefixes are often shared
 SEQUENCES = st.lists(st.lists(TOKENS, min_size=1, max_size=20), min_size=1, max_size=8)
 CASES = [(name, kernel) for name, config in family_configs().items() for kernel in kernels_of(config)]
+# In `make test`: each kernel in the oldest families, and one kernel where families differ in other ways.
+QUICK = {"llama", "mistral-window", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "gpt_oss"}
+MARKED = slow_except(
+    [case for case in CASES if case[0] in QUICK or case == ("mixtral", "sdpa")], CASES, of_fixture=True
+)
 
 
 def draw(length: int, seed: int = 0) -> list[int]:
@@ -50,7 +56,7 @@ class Plain(torch.nn.Module):
         return (backbone(input_ids=ids, attention_mask=mask).last_hidden_state @ self.model.score.weight[0]).float()
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
+@pytest.fixture(scope="module", params=MARKED, ids=["-".join(case) for case in CASES])
 def critics(request) -> tuple[Critic, Plain]:
     """Returns a critic, and the same weights in plain transformers."""
     name, kernel = request.param
