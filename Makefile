@@ -9,10 +9,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart ppo-demo test test-all peers soak audit docs docs-site lint format clean
+.PHONY: help install quickstart ppo-demo overoptimisation-demo test test-all peers soak audit docs docs-site lint format clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-21s %s\n", $$1, $$2}'
 
 # The stamp is written only after a complete installation, so an interrupted one is simply continued.
 $(VENV)/.installed: pyproject.toml
@@ -28,6 +28,9 @@ quickstart: $(VENV)/.installed ## Human ratings -> preferences -> a trained crit
 
 ppo-demo: $(VENV)/.installed ## A policy learns by PPO from the quickstart's critic (made first if need be), through real scorers.
 	$(BIN)/python -m jobs.ppo_demo
+
+overoptimisation-demo: $(VENV)/.installed ## Best-of-n against a known gold scorer: mean, pessimistic and ensemble rewards; writes docs/overoptimisation.
+	$(BIN)/python -m jobs.overoptimisation_demo
 
 lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff check .

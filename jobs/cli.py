@@ -40,6 +40,7 @@ COMMANDS = {
     "calibrate": Command("jobs.calibrate", "tools:CalibrateJobConfig", "Give a critic's rewards a standard deviation."),
     "inspect": Command("jobs.inspect_data", "tools:InspectJobConfig", "Count and show preferences before training."),
     "export": Command("jobs.export", "tools:ExportJobConfig", "Export a critic, or convert another reward model."),
+    "average": Command("jobs.average", "tools:AverageJobConfig", "Average the weights of several critics."),
     "serve": Command("jobs.serve", "serve:ServeJobConfig", "Serve rewards over Ray and HTTP."),
     "score": Command("jobs.score", "serve:ScoreJobConfig", "Score the responses of a data set."),
     "ppo": Command("jobs.ppo", "ppo:PPOJobConfig", "Train a policy with PPO."),

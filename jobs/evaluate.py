@@ -11,16 +11,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actors.runtime.storage import local_directory
 from jobs.cli import command, run_job
+from jobs.evaluate_sections import (
+    against_section,
+    benchmark_section,
+    health_section,
+    load_reward_model,
+    score_with_stds,
+    uncertainty_section,
+)
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import LoadedCritic
-from rlhf_critic.checkpoint.reward_model import open_reward_model
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import resolve_dtype
 from rlhf_critic.config.tools import EvaluateJobConfig
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.data.sources import read_rows
+from rlhf_critic.errors import ConfigError
 from rlhf_critic.evaluation.best_of_n import (
     BestOfNEvaluation,
     evaluate_best_of_n,
@@ -41,6 +48,7 @@ from rlhf_critic.evaluation.report import (
     write_report,
     wrong_example,
 )
+from rlhf_critic.evaluation.rewardbench import load_benchmark, score_benchmark
 from rlhf_critic.model.device import configure_device, select_device
 from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.scoring.local import score_sequences
@@ -52,11 +60,12 @@ def main() -> None:
     if config.report is not None:
         validate_report_directory(config.report)
     evaluation, page = evaluate(config)
+    more = {section.name: section.data for section in page.sections}
     if config.report is not None:
-        metrics = {"critic": page.critic, "source": page.source, "evaluation": evaluation.to_dict()}
+        metrics = {"critic": page.critic, "source": page.source, "evaluation": evaluation.to_dict(), **more}
         write_report(config.report, metrics, page)
     if config.json_output:
-        print(json.dumps(evaluation.to_dict()))
+        print(json.dumps({**evaluation.to_dict(), **more}))
         return
     console = Console()
     for table in tables(page):
@@ -74,23 +83,40 @@ def evaluate(config: EvaluateJobConfig) -> tuple[Evaluation | BestOfNEvaluation,
     Raises:
         CriticError: The checkpoint or the data cannot be read, or there is no GPU for ``use_gpu``.
     """
-    device, dtype = select_device(config.use_gpu), DTYPE_OF[resolve_dtype(config.dtype, config.use_gpu)]
-    configure_device(device, dtype)
-    with local_directory(config.checkpoint) as directory:
-        loaded = open_reward_model(directory, config.checkpoint, config.encoding).load(dtype)
-    loaded.critic.to(device)
+    configure_device(select_device(config.use_gpu), DTYPE_OF[resolve_dtype(config.dtype, config.use_gpu)])
+    loaded = load_reward_model(config.checkpoint, config)
+    if config.other_domain is not None and loaded.posterior is None:
+        raise ConfigError(
+            f"other_domain needs the uncertainty of a calibrated critic: run rlhf-critic calibrate {config.checkpoint}"
+        )
     _, first_row = next(read_rows(config.data))
-    return (_evaluate_best_of_n if is_best_of_n(first_row) else _evaluate_preferences)(loaded, config)
+    if config.benchmark is None and not is_best_of_n(first_row):
+        return _evaluate_preferences(loaded, config)
+    if config.against is not None or config.other_domain is not None:
+        raise ConfigError("against and other_domain need preferences, and DATA has best-of-n rows: leave them out")
+    return _evaluate_best_of_n(loaded, config)
 
 
 def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[Evaluation, Page]:
     preferences = load_preferences(config.data, loaded.encoder, config.cache_dir)
     sequences = preferences.responses()
-    rewards_R = score_sequences(loaded.critic, sequences, config.token_budget).astype(np.float64)
     pairs = preferences.comparisons()
+    std_R = margin_std_P = None
+    if loaded.posterior is None:
+        rewards_R = score_sequences(loaded.critic, sequences, config.token_budget).astype(np.float64)
+    else:
+        rewards, std_R, margin_std_P = score_with_stds(loaded, loaded.posterior, preferences, config.token_budget)
+        rewards_R = rewards.astype(np.float64)
     rewards_P2 = np.stack([rewards_R[pairs.better_P], rewards_R[pairs.worse_P]], axis=1)
     evaluation = evaluate_rewards(rewards_P2[:, 0], rewards_P2[:, 1], pairs.lengths_P2, pairs.subsets_P, pairs.rows_P)
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    sections = []
+    if std_R is not None and margin_std_P is not None:
+        sections.append(uncertainty_section(loaded, config, margin_P, margin_std_P, std_R))
+    if config.report is not None:
+        sections.append(health_section(loaded, config))
+    if config.against is not None:
+        sections.append(against_section(config, loaded, preferences, margin_P))
     wrong = []
     for pair in _lowest(margin_P):
         texts = {
@@ -107,11 +133,16 @@ def _evaluate_preferences(loaded: LoadedCritic, config: EvaluateJobConfig) -> tu
         bars=[Bar(one.name, one.preferences, one.accuracy, one.length_baseline.mean) for one in evaluation.subsets],
         plots=_preference_plots(evaluation, rewards_P2, pairs.lengths_P2) if config.report is not None else [],
         wrong=wrong,
+        sections=sections,
     )
 
 
 def _evaluate_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[BestOfNEvaluation, Page]:
-    rows = load_best_of_n(config.data, loaded.encoder)
+    benchmark = config.benchmark
+    if benchmark is None:
+        rows = load_best_of_n(config.data, loaded.encoder)
+    else:
+        rows = load_benchmark(benchmark, config.data, loaded.encoder)
     sequences = [np.asarray(ids, dtype=np.int32) for row in rows for ids in row.sequences]
     rewards = score_sequences(loaded.critic, sequences, config.token_budget).astype(np.float64)
     evaluation = evaluate_best_of_n(rows, rewards)
@@ -134,6 +165,7 @@ def _evaluate_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tupl
         bars=[Bar(one.name, one.rows, one.accuracy, one.chance) for one in evaluation.subsets],
         plots=_best_of_n_plots(lead_N) if config.report is not None else [],
         wrong=wrong_examples,
+        sections=[] if benchmark is None else [benchmark_section(score_benchmark(benchmark, rows, rewards))],
     )
 
 
@@ -187,14 +219,20 @@ def tables(page: Page) -> list[Table]:
     figures = Table("measure", "value [95% interval]", "meaning", title=title, title_justify="left")
     for figure in page.figures:
         figures.add_row(figure.name, escape(figure.value), figure.meaning)
+    further = []
+    for section in page.sections:
+        of_section = Table(*section.columns, title=escape(f"{section.title}. {section.note}"), title_justify="left")
+        for row in section.rows:
+            of_section.add_row(*map(escape, row))
+        further.append(of_section)
     if not page.bars:
-        return [figures]
+        return [figures, *further]
     columns = ("subset", "accuracy [95% interval]", page.baseline_name, "count")
     subsets = Table(*columns, title="by subset", title_justify="left")
     for bar in page.bars:
         name, accuracy = escape(bar.name or "(no tag)"), escape(str(bar.accuracy))
         subsets.add_row(name, accuracy, f"{bar.baseline:.3f}", str(bar.count))
-    return [figures, subsets]
+    return [figures, subsets, *further]
 
 
 if __name__ == "__main__":

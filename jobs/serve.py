@@ -22,6 +22,7 @@ from actors.serving import control
 from jobs.cli import command, run_job
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.serve import ServeJobConfig
+from rlhf_critic.data.judgements import prepare_file
 from rlhf_critic.errors import ConfigError
 from rlhf_critic.files import read_text
 
@@ -87,6 +88,8 @@ def run_pool(config: ServeJobConfig, progress: control.Progress) -> tuple[str, s
     """
     authenticated = config.auth == "on" or (config.auth == "auto" and not control.is_loopback(config.host))
     scorer = control.checked(config, str(config.checkpoint))
+    if config.collect is not None:
+        config = config.model_copy(update={"collect": prepare_file(config.collect)})
     token_sha256 = hashlib.sha256(read_token(config.token_file).encode()).hexdigest() if authenticated else None
     url = control.start_serve(config, authenticated)
     return url, control.deploy(config, scorer, token_sha256, progress), authenticated

@@ -29,7 +29,7 @@ from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.errors import CriticError, ScorerRejected, ScorerUnavailable
 from rlhf_critic.logs import configure_logging
 from rlhf_critic.scoring.client import ScorerClient
-from rlhf_critic.scoring.http_schema import ReplicaModel
+from rlhf_critic.scoring.http_schema import PublishedModel, ReplicaModel
 from rlhf_critic.scoring.items import Item, ScorerInfo, Scores
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class ScorerReplica:
             published=deployment_hash(self._swap.wanted),
             is_current=self._swap.is_current,
             error="" if self._swap.is_current else self._swap.error,
+            load=self._metrics.load(),
         )
         self._metrics.on_version(report.info.model_version, report.is_current)
         self._status.report.remote(report)  # not awaited: the next health check reports again
@@ -203,9 +204,18 @@ class Gateway:
     async def replicas(self) -> list[ReplicaModel]:
         """See `actors.serving.http_api.ScoringService`."""
         return [
-            ReplicaModel(replica=one.replica, model_version=one.info.model_version, is_current=one.is_current)
+            ReplicaModel(
+                replica=one.replica, model_version=one.info.model_version, is_current=one.is_current, load=one.load
+            )
             for one in sorted(await _recent_reports(self._status), key=lambda one: one.replica)
         ]
+
+    async def published(self) -> list[PublishedModel]:
+        """See `actors.serving.http_api.ScoringService`."""
+        try:
+            return await asyncio.wait_for(self._status.published.remote(), INFO_TIMEOUT_S)
+        except (asyncio.TimeoutError, RayError):  # while the status actor restarts
+            return []
 
     def on_refusal(self, kind: str) -> None:
         """See `actors.serving.http_api.ScoringService`."""

@@ -24,9 +24,11 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from actors.serving.judging import add_judging
+from actors.serving.page import PAGE_PATHS, page_router
 from rlhf_critic.errors import ConfigError, CriticError, ScorerRejected, ScorerUnavailable, VersionMismatch
 from rlhf_critic.scoring import http_schema as schema
-from rlhf_critic.scoring.items import Item, ScorerInfo, Scores, Text
+from rlhf_critic.scoring.items import Adjusted, Item, ScorerInfo, Scores, Text
 
 HEALTH = "/health"
 GET_REWARD = "/get_reward"
@@ -77,6 +79,7 @@ class HttpSettings:
         max_items: Maximum number of items per call.
         max_body_bytes: Maximum size of a request's body in bytes.
         deadline_s: Maximum time that a request waits for its scores, in seconds.
+        collect: File for judged preferences; None saves none.
 
     Raises:
         ConfigError: Strangers could use the endpoints, because a valid digest is missing.
@@ -88,6 +91,7 @@ class HttpSettings:
     max_items: int = 1024
     max_body_bytes: int = 16 * 1024 * 1024
     deadline_s: float = 60.0
+    collect: str | None = None
 
     def __post_init__(self) -> None:
         digest = self.token_sha256
@@ -118,6 +122,9 @@ class ScoringService(Protocol):
 
     async def replicas(self) -> list[schema.ReplicaModel]:
         """Lists the replicas that reported lately."""
+
+    async def published(self) -> list[schema.PublishedModel]:
+        """Lists the last published versions, the latest first."""
 
     def on_refusal(self, kind: str) -> None:
         """Called for every request that gets no scores, with the kind of its error."""
@@ -203,9 +210,10 @@ class _Gate:
             return
         settings = self._service().settings
         request = Request(scope)
-        is_open = scope["path"].removeprefix(scope.get("root_path", "")) == HEALTH
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        is_open = path == HEALTH or path in PAGE_PATHS
         if settings.token_sha256 is None:
-            if reason := _foreign(request, is_loopback(settings.host)):
+            if reason := _foreign(request, is_loopback(settings.host), path in PAGE_PATHS):
                 await _error(request, 403, KIND_OF_STATUS[403], reason)(scope, receive, send)
                 return
         elif not is_open and not _has_token(request, settings.token_sha256):
@@ -264,7 +272,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
     bearer = HTTPBearer(auto_error=False, description="The pool's token, if authentication is on.")
     router = APIRouter(route_class=_StrictRoute, dependencies=[Depends(bearer)])
 
-    @router.post("/score", responses=ERRORS)
+    @router.post("/score", responses=ERRORS, response_model_exclude_unset=True)
     async def score(request: schema.ScoreRequest) -> schema.ScoreResponse:
         """Scores conversations, chats, finished texts or token ids."""
         items: list[Item] = []
@@ -273,6 +281,8 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
                 items.append(item.to_item())
             except ScorerRejected as error:
                 raise ScorerRejected(error.kind, f"item {len(items)}: {error.message}", len(items)) from error
+        if request.token_texts:
+            items = [item if isinstance(item, Adjusted) else Adjusted(item, token_texts=True) for item in items]
         return schema.ScoreResponse.of(await service().score(items, request.values, request.version))
 
     @router.post(GET_REWARD, responses=ERRORS)
@@ -327,13 +337,18 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
             components=served.components,
             limits=limits,
             replicas=await service().replicas(),
+            collects=service().settings.collect is not None,
+            published=await service().published(),
         )
 
     @router.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> JSONResponse:
-        return JSONResponse(app.openapi())
+    async def openapi(request: Request) -> JSONResponse:
+        root_path = request.scope.get("root_path", "")
+        return JSONResponse(app.openapi() | ({"servers": [{"url": root_path}]} if root_path else {}))
 
+    add_judging(router, service, ERRORS)
     app.include_router(router)
+    app.include_router(page_router())
 
     @app.get(HEALTH, responses={status: ERRORS[status] for status in (403, 500, 503)})
     async def health() -> schema.HealthResponse:
@@ -358,13 +373,17 @@ def _has_token(request: Request, sha256: str) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(sent, sha256)
 
 
-def _foreign(request: Request, only_loopback: bool) -> str:
-    """Returns why a request comes from a web page that may not send it; empty if it does not."""
+def _foreign(request: Request, only_loopback: bool, is_page: bool) -> str:
+    """Returns why a request comes from a web page that may not send it; empty if it does not.
+
+    A link on another site may lead to this pool's page. That site can read nothing of it.
+    """
     host = request.headers.get("Host", "")
     origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
     try:
         hostname = urlsplit(f"//{host}").hostname or ""
         own = (site in ("none", "same-origin")) if site else origin is None or urlsplit(origin).netloc == host
+        own = own or (is_page and request.headers.get("Sec-Fetch-Dest") == "document")
     except ValueError:  # not an address
         return "the header Host or Origin is not an address: leave Origin out and name the pool's host"
     if only_loopback and not is_loopback(hostname):

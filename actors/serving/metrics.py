@@ -5,17 +5,21 @@ Prometheus prefixes every name below with ``ray_``.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from rlhf_critic.scoring.http_schema import ReplicaLoad
 from rlhf_critic.scoring.items import Scores
 
 if TYPE_CHECKING:
     from rlhf_critic.scoring.request_batcher import BatchRecord
 
 LATENCY_BOUNDS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
+PERCENTILES = (50, 90, 99)
+LATEST_CALLS = 1024  # of which the page shows percentiles
 TOKEN_BOUNDS = [64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 
 
@@ -49,6 +53,20 @@ class ScorerMetrics:
         self._version = gauge("version", "1 for the served version, 0 for a previous one.", "model_version")
         self._is_current = gauge("is_current", "1 if a replica serves the critic that was published last, else 0.")
         self._served = ""
+        self._items_seen, self._tokens_seen, self._computed_seen, self._queue_seen = 0, 0, 0, 0
+        self._latest_s: deque[float] = deque(maxlen=LATEST_CALLS)
+
+    def load(self) -> ReplicaLoad:
+        """Returns the load of this replica since it started."""
+        latest_s = np.array(self._latest_s)
+        percentiles = np.percentile(latest_s, PERCENTILES) if len(latest_s) else ()
+        return ReplicaLoad(
+            items=self._items_seen,
+            tokens=self._tokens_seen,
+            computed_tokens=self._computed_seen,
+            queue=self._queue_seen,
+            latency_s={f"p{name}": float(value_s) for name, value_s in zip(PERCENTILES, percentiles, strict=False)},
+        )
 
     def on_batch(self, batch: BatchRecord) -> None:
         """Records a micro-batch."""
@@ -58,11 +76,16 @@ class ScorerMetrics:
         self._computed_tokens.inc(batch.computed_tokens)
         self._shared.set(max(0.0, 1 - batch.computed_tokens / batch.tokens))
         self._queue.set(batch.queue)
+        self._tokens_seen += batch.tokens
+        self._computed_seen += batch.computed_tokens
+        self._queue_seen = batch.queue
 
     def on_scores(self, scores: Scores, seconds: float) -> None:
         """Records an answer."""
         tags = {"model_version": scores.model_version}
         self._latency.observe(seconds)
+        self._latest_s.append(seconds)
+        self._items_seen += len(scores.rewards_S)
         self._items.inc(len(scores.rewards_S), tags)
         if truncated := int(scores.truncated_S.sum()):
             self._truncated.inc(truncated)

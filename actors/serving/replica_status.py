@@ -14,11 +14,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from rlhf_critic.scoring.http_schema import PublishedModel, ReplicaLoad
 from rlhf_critic.scoring.items import ScorerInfo
 
 NAMESPACE = "rlhf-critic"
 CALL_TIMEOUT_S = 10.0
 FORGET_AFTER_S = 3600.0  # replicas come and go for months
+KEPT_PUBLICATIONS = 20
 # Places a pool's long-lived actors on the head. An actor, even without CPUs, keeps the autoscaler off its node.
 ON_HEAD = {"node:__internal_head__": 0.001}
 
@@ -34,6 +36,7 @@ class ReplicaReport:
         published: Hash of the configuration that the replica was given last.
         is_current: Whether the replica serves that configuration.
         error: Why the replica cannot serve it; empty while it loads and when it serves it.
+        load: Load of the replica.
     """
 
     replica: str
@@ -42,6 +45,7 @@ class ReplicaReport:
     published: str
     is_current: bool
     error: str = ""
+    load: ReplicaLoad | None = None
 
 
 class ReplicaStatus:
@@ -49,12 +53,20 @@ class ReplicaStatus:
 
     def __init__(self) -> None:
         self._reports: dict[str, tuple[float, ReplicaReport]] = {}
+        self._published: dict[str, PublishedModel] = {}  # by the hash of the configuration, the latest last
 
     def report(self, report: ReplicaReport) -> None:
         """Replaces a replica's previous report, and forgets replicas that are long gone."""
         now = time.monotonic()
+        if report.is_current and report.published not in self._published:
+            self._published[report.published] = PublishedModel(model_version=report.info.model_version, at=time.time())
+            self._published = dict(list(self._published.items())[-KEPT_PUBLICATIONS:])
         self._reports[report.replica] = now, report
         self._reports = {name: entry for name, entry in self._reports.items() if now - entry[0] < FORGET_AFTER_S}
+
+    def published(self) -> list[PublishedModel]:
+        """Returns the last versions that a replica began to serve, the latest first."""
+        return list(self._published.values())[::-1]
 
     def reports(self, within_s: float = math.inf) -> list[ReplicaReport]:
         """Returns each replica's last report within ``within_s``, the latest first, those of lost replicas included."""

@@ -168,6 +168,13 @@ class _Version:
             encoded = encode_items(finished, self.encoder, self.limits)
         return finished, [one.shortened(whole) for one, whole in zip(wishes, encoded, strict=True)]
 
+    def token_texts(self, items: Sequence[Item], encoded: list[Encoded]) -> tuple[tuple[str, ...], ...] | None:
+        """Returns the texts of the tokens, if an item asks for them."""
+        if not any(isinstance(item, Adjusted) and item.token_texts for item in items):
+            return None
+        with self._encoding:
+            return tuple(self.encoder.token_texts(one.ids) for one in encoded)
+
     def _count_tokens(self, text: str) -> int:
         with self._encoding:
             return self.encoder.count_tokens(text)
@@ -195,6 +202,7 @@ class _Call:
     served: _Version
     items: list[Item]
     encoded: list[Encoded]
+    token_texts: tuple[tuple[str, ...], ...] | None
     values: bool
     outputs: Future[Outputs]
 
@@ -216,6 +224,7 @@ class _Call:
             tokens_S=np.array([len(one.ids) for one in self.encoded]),
             components=components,
             values=tuple(outputs) if self.values else None,
+            token_texts=self.token_texts,
             stds_S=stds_S,
         )
 
@@ -333,7 +342,7 @@ class Scorer:
             sequences = [np.asarray(one.ids, dtype=np.int64) for one in encoded]
             try:
                 outputs = served.batcher.submit(sequences, rewards_only=not values)
-                return _Call(served, finished, encoded, values, outputs)
+                return _Call(served, finished, encoded, served.token_texts(items, encoded), values, outputs)
             except ScorerUnavailable:
                 if served is self._version:
                     raise

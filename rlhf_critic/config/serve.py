@@ -244,6 +244,9 @@ class ServeJobConfig(ScoringJobOptions, CallLimits):
     """Maximum number of bytes of an HTTP request's body."""
     deadline_s: PositiveFloat = 60.0
     """Seconds that an HTTP request waits for its scores."""
+    collect: str | None = None
+    """File to which the page's tab Judge appends preferences, for data.train of train: a path on the head node. None
+    saves none."""
     start_timeout_s: PositiveFloat = 1800.0
     """Seconds to wait for replicas, including the time an autoscaler needs to add nodes."""
 

@@ -69,7 +69,15 @@ class EvaluateJobConfig(AssumedEncoding):
     json_output: bool = False
     """Print one JSON object instead of a table."""
     report: str | None = None
-    """New or empty local directory for metrics.json and report.html, one page with plots."""
+    """New or empty local directory for metrics.json and report.html, one page with plots. For preferences, the report
+    also measures how rewards change with the form of an answer."""
+    benchmark: Literal["rewardbench", "rewardbench2"] | None = None
+    """Benchmark of whose public layout DATA is. The totals are those of the benchmark's own code."""
+    against: ModelPath | None = None
+    """Another critic or reward model to compare with on the same preferences."""
+    other_domain: str | None = None
+    """Preferences of another domain, a source as DATA. Their uncertainty is compared with that of DATA. The critic must
+    be calibrated."""
 
 
 class CalibrateJobConfig(AssumedEncoding):
@@ -96,6 +104,17 @@ class CalibrateJobConfig(AssumedEncoding):
     """Maximum number of tokens computed at once. Changes speed and memory only."""
     cache_dir: PathOrUri = ".cache"
     """Local cache directory for encoded data. Safe to delete."""
+
+
+class AverageJobConfig(Section):
+    """Averages the weights of two or more critics that were trained from one base model with one encoding.
+
+    For example: rlhf-critic average runs/a/step-000100 runs/b/step-000100 runs/c/step-000100 averaged
+    """
+
+    paths: tyro.conf.Positional[tuple[str, ...]] = Field(
+        min_length=3, description="Critic directories (paths or URIs), and last the new directory."
+    )
 
 
 SourceFormat = Literal[

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers.decoders import DecodeStream
 from tokenizers.processors import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,6 +40,7 @@ from rlhf_critic.errors import EncodingError
 
 PAD_TOKEN = "<|pad|>"
 BYTE_ORDER_MARK = "\ufeff"
+BROKEN_CHARACTER = "\ufffd"
 PROBES = (("please explain", " of course"), ("", "no."))  # their ends show whether an encoding ends with a token
 
 logger = logging.getLogger(__name__)
@@ -416,6 +418,18 @@ class Encoder:
     def count_tokens(self, text: str) -> int:
         """Counts the tokens of a text, which may be empty."""
         return len(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
+    def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Returns the text of each token, special tokens included. Joined, they are the decoded text.
+
+        A character may consist of several tokens. It is then the text of its last one, and the others are empty.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        stream = DecodeStream(skip_special_tokens=False)
+        texts = [stream.step(backend, int(token)) or "" for token in ids]
+        if rest := len(backend.decode(list(map(int, ids)), skip_special_tokens=False)) - sum(map(len, texts)):
+            texts[-1] += BROKEN_CHARACTER * rest  # the beginning of a character that does not end
+        return tuple(texts)
 
     def truncate(self, ids: list[int], rendered: Rendered | None = None) -> Encoded:
         """Keeps the last ``max_length`` token ids, because the reward is read at the end."""

@@ -93,7 +93,7 @@ class TiesScore:
         ref_accuracy: Share of reference rows with a positive gap.
         preferred: Share of pairs whose tied gap is larger than the tied spread.
         preferred_hard: Share of pairs whose tied and reference gaps are both larger than the tied spread.
-        margin: Mean of ``tanh(smaller gap / spread - 1)``; 0 if both are 0.
+        margin: Mean of ``tanh(smaller gap / spread - 1)`` over the pairs whose spread is not 0; 0 without any.
     """
 
     pairs: int
@@ -150,7 +150,15 @@ def load_best_of_n(source: str, encoder: Encoder) -> list[BestOfN]:
     Raises:
         DataError: See `rlhf_critic.data.sources.read_rows`. Or a row lacks a field or cannot be encoded.
     """
-    rows = [(f"{source}:{number}", fields) for number, fields in read_rows(source)]
+    return parse_best_of_n([(f"{source}:{number}", fields) for number, fields in read_rows(source)], encoder)
+
+
+def parse_best_of_n(rows: Sequence[tuple[str, Mapping[str, Any]]], encoder: Encoder) -> list[BestOfN]:
+    """Encodes the fields of best-of-n rows, each with its origin.
+
+    Raises:
+        DataError: A row lacks a field or cannot be encoded.
+    """
     parsed = [_parse(origin, fields) for origin, fields in rows]
     texts = [row.texts for row in parsed if isinstance(row.prompt, str)]
     _, are_whole = count_repeats(texts)
@@ -284,8 +292,8 @@ def _ties_score(rows: Sequence[BestOfN], by_row: Sequence[tuple[FloatArray, Floa
         ref, tied, spread = ref_Q[chosen], tied_Q[chosen], spread_Q[chosen]
         paired = ~np.isnan(ref) & ~np.isnan(tied)
         smaller, spread_of_pair = np.minimum(ref, tied)[paired], spread[paired]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            margin = np.nan_to_num(np.tanh(smaller / spread_of_pair - 1.0), nan=0.0)
+        spreads_out = spread_of_pair > 0
+        margin = np.tanh(smaller[spreads_out] / spread_of_pair[spreads_out] - 1.0)
         shares = (tied[~np.isnan(tied)] > 0, ref[~np.isnan(ref)] > 0, tied[paired] > spread_of_pair)
         tied_accuracy, ref_accuracy, preferred = (float(share.mean()) if len(share) else 0.0 for share in shares)
         hard = float((smaller > spread_of_pair).mean()) if len(smaller) else 0.0

@@ -151,3 +151,29 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             if len(axes.lines) > 1:
                 axes.legend(loc="best")
         figure.savefig(path, dpi=130)
+
+
+def save_best_of_n_curves(numbers: Sequence[int], results: Mapping[str, Mapping[str, FloatArray]], path: Path) -> None:
+    """Draws gold rewards of best-of-n to a PNG file: one panel for each setting, one line for each way to choose.
+
+    Args:
+        numbers: Numbers of texts to choose from.
+        results: Gold rewards ``[seeds, numbers]`` of each way, by setting. The band is the standard error.
+        path: The file.
+    """
+    style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
+    kl = np.log(numbers) - (np.array(numbers) - 1) / np.array(numbers)
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(10.4, 4.4), layout="constrained", facecolor=PRINTED[PAPER])
+        panels = figure.subplots(1, len(results), sharey=True, squeeze=False).flat
+        for axes, (setting, ways) in zip(panels, results.items(), strict=True):
+            for way, gold in ways.items():
+                mean, error = gold.mean(axis=0), gold.std(axis=0, ddof=1) / np.sqrt(len(gold))
+                (line,) = axes.plot(kl, mean, linewidth=1.8, marker="o", markersize=3, label=way)
+                axes.fill_between(kl, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+            axes.set_title(setting, fontsize=11)
+            axes.set_xlabel("KL of best-of-n from the pool (nats)")
+            axes.set_ylabel("gold reward (mean human rating)")
+            axes.tick_params(length=0, labelleft=True)
+            axes.legend(loc="upper left")
+        figure.savefig(path, dpi=130)

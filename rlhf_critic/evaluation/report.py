@@ -76,6 +76,27 @@ class WrongExample:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A further table of a report.
+
+    Attributes:
+        name: Key of its data in ``metrics.json``.
+        title: Heading.
+        note: A sentence below the heading.
+        columns: Headings of the columns.
+        rows: Cells, as many as columns.
+        data: The figures, as plain values for JSON.
+    """
+
+    name: str
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Page:
     """Content of the page. The first three figures are shown large; without bars, their section is omitted."""
 
@@ -86,6 +107,7 @@ class Page:
     bars: Sequence[Bar]
     plots: Sequence[Plot]
     wrong: Sequence[WrongExample]
+    sections: Sequence[Section] = ()
 
 
 def preference_figures(evaluation: Evaluation) -> list[Figure]:

@@ -355,7 +355,7 @@ def _join(answers: list[Scores]) -> Scores:
         return answers[0]
     if len({frozenset(answer.components) for answer in answers}) > 1:
         raise ScorerFailed(f"version {answers[0].model_version} answered with different components: check the pool")
-    values = [answer.values for answer in answers]
+    values, texts = [answer.values for answer in answers], [answer.token_texts for answer in answers]
     stds = [answer.stds_S for answer in answers if answer.stds_S is not None]
     return Scores(
         rewards_S=np.concatenate([answer.rewards_S for answer in answers]),
@@ -366,6 +366,7 @@ def _join(answers: list[Scores]) -> Scores:
             name: np.concatenate([answer.components[name] for answer in answers]) for name in answers[0].components
         },
         values=None if values[0] is None else tuple(value for part in values if part is not None for value in part),
+        token_texts=None if texts[0] is None else tuple(one for part in texts if part is not None for one in part),
         stds_S=np.concatenate(stds) if len(stds) == len(answers) else None,
     )
 

@@ -122,6 +122,7 @@ class ScoreRequest(_Message):
 
     items: Nonempty[ItemModel]
     values: bool = Field(False, strict=True, description="Also return the value at every token.")
+    token_texts: bool = Field(False, strict=True, description="Also return the text of every token.")
     version: Name | None = Field(None, description="Answer only if this version is served.")
 
     @classmethod
@@ -142,6 +143,10 @@ class ScoreResponse(_Message):
         description="Unweighted value of each reward component, if there are several."
     )
     values: list[list[float]] | None = Field(None, description="Value at every token, if requested.")
+    token_texts: list[list[str]] | None = Field(
+        None,
+        description="Text of every token, if requested. Of the tokens of one character only the last has a text.",
+    )
     stds: list[float] | None = Field(
         None, description="Standard deviation of the critic's reward; null if the critic is not calibrated."
     )
@@ -149,6 +154,10 @@ class ScoreResponse(_Message):
     @classmethod
     def of(cls, scores: Scores) -> ScoreResponse:
         """Converts scores to the answer."""
+        more: dict[str, Any] = {
+            "token_texts": None if scores.token_texts is None else list(map(list, scores.token_texts)),
+            "stds": None if scores.stds_S is None else scores.stds_S.tolist(),
+        }
         return cls(
             model_version=scores.model_version,
             rewards=scores.rewards_S.tolist(),
@@ -156,7 +165,8 @@ class ScoreResponse(_Message):
             tokens=scores.tokens_S.tolist(),
             components={name: value_S.tolist() for name, value_S in scores.components.items()},
             values=None if scores.values is None else [values.tolist() for values in scores.values],
-            stds=None if scores.stds_S is None else scores.stds_S.tolist(),
+            # Unset if there are none, because earlier clients reject fields that they do not know.
+            **{name: value for name, value in more.items() if value is not None},
         )
 
     def to_scores(self) -> Scores:
@@ -173,6 +183,7 @@ class ScoreResponse(_Message):
             tokens_S=np.array(self.tokens, dtype=np.int64),
             components={name: fp32(values) for name, values in self.components.items()},
             values=None if self.values is None else tuple(fp32(values) for values in self.values),
+            token_texts=None if self.token_texts is None else tuple(map(tuple, self.token_texts)),
             stds_S=None if self.stds is None else fp32(self.stds),
         )
 
@@ -338,6 +349,23 @@ class HealthResponse(_Message):
     model_version: str
 
 
+class JudgementRequest(_Message):
+    """Body of ``POST /judgements``: the better and the worse of two answers to a prompt."""
+
+    prompt: StrictStr | ListOf[Turn]
+    chosen: Name
+    rejected: Name
+    judge: Annotated[StrictStr, Field(max_length=200)] = Field("", description="Name of the person who judged.")
+
+
+class JudgementResponse(_Message):
+    """Answer of ``POST /judgements`` when the preference was saved."""
+
+    model_version: str
+    chosen_reward: float
+    rejected_reward: float
+
+
 class LimitsModel(_Message):
     """Limits of one call."""
 
@@ -347,12 +375,32 @@ class LimitsModel(_Message):
     max_body_bytes: int
 
 
+class ReplicaLoad(_Message):
+    """Load of one replica since it started."""
+
+    items: int = Field(description="Number of scored items.")
+    tokens: int = Field(description="Tokens of scored sequences, each counted separately.")
+    computed_tokens: int = Field(description="Tokens computed, shared prefixes counted once.")
+    queue: int = Field(description="Calls that waited when the last micro-batch was done.")
+    latency_s: dict[str, float] = Field(
+        description="Percentiles of the latest calls' seconds from arrival to answer: p50, p90, p99; empty at first."
+    )
+
+
+class PublishedModel(_Message):
+    """A version that the pool began to serve."""
+
+    model_version: str
+    at: float = Field(description="Time at which the first replica served it, in seconds since 1970.")
+
+
 class ReplicaModel(_Message):
     """One replica of the pool, by its last report."""
 
     replica: str
     model_version: str
     is_current: bool = Field(description="Whether it serves the critic that was published last.")
+    load: ReplicaLoad | None = Field(None, description="Load of the replica, by its last report.")
 
 
 class InfoResponse(_Message):
@@ -365,3 +413,5 @@ class InfoResponse(_Message):
     components: dict[str, float]
     limits: LimitsModel
     replicas: list[ReplicaModel]
+    collects: bool = Field(False, description="Whether the pool saves judgements.")
+    published: list[PublishedModel] = Field([], description="Last published versions, the latest first.")

@@ -54,17 +54,19 @@ class Text(NamedTuple):
 
 
 class Adjusted(NamedTuple):
-    """An item with the wishes of a client of vLLM.
+    """An item with further wishes of an HTTP client.
 
     Attributes:
         item: The item.
         begin: Whether to begin a text with BOS, if the critic's texts begin so and this one does not.
         last_tokens: Number of last tokens to keep. None keeps as many as the critic reads.
+        token_texts: Whether to answer the text of each token.
     """
 
     item: Conversation | Text | TokenIds
     begin: bool = False
     last_tokens: int | None = None
+    token_texts: bool = False
 
     def begun(self, bos_token: str) -> Conversation | Text | TokenIds:
         """Returns the item alone. ``bos_token`` begins the critic's texts; empty if they begin without one."""
@@ -118,6 +120,7 @@ class Scores:
         tokens_S: Tokens of each item that the critic read, int64.
         components: Unweighted value of each component, fp32 ``[S]``; empty if the critic is the only component.
         values: Value at every token of each item, fp32, never normalised; None if not requested.
+        token_texts: Text of every token of each item; see `Encoder.token_texts`. None if not requested.
         stds_S: Standard deviation of the critic's reward of each item, fp32, normalised like it; None if the critic is
             not calibrated.
     """
@@ -128,6 +131,7 @@ class Scores:
     tokens_S: NDArray[np.int64]
     components: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     values: tuple[NDArray[np.float32], ...] | None = None
+    token_texts: tuple[tuple[str, ...], ...] | None = None
     stds_S: NDArray[np.float32] | None = None
 
     def logs(self) -> dict[str, NDArray[np.float32]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from rlhf_critic.batching.planner import plan_sequences
@@ -38,3 +39,26 @@ def score_sequences(critic: Critic, sequences: Sequence[TokenIds], token_budget:
             rewards_S[list(units)] = rewards_U.cpu()
             bar.update(len(units))
     return rewards_S.numpy()
+
+
+@torch.no_grad()
+def rewards_and_states(
+    critic: Critic, sequences: Sequence[TokenIds], token_budget: int
+) -> tuple[NDArray[np.float32], Tensor]:
+    """Computes rewards as `score_sequences` does, and the last hidden states, fp32 ``[S, D]`` on the critic's device.
+
+    States take ``4 D`` bytes a sequence, so call it for a part of a large data set at a time.
+
+    Raises:
+        ValueError: There is no sequence, or one of them is empty.
+    """
+    device = next(critic.parameters()).device
+    (micro_batches,) = plan_sequences(sequences, 1, token_budget, critic.prefix_tree)
+    scored = forward_micro_batches(
+        critic, sequences, micro_batches, lambda batch, _: critic.rewards_and_states(batch), device
+    )
+    places, outputs = zip(*((units, output) for units, output, _ in scored), strict=True)
+    order = np.concatenate([np.asarray(units) for units in places]).argsort()
+    rewards_S = torch.cat([rewards for rewards, _ in outputs]).cpu().numpy()[order]
+    states_SD = torch.cat([states.float() for _, states in outputs])
+    return rewards_S, states_SD[torch.from_numpy(order).to(device)]

@@ -53,7 +53,7 @@ def test_what_is_there_is_not_brought_again(tmp_path, monkeypatch):
     def no_download(*_: object) -> None:
         raise AssertionError("downloaded again")
 
-    monkeypatch.setattr(quickstart_data, "_download", no_download)
+    monkeypatch.setattr(quickstart_data, "download", no_download)
     (tmp_path / "model").mkdir()
     quickstart_data.download_model(tmp_path / "model")
     for name in ("train", "held-out"):

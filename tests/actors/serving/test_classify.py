@@ -38,6 +38,9 @@ class Service:
     async def replicas(self) -> list[Any]:
         return []
 
+    async def published(self) -> list[Any]:
+        return []
+
     def on_refusal(self, kind: str) -> None:
         pass
 

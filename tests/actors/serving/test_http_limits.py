@@ -45,6 +45,9 @@ class Service:
     async def replicas(self):
         return []
 
+    async def published(self):
+        return []
+
     def on_refusal(self, kind):
         self.refusals.append(kind)
 

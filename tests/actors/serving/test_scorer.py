@@ -24,6 +24,7 @@ from rlhf_critic.checkpoint.export import export_critic
 from rlhf_critic.config.serve import CriticComponent, LengthPenalty, PythonComponent, ScorerConfig, ServeJobConfig
 from rlhf_critic.errors import CheckpointError, ComponentError, ConfigError, ScorerUnavailable
 from rlhf_critic.model.weights import WeightReader
+from rlhf_critic.scoring.items import Adjusted
 from tests.actors.scorers import make_conversations, rewards_by_engine
 from tests.helpers import slow_except, wait_until
 
@@ -269,6 +270,18 @@ assert "deepspeed" not in sys.modules
 
 def test_a_scorer_starts_and_scores_without_importing_deepspeed(critics):
     subprocess.run([sys.executable, "-c", STARTS_WITHOUT_DEEPSPEED, critics["first"]], check=True)
+
+
+def test_the_text_of_each_token_is_answered_beside_its_value(critics):
+    items = make_conversations(4)
+    scorer = Scorer(ScorerConfig(checkpoint=critics["first"]))
+    assert scorer.score(items).token_texts is None
+    scores = scorer.score([Adjusted(item, token_texts=True) for item in items], values=True)
+    scorer.close()
+    encoder = load_critic(critics["first"]).encoder
+    for item, texts, values_T in zip(items, scores.token_texts, scores.values, strict=True):
+        assert len(texts) == len(values_T)
+        assert encoder.render(*item).endswith("".join(texts))
 
 
 def test_the_encoder_of_a_scorer_is_that_of_the_critic(critics):

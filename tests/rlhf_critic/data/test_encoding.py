@@ -40,6 +40,24 @@ def test_truncation_keeps_the_end_and_is_told(tokenizer_dir):
     assert cut.ids == whole.ids[-7:]
 
 
+@pytest.mark.parametrize("response", ["of course", " 1  2\n", "👩‍👩‍👧 مرحبا é", "\ufffd", "</s><s>", ""])
+def test_the_texts_of_tokens_are_the_text_in_pieces(tokenizer_dir, response):
+    encoder = Encoder(load_tokenizer(tokenizer_dir()), max_length=1000)
+    ids = encoder.encode("please", response).ids
+    texts = encoder.token_texts(ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == encoder.render("please", response)
+    assert texts[-1].endswith("</s>")
+
+
+def test_a_character_that_is_cut_off_is_seen(tokenizer_dir):
+    encoder = Encoder(load_tokenizer(tokenizer_dir()), max_length=1000)
+    ids = encoder.tokenizer("a👩", add_special_tokens=False)["input_ids"]
+    assert encoder.token_texts(ids) == ("a", "", "", "", "👩")
+    assert encoder.token_texts(ids[:-1])[-1].strip("\ufffd") == ""
+    assert encoder.token_texts(ids[:-1])[-1] != ""
+
+
 @pytest.mark.parametrize("peculiarity", [{}, {"pad_is_eos": True}])
 def test_the_pad_token_is_one_that_ends_no_text(tokenizer_dir, peculiarity):
     tokenizer = load_tokenizer(tokenizer_dir(**peculiarity))

@@ -124,7 +124,8 @@ def test_the_ties_score_equals_a_slow_computation_from_its_definition():
         preferred += (tied_gap > spread) / len(ref)
         hard += (tied_gap > spread and ref_gap > spread) / len(ref)
         smaller = min(tied_gap, ref_gap)
-        margin += (math.tanh(smaller / spread - 1) if spread else math.copysign(1, smaller)) / len(ref)
+        # As in rewardbench 0.1.4, a pair without spread has no ratio.
+        margin += math.tanh(smaller / spread - 1) / (len(ref) - 1) if spread else 0.0
     score = 0.3 * tied_accuracy + 0.3 * ref_accuracy + 0.2 * preferred + 0.2 * hard + 0.01 * margin
     ties = evaluate_best_of_n(rows, np.array(rewards)).ties
     assert ties.pairs == 38

@@ -37,6 +37,7 @@ def any_scores(draw):
         tokens_S=draw(arrays.arrays(np.int64, count, elements=st.integers(0, 2**31))),
         components=draw(st.dictionaries(some_text, rewards(count), max_size=3)),
         values=draw(st.none() | st.tuples(*[rewards(st.integers(1, 9)) for _ in range(count)])),
+        token_texts=draw(st.none() | st.tuples(*[st.lists(some_text).map(tuple) for _ in range(count)])),
     )
 
 
@@ -63,6 +64,7 @@ def test_scores_cross_the_wire_with_every_bit(scores, write):
     assert list(back.components) == list(scores.components)
     assert all(same(back.components[name], value_S) for name, value_S in scores.components.items())
     assert (back.values is None) == (scores.values is None)
+    assert back.token_texts == scores.token_texts
     assert scores.values is None or len(back.values) == len(scores.values)
     assert all(same(one, other) for one, other in zip(back.values or (), scores.values or (), strict=True))
 
