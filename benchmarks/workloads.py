@@ -97,6 +97,12 @@ def save_model(directory: Path, layers: int) -> int:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Writes a tokenizer with one token for each word ``<0>``, ``<1>`` and so on."""
     vocabulary = {f"<{index}>": index for index in range(VOCABULARY)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -108,4 +114,3 @@ def save_model(directory: Path, layers: int) -> int:
         pad_token="<3>",
     )
     tokenizer.save_pretrained(directory)
-    return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()

@@ -1,7 +1,7 @@
 """``make docs``: writes the generated pages.
 
-They are docs/options.md, from the option classes, the file list of docs/architecture.md, and docs/compatibility.md,
-from the results of ``make peers``.
+They are docs/options.md, from the option classes, the file list of docs/architecture.md, docs/models.md, from the
+tested families, and docs/compatibility.md, from the results of ``make peers``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import tyro
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from docs.model_table import models_page
 from jobs.cli import COMMANDS as JOBS
 
 OPTIONS_PAGE = Path(__file__).with_name("options.md")
 ARCHITECTURE_PAGE = Path(__file__).with_name("architecture.md")
+MODELS_PAGE = Path(__file__).with_name("models.md")
 COMPATIBILITY_PAGE = Path(__file__).with_name("compatibility.md")
 TOP = Path(__file__).parents[1]
 PEER_RESULTS = TOP / "tests" / "peers" / "results.json"
@@ -146,3 +148,4 @@ if __name__ == "__main__":
     OPTIONS_PAGE.write_text(options_page(), encoding="utf-8")
     ARCHITECTURE_PAGE.write_text(architecture_page(), encoding="utf-8")
     COMPATIBILITY_PAGE.write_text(compatibility_page(), encoding="utf-8")
+    MODELS_PAGE.write_text(models_page(), encoding="utf-8")

@@ -9,13 +9,11 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import ray
 from pyarrow import parquet
@@ -27,7 +25,7 @@ from tqdm import tqdm
 from actors.runtime.environment import compute_environment
 from actors.runtime.session import init_ray
 from actors.runtime.storage import local_directory
-from actors.serving.offline import ChunkScorer, ScoringJob, json_line, read_rewards, schema_of
+from actors.serving.offline import ChunkScorer, RewardSums, ScoringJob, json_line, schema_of
 from actors.serving.scorer import check_calibrated, version_name
 from jobs.cli import command, run_job, validate_outside_package
 from jobs.run_lock import lock_directory
@@ -35,7 +33,8 @@ from rlhf_critic.checkpoint.reward_model import check_reward_model
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import resolve_dtype
 from rlhf_critic.config.serve import ScoreJobConfig, ScorerConfig
-from rlhf_critic.data.sources import fingerprint_of, read_rows
+from rlhf_critic.data.source_parts import PartReader, SourcePart, split_source
+from rlhf_critic.data.sources import fingerprint_of
 from rlhf_critic.errors import ConfigError, DataError, PlacementError
 from rlhf_critic.files import write_text_atomically
 from rlhf_critic.scoring.rows import parse_scorable
@@ -81,12 +80,22 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     fingerprint = fingerprint_of(data)
     data_is_parquet = Path(data.removesuffix(".gz")).suffix == ".parquet"
     is_parquet = config.format == "parquet" or (config.format == "auto" and data_is_parquet)
-    rows, schema = _read_through(config, scorer, wants_schema=is_parquet)
+    sources = tuple(split_source(data, config.rows_per_part))
+    ends, schema = _read_through(config, scorer, sources, wants_schema=is_parquet)
+    rows = ends[-1]
     if is_parquet and data_is_parquet:  # its types are narrower than those of the decoded rows
         schema = _schema_of_file(config)
     out = Path(config.out)
     job = ScoringJob(
-        data, config.fields, out, "parquet" if is_parquet else "jsonl", schema, config.rows_per_part, config.best_of_n
+        data,
+        config.fields,
+        out,
+        "parquet" if is_parquet else "jsonl",
+        schema,
+        config.rows_per_part,
+        config.best_of_n,
+        sources,
+        ends,
     )
     same = {"data": fingerprint, "model_version": version, "fields": config.fields, "best_of_n": config.best_of_n}
     taken = f"another job is at work on {out}: wait until it ends, stop it, or give another directory"
@@ -106,11 +115,14 @@ def score(config: ScoreJobConfig) -> dict[str, Any]:
     return summary
 
 
-def _read_through(config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bool) -> tuple[int, pa.Schema | None]:
+def _read_through(
+    config: ScoreJobConfig, scorer: ScorerConfig, sources: tuple[SourcePart, ...], wants_schema: bool
+) -> tuple[tuple[int, ...], pa.Schema | None]:
     """Reads all rows once, so that a bad row is reported before scoring begins.
 
     Returns:
-        The number of rows, and their common schema without responses that are not written.
+        The number of rows up to the end of each part of the source, and the common schema of the rows without responses
+        that are not written.
     """
     data = config.data
     ours = ("reward", "truncated", "model_version", *(f"reward_{component.name}" for component in scorer.components))
@@ -133,7 +145,14 @@ def _read_through(config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bo
                 f"{data}: a field holds half of a surrogate pair up to row {count}: {error}; fix or remove that row"
             ) from error
 
-    for line, row in tqdm(read_rows(data), desc="reading", unit="row", disable=None):
+    reader, ends = PartReader(data), []
+
+    def read() -> Iterator[tuple[int, dict[str, Any]]]:
+        for part in sources:
+            yield from reader.read(part)
+            ends.append(count)
+
+    for line, row in tqdm(read(), desc="reading", unit="row", disable=None):
         place = f"{data}:{line}"
         parse_scorable(place, row, config.fields)
         if config.best_of_n and row.get(list_field) is None:
@@ -161,7 +180,9 @@ def _read_through(config: ScoreJobConfig, scorer: ScorerConfig, wants_schema: bo
             ) from error
         except ValueError as error:
             raise DataError(f"{place}: cannot be written as JSON: {error}; use --format parquet") from error
-    return count, merge_chunk() if wants_schema else None
+    if not count:
+        raise DataError(f"{data}: has no rows; give a source with at least one row")
+    return tuple(ends), merge_chunk() if wants_schema else None
 
 
 def _schema_of_file(config: ScoreJobConfig) -> pa.Schema:
@@ -235,14 +256,15 @@ def _run_chunks(
 
 
 def _summarise(job: ScoringJob, parts: int, version: str, seconds: float) -> dict[str, Any]:
-    rows, by_part, truncated = zip(*(read_rewards(job.path(number)) for number in range(parts)), strict=True)
-    rewards = list(chain.from_iterable(by_part))
+    sums = RewardSums()
+    for number in range(parts):
+        sums.add(job.path(number))
     return {
-        "rows": sum(rows),
-        "responses": len(rewards),
-        "reward_mean": float(np.mean(rewards)),
-        "reward_std": float(np.std(rewards)),
-        "truncated": sum(truncated),
+        "rows": sums.rows,
+        "responses": sums.responses,
+        "reward_mean": sums.mean,
+        "reward_std": sums.std,
+        "truncated": sums.truncated,
         "model_version": version,
         "seconds": seconds,
     }

@@ -1,15 +1,17 @@
 """Worker of an offline scoring job: reads parts of the data, scores them and writes each part atomically.
 
-A part is a range of rows. Each worker reads the source from its start once and skips the rows of other workers, so any
-readable source can be scored. Knows nothing about Ray Data, which distributes the parts (`jobs.score`).
+A part is a range of rows. The reading before the job recorded where each range lies in the source, so that workers
+read only their own rows where the format allows it. Knows nothing about Ray Data, which distributes the parts
+(`jobs.score`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,8 @@ from pyarrow import parquet
 
 from actors.serving.scorer import Scorer
 from rlhf_critic.config.serve import ScorerConfig
-from rlhf_critic.data.sources import Row, read_rows
+from rlhf_critic.data.source_parts import RangeReader, SourcePart
+from rlhf_critic.data.sources import Row
 from rlhf_critic.errors import DataError, ScorerRejected, describe_error
 from rlhf_critic.files import atomic_file
 from rlhf_critic.scoring.items import Scores
@@ -38,6 +41,8 @@ class ScoringJob:
         schema: Schema of the data's fields that parts contain, for Parquet.
         rows_per_part: Number of rows in a part.
         best_of_n: Whether to write only the best of a row's responses.
+        sources: Parts of the source, in order.
+        ends: Number of rows up to the end of each part of the source.
     """
 
     data: str
@@ -47,6 +52,8 @@ class ScoringJob:
     schema: pa.Schema | None
     rows_per_part: int
     best_of_n: bool
+    sources: tuple[SourcePart, ...]
+    ends: tuple[int, ...]
 
     def path(self, number: int) -> Path:
         """Returns the path of a part. The file exists once it is complete."""
@@ -59,8 +66,7 @@ class ChunkScorer:
     def __init__(self, job: ScoringJob, config: ScorerConfig, use_gpu: bool) -> None:
         self._job = job
         self._scorer = Scorer(config, use_gpu=use_gpu)
-        self._rows = read_rows(job.data)
-        self._position = 0
+        self._reader = RangeReader(job.data, job.sources, job.ends)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
         """Scores the part whose number is in ``part``. Returns its row count or its error."""
@@ -71,7 +77,7 @@ class ChunkScorer:
             return {"rows": [0], "error": [describe_error(error)]}
 
     def _score(self, number: int) -> int:
-        rows = self._take(number * self._job.rows_per_part, self._job.rows_per_part)
+        rows = self._reader.take(number * self._job.rows_per_part, self._job.rows_per_part)
         of_rows = [parse_scorable(f"{self._job.data}:{line}", row, self._job.fields) for line, row in rows]
         ends = np.cumsum([len(items) for items in of_rows])
         try:
@@ -87,13 +93,6 @@ class ChunkScorer:
         ]
         write_part(self._job.path(number), scored, self._job.schema)
         return len(rows)
-
-    def _take(self, start: int, count: int) -> list[tuple[int, Row]]:
-        if start < self._position:
-            self._rows, self._position = read_rows(self._job.data), 0
-        skipped = start - self._position
-        self._position = start + count
-        return list(islice(self._rows, skipped, skipped + count))
 
     def _scored_row(self, row: Row, scores: Scores, start: int, end: int) -> Row:
         """Returns a row with its scores: a number for one response, a list for a list of ``responses``."""
@@ -147,15 +146,44 @@ def json_line(row: Row) -> str:
     return line
 
 
-def read_rewards(path: Path) -> tuple[int, list[float], int]:
-    """Reads a finished part. Returns the number of rows, the rewards and the number of truncated responses."""
-    if path.suffix == ".parquet":
-        rows = parquet.read_table(path, columns=["reward", "truncated"]).to_pylist()
-    else:
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-    rewards = [reward for row in rows for reward in _as_list(row["reward"])]
-    return len(rows), rewards, sum(sum(_as_list(row["truncated"])) for row in rows)
+@dataclass
+class RewardSums:
+    """Running sums of the rewards of finished parts.
+
+    Attributes:
+        rows: Number of rows.
+        responses: Number of rewards.
+        truncated: Number of truncated responses.
+        mean: Mean reward.
+        squares: Sum of squared distances from the mean.
+    """
+
+    rows: int = 0
+    responses: int = 0
+    truncated: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, path: Path) -> None:
+        """Reads a finished part and adds its rewards, by Chan, Golub and LeVeque's update (1979)."""
+        if path.suffix == ".parquet":
+            rows = parquet.read_table(path, columns=["reward", "truncated"]).to_pylist()
+        else:
+            with path.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines]
+        rewards = np.array([reward for row in rows for reward in _as_list(row["reward"])], dtype=np.float64)
+        self.rows += len(rows)
+        self.truncated += sum(sum(_as_list(row["truncated"])) for row in rows)
+        before, self.responses = self.responses, self.responses + len(rewards)
+        if len(rewards):
+            shift = float(rewards.mean()) - self.mean
+            self.mean += shift * len(rewards) / self.responses
+            self.squares += float(rewards.var()) * len(rewards) + shift**2 * before * len(rewards) / self.responses
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the rewards."""
+        return math.sqrt(self.squares / self.responses) if self.responses else 0.0
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -147,11 +147,11 @@ def _encode_source(job: _Job, entry: Path) -> None:
     try:
         # Rows are validated before the first is encoded, because encoding takes most of the time.
         repeats = RepeatCount()
-        for counted in _each_part("reading", _count_repeats, job, parts):
+        for counted in _each_part("reading", _count_repeats, job, parts, parts_each=32):
             repeats.join(counted)
         job = replace(job, are_whole=repeats.are_whole_texts(), reader=PartReader(job.source))
         missing = [part for part in parts if not job.directory(part).is_dir()]
-        for _ in _each_part("encoding", _encode_part, job, missing):
+        for _ in _each_part("encoding", _encode_part, job, missing, parts_each=8):
             pass
         # Another process may write the same entry first, on a file system without locks.
         with atomic_directory(entry, keep_existing=True) as building:
@@ -163,11 +163,15 @@ def _encode_source(job: _Job, entry: Path) -> None:
 
 
 def _each_part(
-    verb: str, function: Callable[[_Job, SourcePart], T], job: _Job, parts: Sequence[SourcePart]
+    verb: str, function: Callable[[_Job, SourcePart], T], job: _Job, parts: Sequence[SourcePart], parts_each: int
 ) -> Iterator[T]:
-    """Applies a function to all parts in several processes, and shows rows per second and the time left."""
+    """Applies a function to all parts in several processes, and shows rows per second and the time left.
+
+    A process takes seconds to start, so each must have at least ``parts_each`` parts to work on.
+    """
+    processes = min(usable_cores(), len(parts) // parts_each)
     with tqdm(total=sum(part.rows for part in parts), desc=f"{verb} {job.source}", unit="row", disable=None) as bar:
-        for part, result in zip(parts, map_in_processes(function, job, parts, usable_cores()), strict=True):
+        for part, result in zip(parts, map_in_processes(function, job, parts, processes), strict=True):
             bar.update(part.rows)
             yield result
 

@@ -1,13 +1,14 @@
 """Parts of a source: ranges of rows that several processes read at the same time, each row once.
 
-A file of JSON lines is divided by bytes, a Parquet file by row groups, and a dataset by rows. Other formats can only be
-read from their start, so a reader of such parts skips the rows before its own. Knows nothing about the meaning of a
-row.
+A file of JSON lines is divided by bytes, a Parquet file by row groups, and a dataset by rows. Other formats, and
+Parquet files with large row groups, are read from their start, so a reader of such parts skips the rows before its own.
+Knows nothing about the meaning of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -29,6 +30,7 @@ from rlhf_critic.errors import DataError
 
 PART_ROWS = 4096
 PART_BYTES = 1 << 25  # of a file of JSON lines, so that a part of long rows fits in memory
+MOST_GROUP_ROWS = 4  # times the rows of a part
 IN_ORDER = "in order"  # sources that can only be read from their start
 
 
@@ -82,7 +84,11 @@ def _ranges_of(source: str, part_rows: int) -> tuple[str, list[tuple[int, int, i
         count = len(load_dataset(source))
         return "dataset", _equal_ranges(count, part_rows)
     if source.endswith(".parquet"):
-        return ".parquet", _row_groups(source, part_rows)
+        sizes = _row_groups(source)
+        # Reading a part from a row group decodes the group, so large groups are read in order instead.
+        if max(sizes, default=0) > MOST_GROUP_ROWS * part_rows:
+            return IN_ORDER, _equal_ranges(sum(sizes), part_rows)
+        return ".parquet", _join_groups(sizes, part_rows)
     if source.endswith(".jsonl"):
         return ".jsonl", _lines(source, part_rows)
     return IN_ORDER, _equal_ranges(sum(1 for _ in read_rows(source)), part_rows)
@@ -93,10 +99,13 @@ def _equal_ranges(count: int, part_rows: int) -> list[tuple[int, int, int]]:
     return [(end - start, start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _row_groups(source: str, part_rows: int) -> list[tuple[int, int, int]]:
+def _row_groups(source: str) -> list[int]:
     with fsspec.open(source, "rb") as file:
         groups = parquet.ParquetFile(file).metadata
-        sizes = [groups.row_group(group).num_rows for group in range(groups.num_row_groups)]
+        return [groups.row_group(group).num_rows for group in range(groups.num_row_groups)]
+
+
+def _join_groups(sizes: Sequence[int], part_rows: int) -> list[tuple[int, int, int]]:
     ranges, start, rows = [], 0, 0
     for group, size in enumerate(sizes):
         rows += size
@@ -145,7 +154,35 @@ class PartReader:
             self._rows, self._position = read_rows(self._source), 0
         skipped = part.start - self._position
         self._position = part.end
-        return islice(self._rows, skipped, skipped + part.rows)
+        # The next part begins after this one, whether or not all of this one is used.
+        return iter(list(islice(self._rows, skipped, skipped + part.rows)))
+
+
+class RangeReader:
+    """Reads ranges of rows of a source that was divided into parts."""
+
+    def __init__(self, source: str, parts: Sequence[SourcePart], ends: Sequence[int]) -> None:
+        """Takes the parts of the source and the number of rows up to the end of each, without blank lines."""
+        self._reader = PartReader(source)
+        self._parts = parts
+        self._ends = ends
+        self._newest: tuple[int, list[tuple[int, Row]]] = (-1, [])  # a part and its rows
+
+    def take(self, start: int, count: int) -> list[tuple[int, Row]]:
+        """Returns rows from ``start``, counted from 0, each with its row or line number. A range may span parts.
+
+        Raises:
+            DataError: See `rlhf_critic.data.sources.read_rows`.
+        """
+        rows: list[tuple[int, Row]] = []
+        for number in range(bisect_right(self._ends, start), len(self._parts)):
+            first = self._ends[number - 1] if number else 0
+            if first >= start + count:
+                break
+            if self._newest[0] != number:
+                self._newest = number, list(self._reader.read(self._parts[number]))
+            rows += self._newest[1][max(start - first, 0) : start + count - first]
+        return rows
 
 
 def _read_lines(part: SourcePart) -> Iterator[tuple[int, Row]]:

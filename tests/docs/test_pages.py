@@ -42,6 +42,7 @@ def test_the_generated_pages_are_fresh():
         (generate.OPTIONS_PAGE, generate.options_page()),
         (generate.ARCHITECTURE_PAGE, generate.architecture_page()),
         (generate.COMPATIBILITY_PAGE, generate.compatibility_page()),
+        (generate.MODELS_PAGE, generate.models_page()),
     ):
         assert page.read_text(encoding="utf-8") == text, f"{page.name} is stale: run make docs"
 

@@ -236,7 +236,7 @@ def test_texts_of_which_only_some_repeat_the_prompt_are_refused(encoder, tmp_pat
 
 def in_parts(monkeypatch, rows: int) -> None:
     monkeypatch.setattr(preferences_module, "split_source", lambda source: split_source(source, rows))
-    monkeypatch.setattr(preferences_module, "usable_cores", lambda: 1)
+    monkeypatch.setattr(preferences_module, "usable_cores", lambda: 1)  # starting others takes seconds
 
 
 def many_rows(tmp_path) -> str:

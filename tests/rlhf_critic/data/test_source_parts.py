@@ -4,12 +4,13 @@ import gzip
 import json
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from rlhf_critic.data import source_parts
-from rlhf_critic.data.source_parts import PartReader, split_source
+from rlhf_critic.data.source_parts import PartReader, RangeReader, split_source
 from rlhf_critic.data.sources import read_rows
 from rlhf_critic.errors import DataError
 
@@ -77,3 +78,24 @@ def test_a_file_that_is_missing_or_damaged_is_named(tmp_path):
     for name in ("missing.jsonl", "missing.parquet", "missing.csv", "damaged.parquet"):
         with pytest.raises(DataError, match=name):
             split_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_ranges_of_rows_may_span_parts_and_come_in_any_order(tmp_path, kind):
+    source = write(kind, tmp_path)
+    whole = list(read_rows(source))
+    parts = split_source(source, 4)
+    reader = PartReader(source)
+    ends = np.cumsum([len(list(reader.read(part))) for part in parts]).tolist()
+    ranges = RangeReader(source, parts, ends)
+    for start, count in [(0, 5), (5, 5), (20, 5), (3, 1), (0, 23), (22, 9)]:
+        assert ranges.take(start, count) == whole[start : start + count]
+
+
+def test_a_parquet_file_of_one_large_row_group_is_divided_all_the_same(tmp_path):
+    path = tmp_path / "one.parquet"
+    parquet.write_table(pa.Table.from_pylist(ROWS), path)
+    parts = split_source(str(path), 5)
+    assert [part.rows for part in parts] == [5, 5, 5, 5, 3]
+    reader = PartReader(str(path))
+    assert [row for part in parts for row in reader.read(part)] == list(read_rows(str(path)))

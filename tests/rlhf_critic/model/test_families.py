@@ -232,6 +232,24 @@ def test_a_critic_has_the_base_models_weights_a_padded_vocabulary_and_a_new_head
     assert model.score.weight.any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_an_untrained_critic_is_saved_with_its_scores(sources, name, tmp_path):
+    """What training cannot change, for families that `make test` does not train: layout of files, encoding, scores."""
+    encoder = Encoder(load_tokenizer(sources[name]), MAX_LENGTH)
+    critic = create_critic_model(sources[name], encoder.tokenizer, None, disable_dropout=True).eval()
+    assert critic.prefix_tree == (name in PREFIX_TREE_FAMILIES)
+    probes = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 20], [5], [30, 31, 32]]
+    expected = score_sequences(critic, probes, 200)
+    assert np.ptp(expected) > 0.1
+    save_critic(tmp_path, critic, encoder, CriticCard(version=name, encoder=EncoderCard.of(encoder)))
+    np.testing.assert_array_equal(score_sequences(load_critic(tmp_path).critic, probes, 200), expected)
+    plain, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    alone = [plain.eval()(torch.tensor([probe])).logits.item() for probe in probes]
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", UNTESTED_NAMES)
 @pytest.mark.parametrize("prefix_tree", [True, False])
 def test_a_family_that_is_not_tested_works_and_says_so_once(sources, name, prefix_tree, caplog):
