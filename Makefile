@@ -9,7 +9,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart ppo-demo overoptimisation-demo test test-all peers soak audit docs docs-site lint format clean
+.PHONY: help install quickstart ppo-demo critic-demo overoptimisation-demo test test-all peers soak audit docs docs-site lint
+.PHONY: format clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-21s %s\n", $$1, $$2}'
@@ -28,6 +29,9 @@ quickstart: $(VENV)/.installed ## Human ratings -> preferences -> a trained crit
 
 ppo-demo: $(VENV)/.installed ## A policy learns by PPO from the quickstart's critic (made first if need be), through real scorers.
 	$(BIN)/python -m jobs.ppo_demo
+
+critic-demo: $(VENV)/.installed ## PPO with a critic against RLOO, where an early word decides the reward: three seeds each.
+	$(BIN)/python -m jobs.critic_demo
 
 overoptimisation-demo: $(VENV)/.installed ## Best-of-n against a known gold scorer: mean, pessimistic and ensemble rewards; writes docs/overoptimisation.
 	$(BIN)/python -m jobs.overoptimisation_demo

@@ -26,7 +26,9 @@ from actors.ppo.checkpoint import (
     read_state,
     remove_unfinished_checkpoints,
 )
-from actors.ppo.trainer import PPOOutcome, PPOTrainer, critic_options
+from actors.ppo.group_options import critic_options
+from actors.ppo.traces import load_environment
+from actors.ppo.trainer import PPOOutcome, PPOTrainer
 from actors.runtime.run_logger import validate_wandb
 from actors.runtime.storage import HISTORY_FOLDER
 from actors.serving import control
@@ -84,6 +86,7 @@ def _run(config: PPOJobConfig, prompts: Prompts, held_out: Prompts | None) -> PP
         os.environ["DS_ACCELERATOR"] = "cpu"
     # Actors would report these errors only after their start.
     critic_options(config)
+    load_environment(config.rollout.environment)
     if checkpoint := latest_checkpoint(directory):
         read_state(checkpoint, config, prompts)
     started_ray = join_ray(may_start=True)

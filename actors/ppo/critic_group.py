@@ -16,9 +16,18 @@ import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from actors.ppo.engine_group import EngineGroup, put_rollouts, put_sequences, validate_token_ids
+from actors.ppo.engine_group import (
+    EngineGroup,
+    Sequences,
+    only_lengths,
+    put_numbers,
+    received,
+    send,
+    validate_token_ids,
+)
 from actors.runtime.rank_group import Rank
-from rlhf_critic.algorithms.response_tokens import validate_rollouts
+from rlhf_critic.algorithms.ppo_losses import LossMean
+from rlhf_critic.algorithms.response_tokens import Masks, validate_rollouts
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, load_encoder, read_card
 from rlhf_critic.config.model import EncodingConfig, ModelConfig
@@ -98,19 +107,27 @@ class CriticRank(Rank):
             self._encoder, model, options.train, options.total_steps, rlhf_training=options.is_trained
         )
 
-    def values(self, sequences: Sequence[TokenIds]) -> tuple[list[NDArray[np.float32]], int]:
+    def values(
+        self, columns: Sequence[Sequence[TokenIds]], rows: Sequence[int] | None
+    ) -> tuple[list[NDArray[np.float32]], int]:
         """Computes the values at every token; returns them and the number of tokens that were computed."""
-        engine = self._engine_on_device()
+        engine, sequences = self._engine_on_device(), received(columns, rows)
         validate_token_ids(sequences, engine.critic.model)
         with torch.no_grad():
             values = engine.values(sequences)
         return values if self.rank == 0 else [], engine.computed_tokens
 
-    def update(self, rollouts: dict[str, Any], clip: float | None) -> ValueMetrics:
+    def update(
+        self,
+        columns: Sequence[Sequence[TokenIds]],
+        rows: Sequence[int] | None,
+        numbers: dict[str, Any],
+        options: dict[str, Any],
+    ) -> ValueMetrics:
         """Takes one optimizer step; see `rlhf_critic.training.critic_engine.CriticEngine.update`."""
-        engine = self._engine_on_device()
-        validate_token_ids(rollouts["sequences"], engine.critic.model)
-        return engine.update(**rollouts, clip=clip)
+        engine, sequences = self._engine_on_device(), received(columns, rows)
+        validate_token_ids(sequences, engine.critic.model)
+        return engine.update(sequences, **numbers, **options)
 
     def save(self, directory: str, name: str) -> None:
         """Saves the critic; see `rlhf_critic.training.critic_engine.CriticEngine.save`."""
@@ -195,7 +212,7 @@ class CriticGroup(EngineGroup):
             raise
         return group
 
-    def values(self, sequences: Sequence[TokenIds]) -> list[NDArray[np.float32]]:
+    def values(self, sequences: Sequences) -> list[NDArray[np.float32]]:
         """Computes the value at every token of each sequence: ``S`` arrays, fp32, as long as the sequences.
 
         `rlhf_critic.algorithms.ppo.action_values` selects those of the response tokens.
@@ -205,19 +222,31 @@ class CriticGroup(EngineGroup):
             ValueError: There is no sequence, a sequence is empty or has a token id that the critic does not have, or
                 the state is offloaded.
         """
-        values, self.computed_tokens = self._call("compute values", CriticRank.values, put_sequences(sequences))[0]
+        values, self.computed_tokens = self._call("compute values", CriticRank.values, *send(sequences))[0]
         return values
 
     def update(
         self,
-        sequences: Sequence[TokenIds],
+        sequences: Sequences,
         prompt_lengths: Sequence[int],
         returns: Sequence[NDArray[np.floating]],
         old_values: Sequence[NDArray[np.floating]],
         *,
         clip: float | None = 0.2,
+        masks: Masks | None = None,
+        mean: LossMean = "token",
     ) -> ValueMetrics:
         """Takes one optimizer step on the clipped value loss, as `CriticEngine.update` does.
+
+        Args:
+            sequences: Token ids of prompt and response: a list of ``S``, or `actors.ppo.engine_group.SharedSequences`.
+            prompt_lengths: Tokens of each prompt, at least 1.
+            returns: Target values of the response tokens of every rollout, ``[R]``.
+            old_values: Values of the response tokens when the rollouts were generated, ``[R]``.
+            clip: Maximum change of a value from its old value; None does not clip.
+            masks: True at the response tokens that the policy sampled, bool ``[R]`` each; None if it sampled all. The
+                others, such as the output of a tool between two turns, are context: their numbers are not read.
+            mean: Mean of the losses: over tokens, or over sequences.
 
         Raises:
             RankLost: A rank was lost. Whether the step was taken is unknown, so resume from a checkpoint.
@@ -225,9 +254,10 @@ class CriticGroup(EngineGroup):
             ValueError: Shapes do not fit, a number is not finite, the critic does not have a token id, all responses
                 are empty, or the state is offloaded.
         """
-        validate_rollouts(sequences, prompt_lengths, returns=returns, old_values=old_values)
-        rollouts = put_rollouts(sequences, prompt_lengths, returns=returns, old_values=old_values)
-        return self._call("update the critic", CriticRank.update, rollouts, clip)[0]
+        validate_rollouts(only_lengths(sequences), prompt_lengths, masks, returns=returns, old_values=old_values)
+        numbers = put_numbers(prompt_lengths, masks, returns=returns, old_values=old_values)
+        options = {"clip": clip, "mean": mean}
+        return self._call("update the critic", CriticRank.update, *send(sequences), numbers, options)[0]
 
     def offload(self) -> int:
         """Offloads parameters, gradients and optimizer state from the devices until `onload`; returns their bytes.

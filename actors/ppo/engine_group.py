@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import ray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from actors.runtime.rank_group import START_TIMEOUT_S, RankGroup, raise_write_errors
+from rlhf_critic.algorithms.response_tokens import Masks
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.files import atomic_directory, verify_manifest, write_manifest
 
@@ -107,18 +109,70 @@ class EngineGroup:
         self.shutdown()
 
 
-def put_sequences(sequences: Sequence[TokenIds]) -> ray.ObjectRef:
-    """Puts token ids into the object store."""
-    return ray.put([np.asarray(ids, dtype=np.int64) for ids in sequences])
+class SharedSequences:
+    """Token ids of rollouts that several calls and groups read, put into the object store once.
+
+    A part of them, by `part`, refers to the same object. Where only one call reads token ids, a plain list does.
+
+    Args:
+        prompts: Token ids of whole sequences, or of prompts.
+        responses: Token ids after each prompt, which the ranks join to it; None if there are none.
+
+    Attributes:
+        lengths: Number of tokens of each sequence.
+    """
+
+    def __init__(self, prompts: Sequence[TokenIds], responses: Sequence[TokenIds] | None = None) -> None:
+        columns = [prompts] if responses is None else [prompts, responses]
+        arrays = [[np.asarray(ids, dtype=np.int64) for ids in column] for column in columns]
+        self.lengths = [sum(map(len, parts)) for parts in zip(*arrays, strict=True)]
+        self._ref = ray.put(arrays)
+        self._rows: list[int] | None = None
+
+    def part(self, rows: Sequence[int]) -> SharedSequences:
+        """Returns some of the sequences, which refer to the same object."""
+        part = copy.copy(self)
+        part.lengths = [self.lengths[row] for row in rows]
+        part._rows = list(rows) if self._rows is None else [self._rows[row] for row in rows]
+        return part
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def sent(self) -> tuple[ray.ObjectRef, list[int] | None]:
+        """Arguments of a call of the ranks; see `received`."""
+        return self._ref, self._rows
 
 
-def put_rollouts(
-    sequences: Sequence[TokenIds], prompt_lengths: Sequence[int], **numbers: Sequence[NDArray[np.floating]]
+Sequences: TypeAlias = "Sequence[TokenIds] | SharedSequences"
+
+
+def send(sequences: Sequences) -> tuple[ray.ObjectRef, list[int] | None]:
+    """Returns the arguments of a call of the ranks; puts token ids into the object store if they are not there."""
+    return (sequences if isinstance(sequences, SharedSequences) else SharedSequences(sequences)).sent
+
+
+def only_lengths(sequences: Sequences) -> Sequence[TokenIds]:
+    """Returns sequences of the same lengths for a check of these, without a copy of shared token ids."""
+    return [range(length) for length in sequences.lengths] if isinstance(sequences, SharedSequences) else sequences
+
+
+def received(columns: Sequence[Sequence[TokenIds]], rows: Sequence[int] | None) -> list[TokenIds]:
+    """Returns, on a rank, the token ids of a call. Ray has replaced the reference by the object."""
+    picked = range(len(columns[0])) if rows is None else rows
+    if len(columns) == 1:
+        return [columns[0][row] for row in picked]
+    return [np.concatenate([column[row] for column in columns]) for row in picked]
+
+
+def put_numbers(
+    prompt_lengths: Sequence[int], masks: Masks | None, **numbers: Sequence[NDArray[np.floating]]
 ) -> ray.ObjectRef:
-    """Puts rollouts into the object store, with numbers for each token of their responses."""
-    ids = [np.asarray(one, dtype=np.int64) for one in sequences]
+    """Puts prompt lengths, masks and numbers of every response token into the object store, for an update."""
     arrays = {name: [np.asarray(one, dtype=np.float32) for one in column] for name, column in numbers.items()}
-    return ray.put({"sequences": ids, "prompt_lengths": [int(length) for length in prompt_lengths], **arrays})
+    of_masks = None if masks is None else [np.asarray(mask, dtype=np.bool_) for mask in masks]
+    return ray.put({"prompt_lengths": [int(length) for length in prompt_lengths], "masks": of_masks, **arrays})
 
 
 def validate_token_ids(sequences: Sequence[TokenIds], model: PreTrainedModel) -> None:

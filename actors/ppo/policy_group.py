@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from actors.ppo.engine_group import EngineGroup, put_rollouts, put_sequences, validate_token_ids
+from actors.ppo.engine_group import EngineGroup, Sequences, put_numbers, received, send, validate_token_ids
 from actors.runtime.rank_group import Rank
+from rlhf_critic.algorithms.response_tokens import Masks
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.data.encoding import load_tokenizer
@@ -36,6 +37,8 @@ class PolicyOptions:
         total_steps: Updates of the whole run, at which the learning rate schedule ends.
         seed: Seed of dropout, if any.
         temperature: Temperature at which tokens are sampled.
+        environment: Function that answers turns of the policy, ``MODULE:FUNCTION``; None samples one turn.
+        max_turns: Maximum number of turns of a response.
     """
 
     model: BodyConfig
@@ -44,6 +47,8 @@ class PolicyOptions:
     total_steps: int
     seed: int
     temperature: float
+    environment: str | None = None
+    max_turns: int = 1
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the policy's tokenizer.
@@ -109,17 +114,25 @@ class PolicyRank(Rank):
         self._engine.load(directory)
 
     def reference_log_probs(
-        self, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]
+        self, columns: Sequence[Sequence[TokenIds]], rows: Sequence[int] | None, prompt_lengths: Sequence[int]
     ) -> list[NDArray[np.float32]]:
         """Computes log-probabilities; see `rlhf_critic.training.policy_engine.PolicyEngine.reference_log_probs`."""
+        sequences = received(columns, rows)
         validate_token_ids(sequences, self._engine.policy.model)
         log_probs = self._engine.reference_log_probs(sequences, prompt_lengths)
         return log_probs if self.rank == 0 else []
 
-    def update(self, rollouts: dict[str, Any], clip: float, entropy_coefficient: float) -> PolicyMetrics:
+    def update(
+        self,
+        columns: Sequence[Sequence[TokenIds]],
+        rows: Sequence[int] | None,
+        numbers: dict[str, Any],
+        options: dict[str, Any],
+    ) -> PolicyMetrics:
         """Takes one optimizer step; see `rlhf_critic.training.policy_engine.PolicyEngine.update`."""
-        validate_token_ids(rollouts["sequences"], self._engine.policy.model)
-        return self._engine.update(**rollouts, clip=clip, entropy_coefficient=entropy_coefficient)
+        sequences = received(columns, rows)
+        validate_token_ids(sequences, self._engine.policy.model)
+        return self._engine.update(sequences, **numbers, **options)
 
     def weights(self) -> PolicyWeights | None:
         """Puts the weights into the object store."""
@@ -133,9 +146,7 @@ class PolicyGroup(EngineGroup):
     what = "policy"
     rank_class = PolicyRank
 
-    def reference_log_probs(
-        self, sequences: Sequence[TokenIds], prompt_lengths: Sequence[int]
-    ) -> list[NDArray[np.float32]]:
+    def reference_log_probs(self, sequences: Sequences, prompt_lengths: Sequence[int]) -> list[NDArray[np.float32]]:
         """Computes the frozen reference's log-probabilities of response tokens, in nats: ``S`` arrays, fp32 ``[R]``.
 
         Raises:
@@ -143,19 +154,21 @@ class PolicyGroup(EngineGroup):
             ValueError: A prompt is empty or longer than its sequence, or the policy does not have a token id.
         """
         doing, lengths = "compute reference log-probabilities", list(prompt_lengths)
-        return self._call(doing, PolicyRank.reference_log_probs, put_sequences(sequences), lengths)[0]
+        return self._call(doing, PolicyRank.reference_log_probs, *send(sequences), lengths)[0]
 
     def update(
         self,
-        sequences: Sequence[TokenIds],
+        sequences: Sequences,
         prompt_lengths: Sequence[int],
         old_log_probs: Sequence[NDArray[np.floating]],
         advantages: Sequence[NDArray[np.floating]],
         *,
         clip: float = 0.2,
         entropy_coefficient: float = 0.0,
+        masks: Masks | None = None,
+        **options: Any,
     ) -> PolicyMetrics:
-        """Takes one optimizer step; see `rlhf_critic.training.policy_engine.PolicyEngine.update`.
+        """Takes one optimizer step; see `rlhf_critic.training.policy_engine.PolicyEngine.update` for all options.
 
         Raises:
             RankLost: A rank was lost. Whether the step was taken is unknown, so resume from a checkpoint.
@@ -163,8 +176,9 @@ class PolicyGroup(EngineGroup):
             ValueError: Shapes do not fit, a number is not finite, the policy does not have a token id, or all responses
                 are empty.
         """
-        rollouts = put_rollouts(sequences, prompt_lengths, old_log_probs=old_log_probs, advantages=advantages)
-        return self._call("update the policy", PolicyRank.update, rollouts, clip, entropy_coefficient)[0]
+        numbers = put_numbers(prompt_lengths, masks, old_log_probs=old_log_probs, advantages=advantages)
+        options |= {"clip": clip, "entropy_coefficient": entropy_coefficient}
+        return self._call("update the policy", PolicyRank.update, *send(sequences), numbers, options)[0]
 
     def weights(self) -> PolicyWeights:
         """Returns the policy's current weights, for rollout workers.

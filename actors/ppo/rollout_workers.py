@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.ppo.policy_group import PolicyOptions, PolicyWeights
+from actors.ppo.traces import load_environment, sample_traces
 from actors.runtime.environment import compute_environment
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.data.conversation import Prompt
@@ -62,7 +63,7 @@ class Rollout:
         row: Row of the prompt in the data.
         prompt: Prompt of the response.
         prompt_ids: Token ids of the prompt.
-        response: Text of the response, without EOS.
+        response: Text of the response, without EOS; with several turns, all of them and the answers between.
         response_ids: Token ids of the response, int64 ``[R]``, with EOS unless it is truncated.
         log_probs: Log-probabilities at which the tokens were sampled, fp32 ``[R]``, in nats.
         truncated: Whether the response reached the maximum length before EOS.
@@ -72,6 +73,8 @@ class Rollout:
         components: Components of the reward by name, before their weights; empty if the critic is the only one.
         model_version: Version of the reward model.
         policy_version: Version of the policy: its number of updates.
+        mask: True at the response tokens that the policy sampled, bool ``[R]``; None if it sampled all.
+        token_rewards: Rewards of single response tokens besides ``reward``, fp32 ``[R]``; None if there are none.
     """
 
     row: int
@@ -86,6 +89,8 @@ class Rollout:
     components: dict[str, float]
     model_version: str
     policy_version: int
+    mask: NDArray[np.bool_] | None = None
+    token_rewards: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ class RolloutWorker:
 
         model, temperature, self._tokenizer = self._options.model, self._options.temperature, self._options.tokenizer()
         self._generator = create_generator(model, self._tokenizer, temperature, self._use_gpu)
+        self._environment = load_environment(self._options.environment)
+        self._max_turns = self._options.max_turns
 
     def run(self, task: RolloutTask, weights: PolicyWeights) -> tuple[list[Rollout], Timings]:
         """Samples a response to each prompt and waits for the rewards; meanwhile another thread may sample.
@@ -142,8 +149,17 @@ class RolloutWorker:
                 self._generator.load(weights.get())
                 self._version = weights.version
             torch.set_num_threads(self._threads)  # a setting of each thread
-            sampled = self._generator.generate(task.prompt_ids, self._max_new_tokens, task.seed)
-            texts = [self._text(response.ids, response.truncated) for response in sampled]
+            sampled = sample_traces(
+                self._generator,
+                self._tokenizer,
+                task.prompts,
+                task.prompt_ids,
+                self._max_new_tokens,
+                task.seed,
+                self._environment,
+                self._max_turns,
+            )
+            texts = ["".join(trace.texts) for trace in sampled]
             generated = time.perf_counter()
         scores = score_patiently(self._client, conversations(task.prompts, texts), self._patience_s)
         timings = Timings(generated - started, time.perf_counter() - generated)
@@ -161,15 +177,12 @@ class RolloutWorker:
                 components={name: float(numbers_S[index]) for name, numbers_S in scores.components.items()},
                 model_version=scores.model_version,
                 policy_version=weights.version,
+                mask=response.mask,
+                token_rewards=response.token_rewards,
             )
             for index, response in enumerate(sampled)
         ]
         return rollouts, timings
-
-    def _text(self, ids: NDArray[np.int64], truncated: bool) -> str:
-        """Decodes a response for scorers. Special tokens stay visible, because they are part of what is scored."""
-        content = ids if truncated else ids[:-1]
-        return str(self._tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @dataclass(eq=False)

@@ -11,10 +11,8 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,7 +30,8 @@ from actors.ppo.checkpoint import (
     read_state,
     reference_digest,
 )
-from actors.ppo.critic_group import CriticGroup, CriticOptions
+from actors.ppo.concurrency import run_concurrently, timed
+from actors.ppo.critic_group import CriticGroup
 from actors.ppo.evaluation import (
     Sample,
     component_means,
@@ -42,19 +41,26 @@ from actors.ppo.evaluation import (
     stop_if_diverged,
     write_samples,
 )
-from actors.ppo.policy_group import PolicyGroup, PolicyOptions, PolicyWeights
+from actors.ppo.experience import (
+    CRITIC_METRICS,
+    POLICY_METRICS,
+    Experience,
+    batch_of,
+    means,
+    minibatches_of,
+    share_sequences,
+)
+from actors.ppo.group_options import critic_options, policy_options
+from actors.ppo.policy_group import PolicyGroup, PolicyWeights
 from actors.ppo.rollout_workers import Rollout, RolloutTask, RolloutWorkers, Timings, score_again
 from actors.runtime.run_logger import RunLogger
 from actors.runtime.storage import HISTORY_FOLDER, HistoryDirectory, resolve_run
-from rlhf_critic.algorithms.advantages import RolloutBatch, compute_advantages, minibatch_rows
+from rlhf_critic.algorithms.advantages import compute_advantages
 from rlhf_critic.algorithms.ppo import RunningMoments
 from rlhf_critic.batching.sampler import DataOrder, is_due
-from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.ppo import CriticConfig, PolicyConfig, PPOJobConfig
-from rlhf_critic.config.train import TrainConfig
-from rlhf_critic.data.encoding import validate_same_tokens
 from rlhf_critic.data.prompts import Prompts
-from rlhf_critic.errors import CheckpointError, ConfigError, DivergedError, RankLost
+from rlhf_critic.errors import CheckpointError, DivergedError, RankLost
 from rlhf_critic.files import atomic_directory, write_manifest
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.training.metrics_log import read_metrics
@@ -64,9 +70,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # The first number of each seed: what the random numbers are for.
-TRAINING_DRAWS, EVALUATION_DRAWS, MINIBATCHES = 1, 2, 3
-CRITIC_METRICS = ("loss", "clip_fraction", "grad_norm", "learning_rate")
-POLICY_METRICS = (*CRITIC_METRICS, "entropy", "approx_kl")
+TRAINING_DRAWS, EVALUATION_DRAWS = 1, 2  # `actors.ppo.experience.MINIBATCHES` is 3
 
 
 @dataclass(frozen=True)
@@ -226,33 +230,21 @@ class PPOTrainer:
         rows = [int(row) for row in prompt_rows for _ in range(self.config.rollout.samples_per_prompt)]
         rollouts, timings = self._roll_out(self._prompts, rows, (TRAINING_DRAWS, self._iteration))
         seconds_rollouts = time.perf_counter() - started
-        sequences = [np.concatenate([rollout.prompt_ids, rollout.response_ids]) for rollout in rollouts]
+        sequences = share_sequences(rollouts)
         prompt_lengths = [len(rollout.prompt_ids) for rollout in rollouts]
         (values, seconds_values), (ref_log_probs, seconds_reference) = self._run_groups(
             lambda: timed(self._critic.values, sequences),
             lambda: timed(self._policy.reference_log_probs, sequences, prompt_lengths),
         )
-        batch = RolloutBatch(
-            sequences,
-            prompt_lengths,
-            np.array([rollout.truncated for rollout in rollouts]),
-            np.array([rollout.reward for rollout in rollouts], dtype=np.float32),
-            [rollout.log_probs for rollout in rollouts],
-            ref_log_probs,
-            values,
-        )
-        targets = compute_advantages(batch, ppo, self.config.reward, self._moments)
-        seeds = [[ppo.seed, MINIBATCHES, self._iteration, epoch] for epoch in range(ppo.epochs)]
-        minibatches = [part for seed in seeds for part in minibatch_rows(rows, ppo.minibatches, seed)]
-        of_policy = minibatches if self._iteration >= ppo.value_warmup_iterations else []
-        update_critic = partial(self._critic.update, clip=ppo.value_clip)
-        update_policy = partial(self._policy.update, clip=ppo.clip, entropy_coefficient=ppo.entropy_coefficient)
-        critic_columns = (sequences, prompt_lengths, targets.returns, targets.old_values)
-        policy_columns = (sequences, prompt_lengths, batch.log_probs, targets.advantages)
+        batch = batch_of(rollouts, values, ref_log_probs)
+        is_warmup = self._iteration < ppo.value_warmup_iterations
+        targets = compute_advantages(batch, ppo, self.config.reward, self._moments, is_warmup=is_warmup)
+        experience = Experience(sequences, batch, targets, ppo)
+        of_critic, of_policy = minibatches_of(rows, ppo, self._iteration)
         self._is_whole = False
         (critic_updates, seconds_critic), (policy_updates, seconds_policy) = self._run_groups(
-            lambda: timed(self._update, "critic", update_critic, minibatches, *critic_columns),
-            lambda: timed(self._update, "policy", update_policy, of_policy, *policy_columns),
+            lambda: timed(self._update, "critic", lambda: experience.update_critic(self._critic, of_critic)),
+            lambda: timed(self._update, "policy", lambda: experience.update_policy(self._policy, of_policy)),
         )
         if policy_updates:
             self._weights = None
@@ -260,12 +252,12 @@ class PPOTrainer:
         self._iteration += 1
         self._is_whole = True
         seconds = time.perf_counter() - started
-        tokens = sum(len(ids) for ids in sequences)
+        tokens = sum(sequences.lengths)
         return {
             **targets.metrics,
             **component_means(rollouts),
-            **_means("value", critic_updates, CRITIC_METRICS),
-            **_means("policy", policy_updates, POLICY_METRICS),
+            **means("value", critic_updates, CRITIC_METRICS),
+            **means("policy", policy_updates, POLICY_METRICS),
             "rollouts": len(rollouts),
             "prompt_truncated_for_reward": float(np.mean([one.prompt_truncated_for_reward for one in rollouts])),
             "tokens": tokens,
@@ -291,12 +283,9 @@ class PPOTrainer:
 
         return run_concurrently(*actions, on_failure=end_both)
 
-    def _update(
-        self, who: Literal["critic", "policy"], update: Callable[..., T], minibatches: list[list[int]], *columns: Any
-    ) -> list[T]:
-        """Takes one optimizer step on each minibatch, which is rows of the columns."""
+    def _update(self, who: Literal["critic", "policy"], update: Callable[[], T]) -> T:
         with non_finite_loss_as_divergence(who, self._iteration + 1):
-            return [update(*([column[row] for row in rows] for column in columns)) for rows in minibatches]
+            return update()
 
     def _roll_out(self, prompts: Prompts, rows: Sequence[int], seeds: tuple[int, ...]) -> tuple[list[Rollout], Timings]:
         """Makes a rollout for each of these rows of prompts, scored by one version unless versions may be mixed.
@@ -358,75 +347,3 @@ class PPOTrainer:
         self._is_whole = True
         for old in checkpoints(self.directory)[: -self.config.run.keep_checkpoints]:
             shutil.rmtree(old)
-
-
-def policy_options(config: PPOJobConfig) -> PolicyOptions:
-    """Returns the options of a run's policy."""
-    return PolicyOptions(
-        config.policy.model,
-        config.policy.optimizer,
-        config.policy.chat_template,
-        max(1, config.ppo.iterations - config.ppo.value_warmup_iterations) * config.updates_per_iteration,
-        config.ppo.seed,
-        config.rollout.temperature,
-    )
-
-
-def critic_options(config: PPOJobConfig) -> CriticOptions:
-    """Returns the options of a run's critic, after checking that it can read the policy's tokens.
-
-    Raises:
-        EncodingError: A token id of the policy means something else to the critic.
-        ConfigError: The critic reads fewer tokens than a rollout may have.
-        CheckpointError: The critic's directory is damaged.
-    """
-    length = config.prompts.max_tokens + config.rollout.max_new_tokens
-    model = config.critic.model
-    if not model.path:
-        model = model.model_copy(update={"path": config.policy.model.path})
-    critic = CriticOptions(
-        model,
-        TrainConfig(**config.critic.optimizer.model_dump(), seed=config.ppo.seed),
-        EncodingConfig(chat_template=config.policy.chat_template, max_length=length),
-        config.ppo.iterations * config.updates_per_iteration,
-    )
-    encoder = critic.encoder()
-    validate_same_tokens(policy_options(config).tokenizer(), encoder.tokenizer)
-    if length > encoder.max_length:
-        raise ConfigError(
-            f"prompts.max_tokens and rollout.max_new_tokens make up to {length} tokens, but the critic {model.path} "
-            f"reads {encoder.max_length}: lower them, or train a critic with a longer encoding.max_length"
-        )
-    return critic
-
-
-def run_concurrently(
-    *actions: Callable[[], Any], on_failure: Callable[[BaseException], object] = lambda _: None
-) -> tuple[Any, ...]:
-    """Runs actions in threads, waits for all, and raises the error of the one that failed first.
-
-    ``on_failure`` is called with that error while other actions may still be at work, which it can end.
-    """
-    with ThreadPoolExecutor(len(actions)) as threads:
-        futures = [threads.submit(action) for action in actions]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        failure = next((error for future in futures if future in done and (error := future.exception())), None)
-        if failure is not None:
-            on_failure(failure)
-    if failure is not None:
-        raise failure
-    return tuple(future.result() for future in futures)
-
-
-def timed(action: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-    """Returns the result of an action, and its seconds."""
-    started = time.perf_counter()
-    result = action(*arguments)
-    return result, time.perf_counter() - started
-
-
-def _means(prefix: str, metrics: Sequence[Any], names: Sequence[str]) -> dict[str, float]:
-    """Returns the means of metrics over the updates of an iteration."""
-    if not metrics:
-        return {}
-    return {f"{prefix}_{name}": float(np.mean([getattr(one, name) for one in metrics])) for name in names}

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -337,6 +337,7 @@ def build_app(service: Callable[[], ScoringService]) -> FastAPI:
             components=served.components,
             limits=limits,
             replicas=await service().replicas(),
+            prefix_cache=schema.PrefixCacheModel(**asdict(cache)) if (cache := served.prefix_cache) else None,
             collects=service().settings.collect is not None,
             published=await service().published(),
         )

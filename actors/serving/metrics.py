@@ -44,6 +44,9 @@ class ScorerMetrics:
         self._tokens = counter("tokens_total", "Tokens of scored sequences, each counted separately.")
         self._computed_tokens = counter("computed_tokens_total", "Tokens computed, shared prefixes counted once.")
         self._shared = gauge("shared_token_ratio", "Fraction of a micro-batch's tokens saved by shared prefixes.")
+        self._hit_tokens = counter("cache_hit_tokens_total", "Tokens of scored sequences that the prefix cache had.")
+        self._evicted_tokens = counter("cache_evicted_tokens_total", "Tokens that the prefix cache evicted.")
+        self._cache_bytes = gauge("cache_bytes", "Bytes that the prefix cache uses.")
         self._queue = gauge("queue_depth", "Calls waiting when a micro-batch was done.")
         self._items = counter("items_total", "Scored items.", "model_version")
         self._truncated = counter("truncated_items_total", "Items truncated to the length limit.")
@@ -76,6 +79,9 @@ class ScorerMetrics:
         self._computed_tokens.inc(batch.computed_tokens)
         self._shared.set(max(0.0, 1 - batch.computed_tokens / batch.tokens))
         self._queue.set(batch.queue)
+        self._hit_tokens.inc(batch.hit_tokens)
+        self._evicted_tokens.inc(batch.evicted_tokens)
+        self._cache_bytes.set(batch.cache_bytes)
         self._tokens_seen += batch.tokens
         self._computed_seen += batch.computed_tokens
         self._queue_seen = batch.queue

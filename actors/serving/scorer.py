@@ -24,6 +24,7 @@ import torch
 
 from actors.runtime.storage import local_directory
 from rlhf_critic.batching.planner import MicroBatch
+from rlhf_critic.batching.prefix_cache import PrefixCacheFigures
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, OpenedCritic
 from rlhf_critic.checkpoint.reward_model import verify_reward_model
@@ -32,6 +33,7 @@ from rlhf_critic.config.serve import CallLimits, ScorerConfig, UncertaintyCompon
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.errors import CheckpointError, ScorerUnavailable, VersionMismatch
 from rlhf_critic.model.backbone import forward_micro_batches
+from rlhf_critic.model.caching_critic import CachingCritic
 from rlhf_critic.model.device import configure_device, is_working, select_device
 from rlhf_critic.model.factory import DTYPE_OF
 from rlhf_critic.scoring.items import Adjusted, Item, ScorerInfo, Scores, encode_items, finish_items
@@ -51,11 +53,20 @@ THREADS = 32
 class LocalCritic:
     """An opened critic on this process's device; computes at most ``token_budget`` tokens at once.
 
+    Keeps keys and values of prefixes in ``prefix_cache_bytes``, if its family can; 0 keeps none.
+
     Raises:
         CheckpointError: See `rlhf_critic.checkpoint.critic_directory.OpenedCritic.build`.
     """
 
-    def __init__(self, opened: OpenedCritic, token_budget: int, use_gpu: bool, dtype: Dtype = "float32") -> None:
+    def __init__(
+        self,
+        opened: OpenedCritic,
+        token_budget: int,
+        use_gpu: bool,
+        dtype: Dtype = "float32",
+        prefix_cache_bytes: int = 0,
+    ) -> None:
         self._device = select_device(use_gpu)
         configure_device(self._device, DTYPE_OF[dtype])
         loaded = opened.load(DTYPE_OF[dtype])
@@ -67,6 +78,9 @@ class LocalCritic:
         self.prefix_tree = self._critic.prefix_tree
         self.tokens_at_once = token_budget
         self._broken = ""
+        cached = prefix_cache_bytes > 0 and self._critic.create_store(prefix_cache_bytes, self._device)
+        self._caching = CachingCritic(self._critic, self._device) if cached else None
+        self.known_lengths = self._caching.known_lengths if self._caching else None
 
     def forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
         """Computes one micro-batch; see `rlhf_critic.scoring.request_batcher.RequestBatcher`.
@@ -92,6 +106,16 @@ class LocalCritic:
         )
 
     def _forward(self, sequences: Sequence[TokenIds], rewards_only: bool) -> Computed:
+        if self._caching:
+            before = self._caching.figures
+            output, states_SD, tokens = self._caching.forward(sequences, rewards_only)
+            figures = self._caching.figures
+            cached = (
+                figures.hit_tokens - before.hit_tokens,
+                figures.evicted_tokens - before.evicted_tokens,
+                figures.bytes,
+            )
+            return Computed(self._arrays(output, states_SD, sequences, rewards_only), tokens, *cached)
         whole = [MicroBatch(tuple(range(len(sequences))))]
         ((_, (output, states_SD), tokens),) = forward_micro_batches(
             self._critic,
@@ -116,6 +140,11 @@ class LocalCritic:
         stds_S = self._posterior.stds(states_SD).cpu().numpy()
         return [np.append(output, std) for output, std in zip(outputs, stds_S, strict=True)]
 
+    @property
+    def prefix_cache(self) -> PrefixCacheFigures | None:
+        """Figures of the prefix cache; None without one."""
+        return self._caching.figures if self._caching else None
+
     def check_healthy(self) -> None:
         """Checks that the device works.
 
@@ -129,6 +158,8 @@ class LocalCritic:
         """Frees the weights at once. Serve excludes the model's reference cycles from garbage collection."""
         for tensor in (*self._critic.parameters(), *self._critic.buffers()):
             tensor.data = tensor.new_empty(0)
+        if self._critic.store:
+            self._critic.store.free()
         if not self._broken:
             torch.cuda.empty_cache()  # does nothing without a GPU
 
@@ -159,7 +190,13 @@ class _Version:
             backend.card.reward_scale()
         check_calibrated(config, backend.has_stds)
         self._warm_up()
-        self.batcher = RequestBatcher(backend.forward, backend.tokens_at_once, backend.prefix_tree, on_batch=on_batch)
+        self.batcher = RequestBatcher(
+            backend.forward,
+            backend.tokens_at_once,
+            backend.prefix_tree,
+            on_batch=on_batch,
+            known_lengths=backend.known_lengths,
+        )
 
     def encode(self, items: Sequence[Item]) -> tuple[list[Item], list[Encoded]]:
         wishes = [item if isinstance(item, Adjusted) else Adjusted(item) for item in items]
@@ -314,6 +351,7 @@ class Scorer:
             limits=served.limits,
             normalized=served.config.normalize,
             components={component.name: component.weight for component in served.config.components},
+            prefix_cache=served.backend.prefix_cache,
         )
 
     def check_healthy(self) -> None:
@@ -361,7 +399,7 @@ class Scorer:
             dtype = resolve_dtype(config.dtype, self._use_gpu)
             if self._shards == 1:
                 backend: LocalCritic | ShardedCritic = LocalCritic(
-                    model.opened, config.token_budget, self._use_gpu, dtype
+                    model.opened, config.token_budget, self._use_gpu, dtype, config.prefix_cache_bytes
                 )
             else:
                 from actors.serving.sharded_critic import ShardedCritic

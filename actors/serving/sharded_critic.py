@@ -6,6 +6,7 @@ nothing about what is scored, or for whom.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,8 @@ from rlhf_critic.config.serve import ScorerConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.errors import RankLost, ScorerUnavailable
 from rlhf_critic.scoring.request_batcher import Computed
+
+logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 300.0
@@ -88,6 +91,9 @@ class ShardedCritic:
         self.encoder: Encoder = opened.encoder
         self.has_stds = opened.posterior() is not None
         self.tokens_at_once = config.token_budget * shards
+        self.known_lengths = self.prefix_cache = None
+        if config.prefix_cache_bytes:
+            logger.warning("no prefix cache: a critic on several shards does not have one")
         self._is_lost = False
         self._group = RankGroup(
             "scorer",

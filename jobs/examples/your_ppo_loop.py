@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from actors import CriticGroup, CriticOptions, connect
-from rlhf_critic.algorithms import ppo
+from rlhf_critic.algorithms import gae, ppo
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.scoring.items import conversations
@@ -37,7 +37,7 @@ def run(checkpoint: str, rollouts: Iterable[Any], update_policy: Callable[..., N
 
             # 5. Compute advantages and returns by GAE. Truncated responses end an episode here like all others.
             truncated_S = torch.zeros(len(values), dtype=torch.bool)
-            advantages_SL, returns_SL = ppo.gae(
+            advantages_SL, returns_SL = gae.gae(
                 rewards_SL, values_SL, mask_SL, torch.from_numpy(last_values_S), truncated_S, gamma=1.0, gae_lambda=0.95
             )
 

@@ -1,4 +1,7 @@
-"""The mathematics of PPO: pure functions of numbers. Know nothing about models, ranks or text.
+"""Values and rewards of actions in PPO: pure functions of numbers. Know nothing about models, ranks or text.
+
+Advantages are in `rlhf_critic.algorithms.gae`, losses in `rlhf_critic.algorithms.ppo_losses`, and measures of values in
+`rlhf_critic.algorithms.value_metrics`.
 
 All functions compute in fp32, whatever the input dtype, and none changes its arguments. Entries where a mask is False
 are ignored, even NaN.
@@ -23,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,7 +55,7 @@ def action_values(
     Raises:
         ValueError: A prompt is empty or longer than its sequence, or the two arguments differ in length.
     """
-    _same_shape("values and prompt lengths", (len(values_S),), (len(prompt_lengths_S),))
+    same_shape("values and prompt lengths", (len(values_S),), (len(prompt_lengths_S),))
     values_of_actions_S = []
     for rollout, (values, prompt_length) in enumerate(zip(values_S, prompt_lengths_S, strict=True)):
         if not 1 <= prompt_length <= len(values):
@@ -64,7 +67,7 @@ def action_values(
     return values_of_actions_S, np.array([values[-1] for values in values_S], dtype=np.float32)
 
 
-def pad_rows(rows: Sequence[Sequence[float] | NDArray[np.floating] | Tensor]) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Sequence[float] | NDArray[Any] | Tensor]) -> tuple[Tensor, Tensor]:
     """Pads rows of different lengths on the right to one tensor.
 
     Args:
@@ -104,7 +107,7 @@ def unpad_rows(numbers_SL: Tensor, mask_SL: Tensor) -> list[NDArray[np.float32]]
     Raises:
         ValueError: The shapes differ.
     """
-    _same_shape("numbers and mask", numbers_SL.shape, mask_SL.shape)
+    same_shape("numbers and mask", numbers_SL.shape, mask_SL.shape)
     return [row[mask].float().numpy() for row, mask in zip(numbers_SL.detach().cpu(), mask_SL.cpu(), strict=True)]
 
 
@@ -126,7 +129,7 @@ def estimate_kl(log_probs_SL: Tensor, ref_log_probs_SL: Tensor, kind: Literal["k
     Raises:
         ValueError: The shapes differ, or the estimator is unknown.
     """
-    _same_shape("log-probabilities and reference log-probabilities", log_probs_SL.shape, ref_log_probs_SL.shape)
+    same_shape("log-probabilities and reference log-probabilities", log_probs_SL.shape, ref_log_probs_SL.shape)
     difference_SL = ref_log_probs_SL.float() - log_probs_SL.float()
     if kind == "k1":
         return -difference_SL
@@ -157,7 +160,13 @@ def clip_rewards(rewards_S: Tensor, limit: float) -> Tensor:
     return finite_rewards(rewards_S).clamp(-limit, limit)
 
 
-def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coefficient: float) -> Tensor:
+def shaped_rewards(
+    rewards_S: Tensor,
+    kl_SL: Tensor,
+    mask_SL: Tensor,
+    kl_coefficient: float,
+    token_rewards_SL: Tensor | None = None,
+) -> Tensor:
     """Computes the reward of every action: minus a KL penalty, plus the reward of the rollout at the last action.
 
     Stiennon et al., "Learning to summarize from human feedback" (2020), section 3.4; Ouyang et al., "Training language
@@ -168,6 +177,8 @@ def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coeffic
         kl_SL: KL divergence at each action, ``[S, L]``; see `estimate_kl`.
         mask_SL: Mask of the actions, bool ``[S, L]``. A rollout without actions has no rewards.
         kl_coefficient: Penalty per nat.
+        token_rewards_SL: Rewards of single actions, ``[S, L]``, in addition; for those of turns see
+            `rlhf_critic.algorithms.gae.turn_rewards`.
 
     Returns:
         Rewards, fp32 ``[S, L]``, 0 where the mask is False.
@@ -176,64 +187,16 @@ def shaped_rewards(rewards_S: Tensor, kl_SL: Tensor, mask_SL: Tensor, kl_coeffic
         NonFiniteRewardError: A reward is NaN or infinite; the message names the rollouts.
         ValueError: The shapes differ.
     """
-    _same_shape("KL divergences and mask", kl_SL.shape, mask_SL.shape)
-    _same_shape("rewards and the mask's rows", rewards_S.shape, mask_SL.shape[:1])
+    same_shape("KL divergences and mask", kl_SL.shape, mask_SL.shape)
+    same_shape("rewards and the mask's rows", rewards_S.shape, mask_SL.shape[:1])
     rewards_S = finite_rewards(rewards_S)
     actions_left_SL = mask_SL.flip(1).cumsum(1).flip(1)
     rewards_SL = rewards_S[:, None] * (actions_left_SL == 1)
-    return (rewards_SL - kl_coefficient * kl_SL.float()).masked_fill(~mask_SL, 0.0)
-
-
-@torch.no_grad()
-def gae(
-    rewards_SL: Tensor,
-    values_SL: Tensor,
-    mask_SL: Tensor,
-    last_values_S: Tensor,
-    truncated_S: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    """Computes generalised advantage estimates and the returns that a critic is trained on.
-
-    ``A_t = sum_l (gamma gae_lambda)^l delta_{t+l}`` with ``delta_t = r_t + gamma V_{t+1} - V_t``, Schulman et al.,
-    "High-dimensional continuous control using generalized advantage estimation" (2016), equations 11 to 16. The value
-    after the last action is ``last_values_S`` if the rollout was truncated and 0 if it terminated: Pardo et al., "Time
-    limits in reinforcement learning" (2018). Both results are targets and carry no gradient.
-
-    Args:
-        rewards_SL: Reward after each action, ``[S, L]``.
-        values_SL: Value before each action, ``[S, L]``.
-        mask_SL: Mask of the actions, bool ``[S, L]``. Other tokens are skipped: their rewards and values are not read,
-            and they add no discount.
-        last_values_S: Value after the last action, ``[S]``; read only where ``truncated_S`` is True.
-        truncated_S: True where the rollout was cut before its end, bool ``[S]``.
-        gamma: Discount per step.
-        gae_lambda: Weight of later rewards. 0 uses the next value of the critic alone, 1 uses observed rewards alone.
-
-    Returns:
-        Advantages, and returns (advantages plus values), both fp32 ``[S, L]``, 0 where the mask is False.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    _same_shape("rewards and values", rewards_SL.shape, values_SL.shape)
-    _same_shape("rewards and mask", rewards_SL.shape, mask_SL.shape)
-    _same_shape("the rewards' rows and last values", rewards_SL.shape[:1], last_values_S.shape)
-    _same_shape("the rewards' rows and truncations", rewards_SL.shape[:1], truncated_S.shape)
-    rewards_SL = rewards_SL.float()
-    values_SL = values_SL.float().masked_fill(~mask_SL, 0.0)
-    advantages_SL = torch.zeros_like(values_SL)
-    next_values_S = last_values_S.float().masked_fill(~truncated_S, 0.0)
-    next_advantages_S = torch.zeros_like(next_values_S)
-    for t in reversed(range(values_SL.shape[1])):
-        delta_S = rewards_SL[:, t] + gamma * next_values_S - values_SL[:, t]
-        advantages_S = delta_S + gamma * gae_lambda * next_advantages_S
-        next_advantages_S = torch.where(mask_SL[:, t], advantages_S, next_advantages_S)
-        next_values_S = torch.where(mask_SL[:, t], values_SL[:, t], next_values_S)
-        advantages_SL[:, t] = next_advantages_S
-    advantages_SL = advantages_SL.masked_fill(~mask_SL, 0.0)
-    return advantages_SL, advantages_SL + values_SL
+    shaped_SL = (rewards_SL - kl_coefficient * kl_SL.float()).masked_fill(~mask_SL, 0.0)
+    if token_rewards_SL is None:
+        return shaped_SL
+    same_shape("rewards of tokens and mask", token_rewards_SL.shape, mask_SL.shape)
+    return shaped_SL + token_rewards_SL.float().masked_fill(~mask_SL, 0.0)
 
 
 def masked_mean(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
@@ -249,7 +212,7 @@ def masked_mean(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ.
     """
-    _same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
+    same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
     return x_SL.float().masked_fill(~mask_SL, 0.0).sum() / mask_SL.sum().clamp(min=1)
 
 
@@ -270,104 +233,10 @@ def whiten(x_SL: Tensor, mask_SL: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ.
     """
-    _same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
-    mean, variance = _mean_and_variance(x_SL, mask_SL)
+    same_shape("numbers and mask", x_SL.shape, mask_SL.shape)
+    mean, variance = mean_and_variance(x_SL, mask_SL)
     whitened_SL = (x_SL.float().double() - mean) * torch.rsqrt(variance + 1e-8)
     return whitened_SL.float().masked_fill(~mask_SL, 0.0)
-
-
-def explained_variance(values_SL: Tensor, returns_SL: Tensor, mask_SL: Tensor) -> Tensor:
-    """Computes the share of the variance of returns that values explain: ``1 - Var(returns - values) / Var(returns)``.
-
-    A perfect critic has 1, a constant 0; a negative number is worse than a constant. OpenAI baselines,
-    ``common/math_util.py``.
-
-    Args:
-        values_SL: Values, ``[S, L]``.
-        returns_SL: Returns, ``[S, L]``.
-        mask_SL: Mask of the tokens that count, bool ``[S, L]``.
-
-    Returns:
-        A scalar, fp32; NaN if the returns do not vary or the mask is empty.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    _same_shape("values and returns", values_SL.shape, returns_SL.shape)
-    _same_shape("values and mask", values_SL.shape, mask_SL.shape)
-    _, variance = _mean_and_variance(returns_SL, mask_SL)
-    _, residual_variance = _mean_and_variance(returns_SL.float() - values_SL.float(), mask_SL)
-    return torch.where(variance > 0, 1.0 - residual_variance / variance, math.nan).float()
-
-
-def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
-) -> tuple[Tensor, Tensor]:
-    """Computes half the squared error of values, clipped so that moving far from the old value brings no gain.
-
-    ``max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) / 2``, OpenAI baselines, ``ppo2/model.py``; Schulman et al.,
-    "Proximal policy optimization algorithms" (2017) do the same to the policy. Keeps gradients.
-
-    Args:
-        values: Current values, any shape.
-        old_values: Values at the time of the rollouts, same shape.
-        returns: Target values, same shape.
-        clip: Maximum change of a value, e, positive. None means the plain squared error.
-
-    Returns:
-        Loss of each token, fp32; and True where the clipped term, which has no gradient, is the larger, bool. Both have
-        the shape of the arguments.
-
-    Raises:
-        ValueError: The shapes differ, or the clip is not positive.
-    """
-    _same_shape("values and old values", values.shape, old_values.shape)
-    _same_shape("values and returns", values.shape, returns.shape)
-    values, old_values, returns = values.float(), old_values.float(), returns.float()
-    squares = (values - returns).square()
-    if clip is None:
-        return 0.5 * squares, torch.zeros_like(squares, dtype=torch.bool)
-    if not clip > 0:
-        raise ValueError(f"the clip of values must be positive or None (no clipping), not {clip}")
-    # Not old + clip(V - old), because rounding would count values within the range as clipped.
-    near_squares = (values.clamp(old_values - clip, old_values + clip) - returns).square()
-    clipped = near_squares > squares
-    return 0.5 * torch.where(clipped, near_squares, squares), clipped
-
-
-def clipped_policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """Computes PPO's clipped surrogate loss of each token.
-
-    ``max(-A r, -A clip(r, 1 - e, 1 + e))`` with ``r = exp(log policy - log old policy)``: Schulman et al., "Proximal
-    policy optimization algorithms" (2017), equation 7, negated. Keeps gradients.
-
-    Args:
-        log_probs: Log-probabilities of the sampled tokens under the policy, any shape.
-        old_log_probs: Log-probabilities under the policy that sampled them, same shape.
-        advantages: Advantages, same shape; see `gae`.
-        clip: Maximum change of the ratio, e, between 0 and 1.
-
-    Returns:
-        Loss of each token, fp32; and True where the clipped term, which has no gradient, is the larger, bool. Both have
-        the shape of the arguments.
-
-    Raises:
-        ValueError: The shapes differ, or the clip is not between 0 and 1.
-    """
-    _same_shape("log-probabilities and old log-probabilities", log_probs.shape, old_log_probs.shape)
-    _same_shape("log-probabilities and advantages", log_probs.shape, advantages.shape)
-    if not 0 < clip < 1:
-        raise ValueError(f"the clip of the policy's ratio must lie between 0 and 1, not {clip}")
-    advantages = advantages.float()
-    log_ratio = log_probs.float() - old_log_probs.float()
-    lowest, highest = math.log1p(-clip), math.log1p(clip)
-    # The maximum is -A min(r, 1 + e) if A >= 0, else -A max(r, 1 - e). The log ratio is bounded before the exponential,
-    # so that a clipped ratio that would overflow has gradient 0; 0 times infinity would be NaN.
-    bounded = torch.where(advantages >= 0, log_ratio.clamp(max=highest), log_ratio.clamp(min=lowest))
-    clipped = ((advantages > 0) & (log_ratio > highest)) | ((advantages < 0) & (log_ratio < lowest))
-    return -advantages * bounded.exp(), clipped
 
 
 @dataclass(frozen=True)
@@ -413,7 +282,7 @@ class RunningMoments:
         return std if std > EQUAL_REWARDS * max(1.0, abs(self.mean)) else 1.0
 
 
-def _mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_variance(x_SL: Tensor, mask_SL: Tensor) -> tuple[Tensor, Tensor]:
     """Computes mean and population variance over the mask, float64 scalars; 0 for an empty mask.
 
     In float64 the mean of equal fp32 numbers is exactly that number. So their variance is 0, not a rounding error that
@@ -442,6 +311,11 @@ def finite_rewards(rewards_S: Tensor) -> Tensor:
     return rewards_S
 
 
-def _same_shape(what: str, one: Sequence[int], other: Sequence[int]) -> None:
+def same_shape(what: str, one: Sequence[int], other: Sequence[int]) -> None:
+    """Checks that two shapes are equal.
+
+    Raises:
+        ValueError: They differ; the message has both.
+    """
     if tuple(one) != tuple(other):
         raise ValueError(f"{what} differ in shape: {tuple(one)}, {tuple(other)}")

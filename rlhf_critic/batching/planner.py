@@ -51,7 +51,11 @@ class _Group:
 
 
 def plan_micro_batches(
-    units: Sequence[Sequence[TokenIds]], world_size: int, token_budget: int, prefix_tree: bool
+    units: Sequence[Sequence[TokenIds]],
+    world_size: int,
+    token_budget: int,
+    prefix_tree: bool,
+    known_U: Sequence[int] | None = None,
 ) -> list[list[MicroBatch]]:
     """Assigns units to ranks and divides the share of each rank into micro-batches within the budget.
 
@@ -66,6 +70,8 @@ def plan_micro_batches(
             ``prefix_tree``, else those of the padded rows.
         prefix_tree: True if micro-batches become prefix trees. Then units with long shared prefixes stay together, and
             each rank takes its units in tree order. Otherwise it takes them in order of length.
+        known_U: With ``prefix_tree``, and units of one sequence, the number of first tokens of each that a cache has
+            and that are not computed. None without a cache.
 
     Returns:
         Micro-batches of each rank, the same number for all. Every unit is in exactly one micro-batch of weight 1.
@@ -75,7 +81,8 @@ def plan_micro_batches(
     """
     if not units:
         raise ValueError("nothing to plan: the list of units is empty")
-    groups = _groups_that_share(units, world_size, token_budget) if prefix_tree else _groups_by_length(units)
+    known_U = known_U or [0] * len(units)
+    groups = _groups_that_share(units, world_size, token_budget, known_U) if prefix_tree else _groups_by_length(units)
     shares = _place([group.tokens for group in groups], world_size)
     if prefix_tree:
         least_shared = _RangeMinimum([group.least_shared for group in groups])
@@ -91,7 +98,11 @@ def plan_micro_batches(
 
 
 def plan_sequences(
-    sequences: Sequence[TokenIds], world_size: int, token_budget: int, prefix_tree: bool
+    sequences: Sequence[TokenIds],
+    world_size: int,
+    token_budget: int,
+    prefix_tree: bool,
+    known_S: Sequence[int] | None = None,
 ) -> list[list[MicroBatch]]:
     """Plans single sequences of token ids; see `plan_micro_batches`.
 
@@ -101,15 +112,19 @@ def plan_sequences(
     for index, sequence in enumerate(sequences):
         if len(sequence) == 0:
             raise ValueError(f"sequence {index} is empty; every sequence needs at least one token")
-    return plan_micro_batches([[sequence] for sequence in sequences], world_size, token_budget, prefix_tree)
+    return plan_micro_batches([[sequence] for sequence in sequences], world_size, token_budget, prefix_tree, known_S)
 
 
-def _groups_that_share(units: Sequence[Sequence[TokenIds]], world_size: int, token_budget: int) -> list[_Group]:
+def _groups_that_share(
+    units: Sequence[Sequence[TokenIds]], world_size: int, token_budget: int, known_U: Sequence[int]
+) -> list[_Group]:
     """Groups units in prefix-tree order. Neighbours with long shared prefixes form one group, if it fits one rank."""
     firsts = [np.asarray(unit[0]) for unit in units]
     order = lexicographic_order(firsts)
-    shared = shared_lengths([firsts[unit] for unit in order])
-    tokens = [_tree_tokens(units[unit]) for unit in order]
+    # A prefix that a cache has costs nothing, shared or not.
+    neighbours = zip(order, shared_lengths([firsts[unit] for unit in order]), strict=True)
+    shared = [max(0, common - known_U[unit]) for unit, common in neighbours]
+    tokens = [_tree_tokens(units[unit]) - known_U[unit] for unit in order]
     limit = min(token_budget, -(-(sum(tokens) - sum(shared)) // world_size))
     groups: list[_Group] = []
     for unit, cost, common in zip(order, tokens, shared, strict=True):

@@ -3,13 +3,15 @@
 `PrefixTree.build` takes any set of sequences and needs no prompt boundaries. It lays the tree out as one packed row of
 tokens in depth-first order, each shared prefix once. In this order the *run* of a sequence (the tokens that it adds to
 those before it) is contiguous, and so is the subtree below a token. A token attends to its ancestors and itself, so it
-has the same position and context as in its sequence alone. Knows nothing about models.
+has the same position and context as in its sequence alone. Tokens that a cache has are in the tree, but are not
+computed. Knows nothing about models.
 
 Shape legend: S sequences, T tokens of the packed row, R runs, L longest sequence.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +35,8 @@ class PrefixTree:
         run_parents_R: Index of the token that each run continues; -1 if the run begins a sequence.
         leaves_S: Index of the last token of each sequence.
         lengths_S: Length of each sequence in tokens.
+        run_sequences_R: Index of the sequence to which each run was added.
+        is_cached_R: Whether a cache has the tokens of each run, bool. No run is cached in part.
     """
 
     input_ids_T: IntArray
@@ -41,9 +45,11 @@ class PrefixTree:
     run_parents_R: IntArray
     leaves_S: IntArray
     lengths_S: IntArray
+    run_sequences_R: IntArray
+    is_cached_R: NDArray[np.bool_]
 
     @classmethod
-    def build(cls, sequences: Sequence[TokenIds]) -> PrefixTree:
+    def build(cls, sequences: Sequence[TokenIds], cached_S: Sequence[int] | None = None) -> PrefixTree:
         """Builds the tree of any set of sequences.
 
         Sorting puts sequences with a common prefix next to each other. The longest prefix that a sequence shares with
@@ -51,17 +57,21 @@ class PrefixTree:
 
         Args:
             sequences: Token ids. Duplicates and sequences that are prefixes of others are allowed.
+            cached_S: Number of first tokens of each sequence that a cache has, less than its length. None without a
+                cache.
 
         Raises:
-            ValueError: There are no sequences, or one is empty.
+            ValueError: There are no sequences, or one is empty or cached up to its end.
         """
         if not sequences or not all(len(sequence) for sequence in sequences):
             raise ValueError("a batch needs at least one sequence and every sequence at least one token")
+        if cached_S is not None and not all(map(operator.lt, cached_S, map(len, sequences))):
+            raise ValueError("the last token of every sequence must be computed")
         arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         order = lexicographic_order(arrays)
         shared = shared_lengths([arrays[index] for index in order])
         leaves_S = np.empty(len(arrays), dtype=np.int64)
-        ids, positions, starts, parents = [], [], [], []
+        ids, positions, starts, parents, owners, are_cached = [], [], [], [], [], []
         path: list[tuple[int, int]] = []  # start of each run of the sequence added last, in it and in the row
         size = 0
         for index, common in zip(order, shared, strict=True):
@@ -72,13 +82,15 @@ class PrefixTree:
             if common < len(array):
                 ids.append(array[common:])
                 positions.append(np.arange(common, len(array)))
+            for first, end, is_cached in _runs_of(common, cached_S[index] if cached_S is not None else 0, len(array)):
                 starts.append(size)
                 parents.append(parent)
-                path.append((common, size))
-                size += len(array) - common
-                leaves_S[index] = size - 1
-            else:
-                leaves_S[index] = parent
+                owners.append(index)
+                are_cached.append(is_cached)
+                path.append((first, size))
+                size += end - first
+                parent = size - 1
+            leaves_S[index] = parent
         return cls(
             np.concatenate(ids),
             np.concatenate(positions),
@@ -86,6 +98,8 @@ class PrefixTree:
             np.array(parents, dtype=np.int64),
             leaves_S,
             np.array([len(array) for array in arrays], dtype=np.int64),
+            np.array(owners, dtype=np.int64),
+            np.array(are_cached, dtype=np.bool_),
         )
 
     def __len__(self) -> int:
@@ -100,6 +114,28 @@ class PrefixTree:
     def run_of_T(self) -> IntArray:
         """Run of each token."""
         return np.repeat(np.arange(len(self.run_starts_R)), self.run_ends_R - self.run_starts_R)
+
+    @cached_property
+    def computed_runs(self) -> IntArray:
+        """Runs that are computed, in order."""
+        return np.flatnonzero(~self.is_cached_R)
+
+    @cached_property
+    def computed_before_T(self) -> IntArray:
+        """Number of computed tokens before each token, and their number in all at the end, int64 ``[T + 1]``."""
+        return np.concatenate([[0], np.cumsum(~self.is_cached_R[self.run_of_T])])
+
+    @property
+    def computed_tokens(self) -> int:
+        """Number of tokens that are computed: all but the cached ones."""
+        return int(self.computed_before_T[-1])
+
+    @cached_property
+    def places_T(self) -> IntArray:
+        """Place of each token among those that queries read: first the computed tokens, then the cached ones."""
+        before_T = self.computed_before_T[:-1]
+        cached_places_T = self.computed_tokens + np.arange(len(self)) - before_T
+        return np.where(self.is_cached_R[self.run_of_T], cached_places_T, before_T)
 
     @cached_property
     def subtree_ends_R(self) -> IntArray:
@@ -130,6 +166,12 @@ class PrefixTree:
             pieces.append(np.arange(self.run_starts_R[run], token + 1))
             token = self.run_parents_R[run]
         return np.concatenate(pieces[::-1])
+
+
+def _runs_of(start: int, cached: int, end: int) -> list[tuple[int, int, bool]]:
+    """Returns first token, end and whether it is cached of each run that a sequence adds from ``start`` on."""
+    cached = min(max(cached, start), end)
+    return [run for run in ((start, cached, True), (cached, end, False)) if run[0] < run[1]]
 
 
 def lexicographic_order(arrays: Sequence[IntArray]) -> list[int]:

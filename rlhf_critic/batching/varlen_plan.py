@@ -7,9 +7,11 @@ Such a kernel takes packed rows of queries and keys, and where each sequence beg
 - *levels*: one causal call, in which each run asks itself, and one call for each level of branching, in which all that
   is below a token asks the run of that token up to it. Their outputs are joined by log-sum-exp.
 
-`plan_calls` takes the cheaper one. Knows nothing about models or kernels.
+`plan_calls` takes the cheaper one. Queries are the computed tokens in order. Keys are these, followed by the tokens
+that a cache has. Knows nothing about models or kernels.
 
-Shape legend: T tokens of the packed row, R runs, Q queries, N keys, B sequences of a call.
+Shape legend: T tokens of the packed row, R runs of the tree or those that are computed, Q queries, N keys, B sequences
+of a call.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class VarlenCall:
 
     Attributes:
         queries_Q: Positions of the queries among all queries, int64; None if the call has all of them in order.
-        keys_N: Positions of the keys in the packed row, int64; None if the call has all of them in order.
+        keys_N: Places of the keys, int64; None if the call has all of them in order.
         query_starts_B: Position of the first query of each sequence, and the end of the last, int32 ``[B + 1]``.
         key_starts_B: Position of the first key of each sequence, and the end of the last, int32 ``[B + 1]``.
         max_queries: Length of the longest sequence of queries.
@@ -96,17 +98,19 @@ def plan_calls(tree: PrefixTree, *, paths_only: bool = False) -> TreeCalls:
         paths_only: Whether the kernel needs *paths*: for windows that sequences exceed, or because it does not return
             the log-sum-exp.
     """
-    lengths_R = tree.run_ends_R - tree.run_starts_R
-    asked = max(len(tree), int((lengths_R * run_depths(tree)).sum()))
-    copied = int((tree.position_ids_T[tree.run_ends_R - 1] + 1).sum())
+    runs = tree.computed_runs
+    lengths_R = (tree.run_ends_R - tree.run_starts_R)[runs]
+    asked = max(tree.computed_tokens, int((lengths_R * run_depths(tree)[runs]).sum()))
+    copied = int((tree.position_ids_T[tree.run_ends_R[runs] - 1] + 1).sum())
     return path_calls(tree) if paths_only or copied <= LEVELS_FROM * asked else level_calls(tree)
 
 
 def path_calls(tree: PrefixTree) -> TreeCalls:
     """Plans one call: every run, or its last token, asks its whole path."""
     owners, starts, ends = [], [], []
-    owner = run = np.arange(len(tree.run_starts_R))
-    end = tree.run_ends_R
+    runs = run = tree.computed_runs
+    owner = np.arange(len(runs))
+    end = tree.run_ends_R[runs]
     while len(run):  # one step towards the root at a time, for all runs together
         owners.append(owner)
         starts.append(tree.run_starts_R[run])
@@ -118,16 +122,17 @@ def path_calls(tree: PrefixTree) -> TreeCalls:
     order = np.argsort(np.concatenate(owners[::-1]), kind="stable")
     starts_P, ends_P = (np.concatenate(parts[::-1])[order] for parts in (starts, ends))
     shared = len(owners) > 1
-    keys_N = torch.from_numpy(_ranges(starts_P, ends_P - starts_P)) if shared else None
-    path_lengths_R = tree.position_ids_T[tree.run_ends_R - 1] + 1
-    every = _call(None, keys_N, tree.run_ends_R - tree.run_starts_R, path_lengths_R, causal=True)
+    keys_N = torch.from_numpy(_ranges(tree.places_T[starts_P], ends_P - starts_P)) if shared else None
+    path_lengths_R = tree.position_ids_T[tree.run_ends_R[runs] - 1] + 1
+    every = _call(None, keys_N, (tree.run_ends_R - tree.run_starts_R)[runs], path_lengths_R, causal=True)
     return TreeCalls((every,), (_for_leaves(every, np.ones_like(path_lengths_R)),))
 
 
 def level_calls(tree: PrefixTree) -> TreeCalls:
     """Plans a causal call of all runs on themselves, and a call for each level of branching, from the root on."""
-    lengths_R = tree.run_ends_R - tree.run_starts_R
-    own = _call(None, None, lengths_R, lengths_R, causal=True)
+    lengths_R = (tree.run_ends_R - tree.run_starts_R)[tree.computed_runs]
+    computed_T = torch.arange(tree.computed_tokens) if tree.is_cached_R.any() else None
+    own = _call(None, computed_T, lengths_R, lengths_R, causal=True)
     every, leaves = [own], [_for_leaves(own, np.ones_like(lengths_R))]
     branching_C = np.flatnonzero(tree.run_parents_R >= 0)
     # Runs that branch off at the same token, and their descendants, are adjacent in the row.
@@ -136,8 +141,10 @@ def level_calls(tree: PrefixTree) -> TreeCalls:
     np.minimum.at(starts_A, index_C, tree.run_starts_R[branching_C])
     np.maximum.at(ends_A, index_C, tree.subtree_ends_R[branching_C])
     runs_A = tree.run_of_T[parents_A]
-    key_starts_A, key_lengths_A = tree.run_starts_R[runs_A], parents_A + 1 - tree.run_starts_R[runs_A]
-    first_runs_A, last_runs_A = (np.searchsorted(tree.run_starts_R, edges_A) for edges_A in (starts_A, ends_A))
+    key_starts_A, key_lengths_A = tree.places_T[tree.run_starts_R[runs_A]], parents_A + 1 - tree.run_starts_R[runs_A]
+    starts_A, ends_A = tree.computed_before_T[starts_A], tree.computed_before_T[ends_A]
+    run_starts_R = tree.computed_before_T[tree.run_starts_R[tree.computed_runs]]
+    first_runs_A, last_runs_A = (np.searchsorted(run_starts_R, edges_A) for edges_A in (starts_A, ends_A))
     depths_A = run_depths(tree)[runs_A]
     for level in np.unique(depths_A).tolist():
         chosen = np.flatnonzero(depths_A == level)

@@ -95,7 +95,11 @@ class RolloutConfig(Section):
     """Prompts per task of a worker. With several tasks, sampling overlaps the scoring of the previous task. Samples
     depend on this number, not on the number of workers."""
     max_new_tokens: PositiveInt = 64
-    """Maximum response length in tokens; longer responses are truncated."""
+    """Maximum response length in tokens; longer responses are truncated. Answers of rollout.environment count."""
+    environment: str | None = None
+    """Python function MODULE:FUNCTION that answers each turn of the policy, such as a tool; None samples one turn."""
+    max_turns: PositiveInt = 8
+    """Maximum number of turns of the policy in a response (only with rollout.environment)."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature of response tokens."""
     timeout_s: PositiveFloat = 3600.0
@@ -146,14 +150,33 @@ class AlgorithmConfig(Section):
     """Number of rounds of rollouts and updates."""
     epochs: PositiveInt = 1
     """Passes over the rollouts of an iteration."""
+    critic_epochs: PositiveInt = 1
+    """Passes of the critic for each pass of the policy."""
     minibatches: PositiveInt = 1
     """Number of optimizer steps per epoch."""
     gamma: Fraction = 1.0
     """Discount factor per token."""
     gae_lambda: Fraction = 0.95
     """Lambda of GAE: 0 relies on the critic's next value, 1 on the observed rewards."""
+    critic_lambda: Fraction | None = None
+    """Lambda of the critic's returns (decoupled GAE). None means 1 with ppo.length_adaptive_alpha and otherwise
+    ppo.gae_lambda, as in earlier versions."""
+    length_adaptive_alpha: PositiveFloat | None = None
+    """Alpha of a lambda of the policy's advantages that grows with the response: 1 - 1 / (alpha * tokens), as in VAPO,
+    which uses 0.05. None uses ppo.gae_lambda."""
+    gae_step: Literal["token", "turn"] = "token"
+    """Action of GAE: a token, or a whole turn of the policy between outputs of tools."""
+    baseline: Literal["critic", "rloo", "grpo"] = "critic"
+    """Baseline of the policy's advantages: the critic, or the other responses to the prompt. The critic is trained and
+    measured in any case."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Clip range of the policy's probability ratio: [1 - clip, 1 + clip]."""
+    clip_high: PositiveFloat | None = None
+    """Upper part of the clip range, 1 + clip_high, as in DAPO; None uses ppo.clip."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Maximum probability ratio of tokens with negative advantages (dual clip); None does not limit it."""
+    loss_mean: Literal["token", "sequence"] = "token"
+    """Mean of the losses: over all response tokens, or over responses after a mean over the tokens of each."""
     value_clip: PositiveFloat | None = 0.2
     """Maximum change of a value from its old value; None does not clip."""
     kl_coefficient: NonNegativeFloat = 0.05
@@ -169,6 +192,9 @@ class AlgorithmConfig(Section):
     they are and end there."""
     value_warmup_iterations: NonNegativeInt = 0
     """Number of first iterations that train the critic and leave the policy unchanged."""
+    value_warmup_lambda: Fraction | None = None
+    """Lambda of the critic's returns in these iterations. 1 gives Monte Carlo returns of the initial policy, as in
+    VC-PPO. None uses that of the other iterations."""
     max_kl: PositiveFloat = 50.0
     """Maximum mean KL of a response from the reference, in nats; above it the run stops."""
     seed: NonNegativeInt = 0
@@ -244,6 +270,15 @@ class PPOJobConfig(Section):
                 "reward.missing_eos_penalty and ppo.bootstrap_truncated exclude each other, because bootstrapping "
                 "leaves truncated responses without a reward"
             )
+        if self.ppo.baseline != "critic" and self.rollout.samples_per_prompt < 2:
+            raise ValueError(f"ppo.baseline {self.ppo.baseline} needs rollout.samples_per_prompt of at least 2")
+        if self.ppo.baseline != "critic" and self.ppo.bootstrap_truncated:
+            raise ValueError(
+                f"ppo.baseline {self.ppo.baseline} and ppo.bootstrap_truncated exclude each other, because only a "
+                "critic can continue the return of a truncated response"
+            )
+        if self.ppo.value_warmup_lambda is not None and not self.ppo.value_warmup_iterations:
+            raise ValueError("ppo.value_warmup_lambda needs ppo.value_warmup_iterations")
         if self.ppo.value_warmup_iterations >= self.ppo.iterations:
             raise ValueError("ppo.value_warmup_iterations must be less than ppo.iterations")
         if self.reward.max_replicas < self.reward.min_replicas:
@@ -287,5 +322,10 @@ class PPOJobConfig(Section):
 
     @property
     def updates_per_iteration(self) -> int:
-        """Number of optimizer steps per iteration."""
+        """Number of the policy's optimizer steps per iteration."""
         return self.ppo.epochs * self.ppo.minibatches
+
+    @property
+    def critic_updates(self) -> int:
+        """Number of the critic's optimizer steps in the whole run."""
+        return self.ppo.iterations * self.updates_per_iteration * self.ppo.critic_epochs

@@ -146,6 +146,8 @@ class ScoringOptions(AssumedEncoding):
     """Normalise rewards to mean 0 and deviation 1 over the critic's reference responses."""
     token_budget: PositiveInt = 4096
     """Maximum number of tokens computed at once. Changes speed and memory only."""
+    prefix_cache_bytes: NonNegativeInt = 2**30
+    """Memory in bytes, of the device, for keys and values of prefixes that later calls can reuse. 0 turns it off."""
 
 
 class ScoringJobOptions(ScoringOptions):

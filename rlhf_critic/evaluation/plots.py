@@ -128,29 +128,101 @@ CURVES = (
     ("kl", "KL from the reference (nats)", "linear"),
     ("value_loss", "value loss", "log"),
     ("explained_variance", "explained variance of returns", "linear"),
+    ("value_calibration_error", "calibration error of values", "linear"),
 )
+BY_POSITION = (("value_error", "value error (root mean square)"), ("advantage", "mean advantage"))
+POSITIONS = ("first quarter of the response", "second", "third", "last")
 PRINTED = {INK: "#1b1b1f", MUTED: "#5c5c66", GRID: "#d9d9e0", FIRST: "#1f6fb2", SECOND: "#c2571a", PAPER: "#ffffff"}
+CALIBRATED = 5  # last iterations whose values the calibration plot shows
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the `CURVES` of a PPO run by iteration to a PNG file, from the records of its ``metrics.jsonl``."""
+    """Draws the curves of a PPO run to a PNG file, from the records of its ``metrics.jsonl``.
+
+    Panels by iteration: those of `CURVES`, and value error and advantage by position in the response. The last panel
+    has predicted against realised returns of the last iterations.
+    """
     style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
+    trained = [one for one in records if one["kind"] == "train"]
     with mpl.rc_context(style):
-        figure = Figure(figsize=(9.6, 6.4), layout="constrained", facecolor=PRINTED[PAPER])
-        for axes, (name, label, scale) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+        figure = Figure(figsize=(17.6, 6.6), layout="constrained", facecolor=PRINTED[PAPER])
+        *panels, last = figure.subplots(2, 4).flat
+        for axes, (name, label, scale) in zip(panels, CURVES, strict=False):
             for kind, colour, marker in (("train", PRINTED[FIRST], None), ("validation", PRINTED[SECOND], "o")):
-                points = [(one["step"], one[name]) for one in records if one["kind"] == kind and name in one]
+                points = _points([one for one in records if one["kind"] == kind], name)
                 if points:
                     prompts = "held-out prompts" if kind == "validation" else "rollouts"
                     axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.8, label=prompts)
-            axes.set_xlabel("iteration")
-            axes.set_ylabel(label)
-            axes.tick_params(length=0)
-            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+            _finish(axes, "iteration", label)
             axes.set_yscale(scale)
             if len(axes.lines) > 1:
                 axes.legend(loc="best")
-        figure.savefig(path, dpi=130)
+        for axes, (name, label) in zip(panels[len(CURVES) :], BY_POSITION, strict=True):
+            for number, position in enumerate(POSITIONS, 1):
+                points = _points(trained, f"{name}_{number}")
+                if points:
+                    shade = 1.0 - 0.22 * (len(POSITIONS) - number)
+                    axes.plot(*zip(*points, strict=True), color=PRINTED[FIRST], alpha=shade, label=position)
+            _finish(axes, "iteration", label)
+            if axes.lines:
+                axes.legend(loc="best")
+        _draw_calibration(last, trained[-CALIBRATED:])
+        figure.savefig(path, dpi=110)
+
+
+def _points(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(one["step"], one[name]) for one in records if name in one]
+
+
+def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.tick_params(length=0)
+    if x_label == "iteration":
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+
+
+def _draw_calibration(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draws predicted against realised returns; on the diagonal they are equal."""
+    points = [
+        (one[name], one[name.replace("predicted", "realised")])
+        for one in records
+        for name in one
+        if name.startswith("value_predicted_")
+    ]
+    if points:
+        axes.scatter(*zip(*points, strict=True), color=PRINTED[FIRST], alpha=0.75, linewidths=0)
+        ends = min(map(min, points)), max(map(max, points))
+        axes.plot(ends, ends, color=PRINTED[MUTED], linewidth=1, linestyle=(0, (4, 3)), label="perfect calibration")
+        axes.legend(loc="best")
+    _finish(axes, "predicted return (value)", "realised return")
+
+
+COMPARED = (("reward", "mean reward"), ("explained_variance", "explained variance of returns"))
+COLOURS = ("#1f6fb2", "#c2571a", "#3f8f4f", "#7a4fa3")
+
+
+def save_comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """Draws mean reward and explained variance of several methods to a PNG file, with the range of their seeds.
+
+    Args:
+        runs: By method, the records of each seed's iterations.
+        path: PNG file.
+    """
+    style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(11.2, 4.2), layout="constrained", facecolor=PRINTED[PAPER])
+        for axes, (metric, label) in zip(figure.subplots(1, len(COMPARED)), COMPARED, strict=True):
+            for colour, (method, of_seeds) in zip(COLOURS, runs.items(), strict=False):
+                numbers = np.array([[one.get(metric, np.nan) for one in records] for records in of_seeds])
+                if not np.nan_to_num(numbers).any():
+                    continue
+                steps = np.arange(1, numbers.shape[1] + 1)
+                axes.plot(steps, numbers.mean(0), color=colour, linewidth=1.8, label=method)
+                axes.fill_between(steps, numbers.min(0), numbers.max(0), color=colour, alpha=0.18, linewidth=0)
+            _finish(axes, "iteration", label)
+            axes.legend(loc="best")
+        figure.savefig(path, dpi=110)
 
 
 def save_best_of_n_curves(numbers: Sequence[int], results: Mapping[str, Mapping[str, FloatArray]], path: Path) -> None:

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 
 from rlhf_critic.batching.padded import PaddedBatch
 from rlhf_critic.batching.planner import MicroBatch
+from rlhf_critic.batching.prefix_cache import Lease
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.model.attention_plan import AttentionPlan
 from rlhf_critic.model.fused_ops import fuse_norms_and_activations
+from rlhf_critic.model.key_value_store import KeyValueStore, ShapeRecorder
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES, enable_prefix_trees
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self._takes_position_ids = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self.store: KeyValueStore | None = None
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-        if rope.get("rope_type") in {"dynamic", "longrope"}:
+        self._positions_depend_on_the_batch = rope.get("rope_type") in {"dynamic", "longrope"}
+        if self._positions_depend_on_the_batch:
             logger.warning(
                 "rope type %r: frequencies depend on the longest sequence of a batch, as in transformers. Beyond the "
                 "model's original length, scores depend on the other sequences of the batch.",
@@ -77,25 +81,58 @@ class Backbone(nn.Module):
         """Token id that fills padded batches."""
         return int(self.model.config.pad_token_id)
 
-    def batch_of(self, sequences: Sequence[TokenIds], device: torch.device | str = "cpu") -> Batch:
+    def create_store(self, max_bytes: int, device: torch.device) -> bool:
+        """Allocates a store of keys and values of cached prefixes, if the model can use one; returns whether.
+
+        Logs why it cannot.
+        """
+        if not self.prefix_tree:
+            logger.warning("no prefix cache for %s: it computes padded batches", self.model.config.model_type)
+        elif self._positions_depend_on_the_batch:
+            logger.warning("no prefix cache: the keys of this rope type depend on the longest sequence of a batch")
+        else:
+            recorder = ShapeRecorder()
+            with torch.no_grad():
+                self._hidden_of_tree(PrefixTreeBatch.from_sequences([[0]], device), False, recorder)
+            store = KeyValueStore(recorder.pairs, max_bytes)
+            if store.slots:
+                self.store = store
+            else:
+                logger.warning("no prefix cache: a token needs %d bytes of at most %d", store.bytes_per_slot, max_bytes)
+        return self.store is not None
+
+    def batch_of(
+        self, sequences: Sequence[TokenIds], device: torch.device | str = "cpu", lease: Lease | None = None
+    ) -> Batch:
         """Builds the batch in which this model computes sequences of token ids.
+
+        Args:
+            sequences: Token ids.
+            device: Device of the batch.
+            lease: Cached prefixes of the sequences, whose keys and values are in `store`.
 
         Raises:
             ValueError: There is no sequence, or one is empty.
         """
         if self.prefix_tree:
             # On a GPU, the kernel for fp32 computes only plans of this kind.
-            return PrefixTreeBatch.from_sequences(sequences, device, paths_only=self.model.dtype == torch.float32)
+            paths_only = self.model.dtype == torch.float32
+            return PrefixTreeBatch.from_sequences(sequences, device, paths_only=paths_only, lease=lease)
         return PaddedBatch.from_sequences(sequences, self.pad_token_id, device)
 
     def hidden(self, batch: Batch, leaves_only: bool = False) -> Tensor:
-        """Computes the last hidden states of all computed tokens, ``[T, D]``, which ``batch.tokens_SL`` indexes.
+        """Computes the last hidden states of all computed tokens, ``[T, D]``.
 
         With ``leaves_only``, states other than those at ``batch.leaves_S`` may be undefined.
         """
         if isinstance(batch, PaddedBatch):
             return self._run(batch.input_ids_SL, batch.attention_mask_SL, batch.position_ids_SL).flatten(0, 1)
-        plan = AttentionPlan(batch, leaves_only)
+        return self._hidden_of_tree(batch, leaves_only, self.store if batch.slots else None)
+
+    def _hidden_of_tree(
+        self, batch: PrefixTreeBatch, leaves_only: bool, store: KeyValueStore | ShapeRecorder | None
+    ) -> Tensor:
+        plan = AttentionPlan(batch, leaves_only, store)
         # transformers uses a 4-D mask as it is and builds none. This project's attention ignores it.
         no_mask = torch.zeros(1, 1, 1, 1, device=batch.input_ids_1T.device)
         return self._run(batch.input_ids_1T, no_mask, batch.position_ids_1T, prefix_tree=plan)[0]

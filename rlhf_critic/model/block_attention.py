@@ -7,7 +7,7 @@ for softmax", 2018). The backward pass gives every block the combined output and
 (Liu et al., 2023). `plain_attention` gathers the keys of each run, and computes soft caps, dropout and windows on any
 device. Knows nothing about models.
 
-Shape legend: T tokens of the packed row, R runs, Q queries, N keys, H heads, K key/value heads, E head size.
+Shape legend: T computed tokens, R computed runs, Q queries, N keys, H heads, K key/value heads, E head size.
 """
 
 from __future__ import annotations

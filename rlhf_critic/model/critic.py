@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.model.backbone import Backbone, Batch
 from rlhf_critic.model.deepspeed_chat import Rows, preference_scores
 
@@ -136,7 +137,10 @@ class Critic(Backbone):
         states_SD = hidden_TD[batch.leaves_S]
         if rewards_only:
             return self.model.score(states_SD).squeeze(-1), states_SD
-        return self.model.score(hidden_TD).squeeze(-1)[batch.tokens_SL], states_SD
+        values_T = self.model.score(hidden_TD).squeeze(-1)
+        if self.store is not None and isinstance(batch, PrefixTreeBatch) and batch.slots is not None:
+            values_T = self.store.extend_token_values(values_T, batch.slots)
+        return values_T[batch.tokens_SL], states_SD
 
     def values(self, batch: Batch) -> Tensor:
         """Computes the value at every token of every sequence, fp32 ``[S, L]``; undefined at padding.

@@ -6,7 +6,7 @@ without it is plain transformers. The kernels are in `rlhf_critic.model.block_at
 `rlhf_critic.model.varlen_attention` for GPUs.
 Knows the families it is tested with. Knows nothing about rewards or training.
 
-Shape legend: T tokens of the packed row, R runs, H heads, K key/value heads, E head size.
+Shape legend: T computed tokens, R computed runs, H heads, K key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def prefix_tree_forward(
         # A family's eager attention, for example with soft caps, is in the module that defines its attention class.
         plain = sdpa_attention_forward if is_sdpa else sys.modules[type(module).__module__].eager_attention_forward
         return plain(module, query, key, value, attention_mask, **options)
+    key, value = prefix_tree.extend(module.layer_idx, key, value)
     attend = _attend_on_gpu if query.is_cuda else _attend_on_cpu
     if not (prefix_tree.leaves_only and hasattr(module, "leaves_only")):
         return attend(module, query, key, value, prefix_tree, False, options), None

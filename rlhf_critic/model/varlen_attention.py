@@ -27,7 +27,7 @@ def varlen_attention(
 
     Args:
         query: ``[1, H, Q, E]``.
-        key: ``[1, K, T, E]``; H is a multiple of K.
+        key: ``[1, K, T, E]``; H is a multiple of K. Keys of cached tokens may follow.
         value: ``[1, K, T, E]``.
         calls: One call of *paths*, or the calls of *levels*.
         kernel: The kernel; for *levels* one that packs the log-sum-exp.
@@ -91,7 +91,7 @@ class _Levels(torch.autograd.Function):
         scores: Scores,
     ) -> Tensor:
         own, *levels = calls
-        output, (lse_HQ, *rest) = kernel.forward(query, key, value, own, scores)
+        output, (lse_HQ, *rest) = kernel.forward(*_of_call(own, query, key, value), own, scores)
         joined_QHE = output.to(_wide(query))  # rounded once, after all levels
         for call in levels:
             queries_Q = _queries(call)

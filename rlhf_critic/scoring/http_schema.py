@@ -403,6 +403,15 @@ class ReplicaModel(_Message):
     load: ReplicaLoad | None = Field(None, description="Load of the replica, by its last report.")
 
 
+class PrefixCacheModel(_Message):
+    """Prefix cache of the replica that describes the pool."""
+
+    max_bytes: int
+    bytes: int = Field(description="Bytes that are in use.")
+    hit_tokens: int = Field(description="Tokens of scored sequences that the cache had, since the critic was loaded.")
+    evicted_tokens: int = Field(description="Tokens that the cache evicted, since the critic was loaded.")
+
+
 class InfoResponse(_Message):
     """Answer of ``GET /info``."""
 
@@ -413,5 +422,6 @@ class InfoResponse(_Message):
     components: dict[str, float]
     limits: LimitsModel
     replicas: list[ReplicaModel]
+    prefix_cache: PrefixCacheModel | None = Field(None, description="null without a prefix cache.")
     collects: bool = Field(False, description="Whether the pool saves judgements.")
     published: list[PublishedModel] = Field([], description="Last published versions, the latest first.")

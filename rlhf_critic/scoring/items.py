@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_critic.batching.prefix_cache import PrefixCacheFigures
 from rlhf_critic.errors import EncodingError, ScorerRejected
 
 if TYPE_CHECKING:  # clients need neither torch nor transformers
@@ -98,6 +99,7 @@ class ScorerInfo:
         limits: Limits of one call.
         normalized: Whether rewards are normalised to the scale of the critic's reference responses.
         components: Weights of the reward's components, by name.
+        prefix_cache: Figures of its prefix cache; None without one.
     """
 
     model_version: str
@@ -107,6 +109,7 @@ class ScorerInfo:
     limits: CallLimits
     normalized: bool
     components: dict[str, float]
+    prefix_cache: PrefixCacheFigures | None = None
 
 
 @dataclass(frozen=True)

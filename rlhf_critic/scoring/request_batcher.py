@@ -34,13 +34,25 @@ Outputs: TypeAlias = list[NDArray[np.float32]]
 
 
 class Computed(NamedTuple):
-    """Outputs of a micro-batch and the number of tokens computed for them."""
+    """Outputs of a micro-batch, the number of tokens computed for them, and what a prefix cache did meanwhile.
+
+    Attributes:
+        outputs: See `Outputs`.
+        tokens: Number of computed tokens.
+        hit_tokens: Tokens of the sequences that the cache had, each sequence counted separately.
+        evicted_tokens: Tokens that the cache evicted.
+        cache_bytes: Bytes that the cache now uses.
+    """
 
     outputs: Outputs
     tokens: int
+    hit_tokens: int = 0
+    evicted_tokens: int = 0
+    cache_bytes: int = 0
 
 
 Forward: TypeAlias = Callable[[Sequence[TokenIds], bool], Computed]
+KnownLengths: TypeAlias = Callable[[Sequence[TokenIds], bool], list[int]]
 
 # Micro-batches that are planned together: most are full then, and planning stays much faster than computing.
 PLANNED_AHEAD = 4
@@ -82,6 +94,9 @@ class BatchRecord:
         computed_tokens: Number of tokens computed; shared prefixes count once.
         queue: Number of unfinished requests after it, including its own.
         seconds: Duration in seconds.
+        hit_tokens: Tokens of the sequences that the prefix cache had; see `Computed`.
+        evicted_tokens: Tokens that the prefix cache evicted.
+        cache_bytes: Bytes that the prefix cache uses after it.
     """
 
     sequences: int
@@ -90,6 +105,9 @@ class BatchRecord:
     computed_tokens: int
     queue: int
     seconds: float
+    hit_tokens: int = 0
+    evicted_tokens: int = 0
+    cache_bytes: int = 0
 
 
 class RequestBatcher:
@@ -101,6 +119,8 @@ class RequestBatcher:
         token_budget: Maximum tokens of a micro-batch. With ``prefix_tree``, shared tokens count once.
         prefix_tree: Whether ``forward`` computes shared prefixes once.
         on_batch: Called with the figures of every computed micro-batch.
+        known_lengths: Returns how many first tokens of each sequence ``forward`` would not compute, because a cache has
+            them. Called by the thread of ``forward``, with the same arguments.
     """
 
     def __init__(
@@ -109,8 +129,10 @@ class RequestBatcher:
         token_budget: int,
         prefix_tree: bool,
         on_batch: Callable[[BatchRecord], None] = lambda _: None,
+        known_lengths: KnownLengths | None = None,
     ) -> None:
         self._forward = forward
+        self._known_lengths = known_lengths
         self._token_budget = token_budget
         self._prefix_tree = prefix_tree
         self._on_batch = on_batch
@@ -224,25 +246,32 @@ class RequestBatcher:
         # The oldest request may be of the other kind, rewards or values.
         if queue and (not self._planned or has_room or queue[0] not in _requests_of(self._planned[0])):
             kind = [request for request in queue if request.rewards_only == queue[0].rewards_only]
-            window, requests = self._window(kind)
-            (plan,) = plan_sequences(_sequences_of(window), 1, self._token_budget, self._prefix_tree)
+            window, known, requests = self._window(kind)
+            (plan,) = plan_sequences(_sequences_of(window), 1, self._token_budget, self._prefix_tree, known)
             units = sorted((one.units for one in plan), key=min)
             self._planned = deque([window[unit] for unit in of_one] for of_one in units)
             self._considered = submitted if requests == len(kind) else -1
         return self._planned.popleft() if self._planned else []
 
-    def _window(self, queue: Sequence[_Request]) -> tuple[_Chosen, int]:
-        """Returns the sequences to plan, and the number of requests from which they come."""
+    def _window(self, queue: Sequence[_Request]) -> tuple[_Chosen, list[int] | None, int]:
+        """Returns the sequences to plan, the known tokens of each, and the number of requests they come from."""
         window: _Chosen = []
+        known: list[int] = []
         tokens, requests = 0.0, 0
         for request in queue:
             waiting = request.waiting
             window += [(request, index) for index in waiting]
-            tokens += request.tokens * len(waiting) / len(request.sequences)
+            alone = request.tokens * len(waiting) / len(request.sequences)
+            if self._known_lengths:
+                sequences = [request.sequences[index] for index in waiting]
+                lengths = self._known_lengths(sequences, request.rewards_only)
+                alone = min(alone, sum(map(len, sequences)) - sum(lengths))
+                known += lengths
+            tokens += alone
             requests += 1
             if tokens > PLANNED_AHEAD * self._token_budget:
                 break
-        return window, requests
+        return window, known if self._known_lengths else None, requests
 
     def _compute(self, chosen: _Chosen) -> None:
         started = time.perf_counter()
@@ -262,6 +291,9 @@ class RequestBatcher:
             computed_tokens=computed.tokens,
             queue=queue,
             seconds=time.perf_counter() - started,
+            hit_tokens=computed.hit_tokens,
+            evicted_tokens=computed.evicted_tokens,
+            cache_bytes=computed.cache_bytes,
         )
         try:
             self._on_batch(record)

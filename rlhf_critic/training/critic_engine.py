@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_critic.algorithms.head_posterior import HeadPosterior
-from rlhf_critic.algorithms.ppo import clipped_value_loss
+from rlhf_critic.algorithms.ppo_losses import LossMean, clipped_value_loss
 from rlhf_critic.algorithms.preference_objective import needs_values, preference_loss
+from rlhf_critic.algorithms.response_tokens import Masks
 from rlhf_critic.batching.prefix_tree import IntArray, TokenIds
 from rlhf_critic.checkpoint.critic_directory import CriticCard, save_critic
 from rlhf_critic.config.deepspeed import deepspeed_config
@@ -233,18 +234,22 @@ class CriticEngine(InferenceEngine):
         returns: Sequence[NDArray[np.floating]],
         old_values: Sequence[NDArray[np.floating]],
         clip: float | None,
+        masks: Masks | None = None,
+        mean: LossMean = "token",
     ) -> ValueMetrics:
-        """Takes one optimizer step on the mean value loss of all response tokens; see `rlhf_critic.algorithms.ppo`.
+        """Takes one optimizer step on the mean value loss of all response tokens.
 
-        A prompt that several rollouts share is computed once, as in `values`. A rollout with an empty response adds
-        nothing.
+        A prefix that several rollouts share is computed once, as in `values`: a prompt, or a prompt with some turns. A
+        rollout with an empty response adds nothing.
 
         Args:
             sequences: Token ids of prompt and response, the same on every rank.
             prompt_lengths: Tokens of each prompt, at least 1.
             returns: Target values of the response tokens of every rollout, ``[R]``.
             old_values: Values of the response tokens when the rollouts were generated, ``[R]``.
-            clip: See `rlhf_critic.algorithms.ppo.clipped_value_loss`.
+            clip: See `rlhf_critic.algorithms.ppo_losses.clipped_value_loss`.
+            masks: See `rlhf_critic.training.rollout_step.take_rollout_step`, as for ``mean``.
+            mean: Mean of the losses: over tokens, or over sequences.
 
         Raises:
             ValueError: See `rlhf_critic.training.rollout_step.take_rollout_step`.
@@ -259,7 +264,7 @@ class CriticEngine(InferenceEngine):
 
         numbers = {"returns": returns, "old_values": old_values}
         result, (clip_fraction,) = take_rollout_step(
-            self.training, sequences, prompt_lengths, numbers, loss_of, self.options.seed
+            self.training, sequences, prompt_lengths, numbers, loss_of, self.options.seed, masks, mean
         )
         return ValueMetrics(**vars(result), clip_fraction=clip_fraction)
 

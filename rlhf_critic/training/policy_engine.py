@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_critic.algorithms.ppo import clipped_policy_loss, estimate_kl
-from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
+from rlhf_critic.algorithms.ppo import estimate_kl
+from rlhf_critic.algorithms.ppo_losses import LossMean, clipped_policy_loss
+from rlhf_critic.algorithms.response_tokens import Masks, ResponseTokens, nonempty_responses, validate_rollouts
 from rlhf_critic.batching.planner import plan_sequences
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.config.deepspeed import deepspeed_config
@@ -137,6 +138,10 @@ class PolicyEngine:
         advantages: Sequence[NDArray[np.floating]],
         clip: float,
         entropy_coefficient: float = 0.0,
+        masks: Masks | None = None,
+        mean: LossMean = "token",
+        clip_high: float | None = None,
+        dual_clip: float | None = None,
     ) -> PolicyMetrics:
         """Takes one optimizer step on the mean clipped policy loss of all response tokens.
 
@@ -145,8 +150,12 @@ class PolicyEngine:
             prompt_lengths: Tokens of each prompt, at least 1.
             old_log_probs: Log-probabilities with which the response tokens of every rollout were sampled, ``[R]``.
             advantages: Advantages of the response tokens of every rollout, ``[R]``.
-            clip: See `rlhf_critic.algorithms.ppo.clipped_policy_loss`.
+            clip: See `rlhf_critic.algorithms.ppo_losses.clipped_policy_loss`, as for the other limits.
             entropy_coefficient: Weight of the entropy bonus, per nat.
+            masks: See `rlhf_critic.training.rollout_step.take_rollout_step`, as for ``mean``.
+            mean: Mean of the losses: over tokens, or over sequences.
+            clip_high: Maximum rise of the ratio; None means ``clip``.
+            dual_clip: Maximum ratio of tokens with negative advantages; None does not limit it.
 
         Raises:
             ValueError: See `rlhf_critic.training.rollout_step.take_rollout_step`.
@@ -156,14 +165,14 @@ class PolicyEngine:
         def loss_of(batch: Batch, tokens: TokensOnDevice, numbers_A: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
             old_A, advantages_A = numbers_A
             output = self._run(self.training.engine, batch, tokens, entropy_gradient=entropy_coefficient != 0)
-            loss_A, clipped_A = clipped_policy_loss(output.log_probs_A, old_A, advantages_A, clip)
+            loss_A, clipped_A = clipped_policy_loss(output.log_probs_A, old_A, advantages_A, clip, clip_high, dual_clip)
             kl_A = estimate_kl(old_A, output.log_probs_A.detach(), "k3")
             total_A = loss_A - entropy_coefficient * output.entropies_A
             return total_A, [loss_A, clipped_A, output.entropies_A, kl_A]
 
         numbers = {"old_log_probs": old_log_probs, "advantages": advantages}
         result, (loss, clip_fraction, entropy, approx_kl) = take_rollout_step(
-            self.training, sequences, prompt_lengths, numbers, loss_of, self.seed
+            self.training, sequences, prompt_lengths, numbers, loss_of, self.seed, masks, mean
         )
         means = {"loss": loss, "clip_fraction": clip_fraction, "entropy": entropy, "approx_kl": approx_kl}
         return PolicyMetrics(**{**vars(result), **means})

@@ -15,7 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf_critic.algorithms.response_tokens import ResponseTokens, nonempty_responses, validate_rollouts
+from rlhf_critic.algorithms.ppo_losses import LossMean, token_weights
+from rlhf_critic.algorithms.response_tokens import (
+    Masks,
+    ResponseTokens,
+    action_counts,
+    nonempty_responses,
+    validate_rollouts,
+)
 from rlhf_critic.batching.device_copy import copy_to_device
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.model.backbone import Batch
@@ -47,11 +54,13 @@ def take_rollout_step(
     numbers: Mapping[str, Sequence[NDArray[np.floating]]],
     loss_of: Callable[[Batch, TokensOnDevice, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]],
     seed: int,
+    masks: Masks | None = None,
+    mean: LossMean = "token",
 ) -> tuple[StepResult, list[float]]:
     """Takes one optimizer step on the mean loss of all response tokens.
 
-    The last token of a rollout is not computed, because no response token follows it. Rollouts with an empty response
-    add nothing.
+    The last response token of a rollout, and what follows it, is not computed, because no loss reads an output there.
+    Rollouts with an empty response add nothing.
 
     Args:
         training: The engine that takes the step.
@@ -61,6 +70,9 @@ def take_rollout_step(
         loss_of: Computes, for a batch and its response tokens, their losses ``[A]`` and further tensors ``[A]`` to
             average. It gets ``numbers`` of the batch as fp32 tensors ``[A]``, in their order.
         seed: Random seed of dropout.
+        masks: True at the response tokens that the policy sampled, bool ``[R]`` each; None if it sampled all. The other
+            tokens are read as context, and have no loss.
+        mean: Mean of the losses and of the further tensors; see `rlhf_critic.algorithms.ppo_losses.token_weights`.
 
     Returns:
         The result, and the mean of each further tensor over all response tokens.
@@ -69,23 +81,39 @@ def take_rollout_step(
         ValueError: Shapes do not fit, a number is not finite, or no rollout has a response token.
         NonFiniteLossError: The loss is NaN or infinite (the step was not taken), or the gradient is.
     """
-    validate_rollouts(sequences, prompt_lengths, **numbers)
-    trained = nonempty_responses(sequences, prompt_lengths)
+    validate_rollouts(sequences, prompt_lengths, masks, **numbers)
+    trained = nonempty_responses(sequences, prompt_lengths, masks)
     if not trained:
         raise ValueError("no rollout has a response token: there is nothing to train on")
+    counts = action_counts(sequences, prompt_lengths, masks)
+    weights = token_weights([counts[row] for row in trained], mean)
 
     def loss_of_units(batch: Batch, units: Sequence[int]) -> MicroBatchLoss:
         rows = [trained[unit] for unit in units]
-        on_host = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows])
+        of_rows = None if masks is None else [masks[row] for row in rows]
+        on_host = ResponseTokens.of([sequences[row] for row in rows], [prompt_lengths[row] for row in rows], of_rows)
         of_tokens = [np.concatenate([array[row] for row in rows]) for array in numbers.values()]
+        if of_rows is not None:
+            mask_A = np.concatenate(of_rows)
+            of_tokens = [array[mask_A] for array in of_tokens]
+        if weights is not None:
+            of_tokens.append(np.repeat([weights[unit] for unit in units], [counts[row] for row in rows]))
         tokens, numbers_A = copy_tokens(on_host, training.device, of_tokens)
-        loss_A, averaged = loss_of(batch, tokens, numbers_A)
+        loss_A, averaged = loss_of(batch, tokens, numbers_A[: len(numbers)])
+        if weights is not None:
+            loss_A, averaged = loss_A * numbers_A[-1], [tensor * numbers_A[-1] for tensor in averaged]
         loss_U = loss_A.new_zeros(len(rows)).index_add(0, tokens.rows_A, loss_A)
         return MicroBatchLoss(loss_U, torch.stack([tensor.detach().double().sum() for tensor in averaged]))
 
-    count = sum(len(sequences[row]) - prompt_lengths[row] for row in trained)
+    def read(row: int) -> TokenIds:
+        last = len(sequences[row]) - 1
+        if masks is not None:
+            last = prompt_lengths[row] + int(np.flatnonzero(masks[row])[-1])
+        return sequences[row][:last]
+
+    count = sum(counts)
     result, sums = training.take_step(
-        training.prepare([[sequences[row][:-1]] for row in trained]),
+        training.prepare([[read(row)] for row in trained]),
         loss_of_units,
         denominator=count,
         tokens=sum(len(ids) for ids in sequences),

@@ -40,3 +40,9 @@ def exclaims_slowly(prompts, responses):
         wait_until(lambda: len(list(Path(place).iterdir())) >= 2, "another call", 60)
     time.sleep(0.3)
     return exclaims(prompts, responses)
+
+
+def echoes(prompts, transcripts):
+    """Answers the first turn with a word, and rewards each turn by its share of exclamation marks."""
+    rewards = exclaims(prompts, [texts[-1] for texts in transcripts])
+    return [("yes" if len(texts) == 1 else None, reward) for texts, reward in zip(transcripts, rewards, strict=True)]

@@ -288,6 +288,46 @@ def test_while_values_warm_up_the_policy_stays_and_the_critic_learns_and_another
 
 
 @pytest.mark.slow
+def test_value_pretraining_critic_epochs_and_turns_of_a_tool_resume_with_the_same_numbers(options, tmp_path):
+    """Every option at once: Monte Carlo returns at first, two critic epochs, and turns with answers between."""
+    changes = {
+        "ppo": {
+            **of_length(4),
+            "epochs": 1,
+            "critic_epochs": 2,
+            "value_warmup_iterations": 2,
+            "value_warmup_lambda": 1.0,
+            "critic_lambda": 0.9,
+            "gae_step": "turn",
+            "clip_high": 0.3,
+            "dual_clip": 3.0,
+            "loss_mean": "sequence",
+        },
+        "rollout": {"environment": "tests.jobs.ppo_rules:echoes", "max_turns": 2, "max_new_tokens": 24},
+        "run": {"checkpoint_every": 1, "keep_checkpoints": 9},
+    }
+    whole = ppo.run(config_of(options, "turns", **changes))
+    records = history_of(whole.directory)
+    assert ["policy_loss" in record for record in records] == [False, False, True, True]
+    assert all(np.isfinite(record["value_calibration_error"]) for record in records)
+    updates = [load_critic(path / "critic").card.training["step"] for path in checkpoints(whole.directory)]
+    assert updates == [4, 8, 12, 16], "two passes of two minibatches"
+    samples = (whole.directory / "history" / "samples" / "iteration-000004.jsonl").read_text()
+    assert "yes" in samples
+    run = directory_of(options, "turns-resumed")
+    shutil.copytree(whole.directory, run)
+    for iteration in (2, 3, 4):  # it ended while values warmed up
+        shutil.rmtree(run / f"iteration-{iteration:06d}")
+    again = ppo.run(config_of(options, run.name, resume=True, **changes))
+    for record, expected in zip(history_of(run), records, strict=True):
+        assert record == pytest.approx(expected, abs=1e-5)
+    for part in ("policy", "critic"):
+        weights = weights_of(again.checkpoint / part)
+        for name, tensor in weights_of(whole.checkpoint / part).items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_critic_shard_that_is_killed_changes_nothing(options, undisturbed, caplog):
     """The job resumes alone: from its start while there is no checkpoint, and then from the last one."""
     run = directory_of(options, "shard-killed")

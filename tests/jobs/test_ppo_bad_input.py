@@ -49,6 +49,13 @@ OPTIONS = {
         ["--ppo.bootstrap-truncated", "--reward.missing-eos-penalty", "1"],
         "reward.missing_eos_penalty and ppo.bootstrap_truncated exclude each other",
     ),
+    "a group of one": (["--ppo.baseline", "rloo"], "ppo.baseline rloo needs rollout.samples_per_prompt of at least 2"),
+    "a bootstrap without a critic": (
+        ["--ppo.baseline", "grpo", "--rollout.samples-per-prompt", "2", "--ppo.bootstrap-truncated"],
+        "ppo.baseline grpo and ppo.bootstrap_truncated exclude each other",
+    ),
+    "a lambda of no warm-up": (["--ppo.value-warmup-lambda", "1"], "needs ppo.value_warmup_iterations"),
+    "a dual clip that limits nothing": (["--ppo.dual-clip", "1"], "dual_clip Input should be greater than 1"),
     "nothing but warm-up": (
         ["--ppo.iterations", "3", "--ppo.value-warmup-iterations", "3"],
         "ppo.value_warmup_iterations must be less than ppo.iterations",

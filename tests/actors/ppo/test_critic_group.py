@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.ppo import critic_group
 from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticRank
+from actors.ppo.engine_group import SharedSequences
 from jobs.evaluate import evaluate
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, check_critic, load_critic, read_card
 from rlhf_critic.config.deepspeed import deepspeed_config
@@ -337,6 +338,42 @@ def test_a_clip_that_is_no_distance_is_refused_and_the_group_goes_on(pair):
         pair.group.update(*ROLLOUTS.arguments, clip=0.0)
     loss = pair.group.update(*ROLLOUTS.arguments, clip=CLIP).loss
     assert loss == pytest.approx(loss_alone(pair.critic, ROLLOUTS).item(), rel=1e-4)
+
+
+def test_token_ids_that_calls_share_give_the_numbers_of_lists(pair):
+    """Prompts and responses are separate, and updates take parts of them."""
+    lengths = ROLLOUTS.prompt_lengths
+    halves = [(ids[:length], ids[length:]) for ids, length in zip(ROLLOUTS.sequences, lengths, strict=True)]
+    shared = SharedSequences(*zip(*halves, strict=True))
+    assert_values(pair.group.values(shared), alone(pair.critic, ROLLOUTS.sequences))
+    rows = [7, 2, 3, 11]
+    part = Rollouts(*([column[row] for row in rows] for column in ROLLOUTS.arguments))
+    loss = pair.group.update(shared.part(rows), *part.arguments[1:], clip=CLIP).loss
+    assert loss == pytest.approx(loss_alone(pair.critic, part).item(), rel=1e-4)
+    assert_values(pair.group.values(shared.part(rows).part([1, 3])), alone(pair.critic, part.sequences)[1::2])
+    with pytest.raises(ValueError, match=r"rollout 1: returns has the shape"):
+        pair.group.update(shared.part([2, 7]), lengths[:2], [part.returns[1]] * 2, [part.returns[1]] * 2)
+
+
+def test_masks_leave_tokens_out_of_an_update(pair):
+    """Numbers at tokens that the policy did not sample are not read."""
+    masks = [np.arange(len(row)) % 3 != 1 for row in ROLLOUTS.returns]
+    hidden = [np.where(mask, row, np.nan) for mask, row in zip(masks, ROLLOUTS.returns, strict=True)]
+    total, actions = 0.0, 0
+    for ids, length, mask, *numbers in zip(
+        *ROLLOUTS.arguments[:2], masks, ROLLOUTS.returns, ROLLOUTS.old_values, strict=True
+    ):
+        one = pair.critic.values(pair.critic.batch_of([ids]))[0][length - 1 : len(ids) - 1][mask]
+        returns, old_values = (torch.from_numpy(row[mask]) for row in numbers)
+        near = torch.minimum(torch.maximum(one, old_values - CLIP), old_values + CLIP)
+        total += 0.5 * torch.maximum((one - returns) ** 2, (near - returns) ** 2).sum().item()
+        actions += int(mask.sum())
+    arguments = *ROLLOUTS.arguments[:2], hidden, ROLLOUTS.old_values
+    assert pair.group.update(*arguments, clip=CLIP, masks=masks).loss == pytest.approx(total / actions, rel=1e-4)
+    with pytest.raises(ValueError, match="rollout 0: returns is nan"):
+        pair.group.update(*arguments, clip=CLIP)
+    with pytest.raises(ValueError, match="rollout 0: the mask has the dtype float64; it must be bool"):
+        pair.group.update(*arguments, clip=CLIP, masks=[mask.astype(float) for mask in masks])
 
 
 def eight_of_one_prompt() -> Rollouts:

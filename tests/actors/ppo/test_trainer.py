@@ -11,8 +11,9 @@ import pytest
 
 from actors.ppo import rollout_workers
 from actors.ppo.checkpoint import CHECKPOINT_PATTERN
+from actors.ppo.concurrency import run_concurrently
 from actors.ppo.rollout_workers import score_patiently
-from actors.ppo.trainer import PPOTrainer, run_concurrently
+from actors.ppo.trainer import PPOTrainer
 from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.errors import (
     CheckpointError,

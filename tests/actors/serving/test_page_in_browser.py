@@ -117,6 +117,7 @@ def test_tabs_by_keyboard_and_a_link_to_texts(page, url):
     page.goto(link)
     assert page.input_value("#prompt") == HOSTILE[0]
     assert page.input_value("#answer-1") == HOSTILE[2]
+    assert [page.get_attribute(box, "dir") for box in ("#prompt", "#answer-1")] == ["ltr", "rtl"]
     assert page.locator(".heat").count() == 0, "a link scores nothing before the person wants it"
 
 
@@ -135,7 +136,7 @@ def test_hostile_texts_are_texts_at_every_width(page, url, scheme, width):
 
 def test_a_text_of_a_megabyte_is_refused_with_the_limit(page, url):
     page.goto(url)
-    page.evaluate("text => { document.getElementById('prompt').value = text; }", "please thank you\n" * 2**16)
+    page.evaluate("text => { document.getElementById('prompt').value = text; }", "please thank you " * 2**16)
     page.click("#score")
     expect(page.locator("#try-said")).to_contain_text("bytes, maximum 524288: shorten it")
     score(page, "please", "of course", "no")

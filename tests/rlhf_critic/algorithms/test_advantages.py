@@ -26,7 +26,6 @@ def floats(*numbers: float) -> np.ndarray:
 def two_rollouts() -> RolloutBatch:
     """Makes a terminated response of two tokens and a truncated response of one token."""
     return RolloutBatch(
-        sequences=[[5, 6, 7, 2], [5, 9]],
         prompt_lengths=[2, 1],
         truncated_S=np.array([False, True]),
         rewards_S=floats(1.0, 3.0),
@@ -46,7 +45,6 @@ def random_rollouts(seed: int, empty: bool = False) -> RolloutBatch:
     numbers = [[rng.normal(size=length).astype(np.float32) for length in lengths] for _ in range(2)]
     totals = [p + r for p, r in zip(prompt_lengths, lengths, strict=True)]
     return RolloutBatch(
-        sequences=[rng.integers(0, 50, total).tolist() for total in totals],
         prompt_lengths=prompt_lengths,
         truncated_S=rng.random(9) < 0.4,
         rewards_S=(3 * rng.normal(size=9)).astype(np.float32),
@@ -72,7 +70,7 @@ def slow_experience(judged: RolloutBatch, algorithm: AlgorithmConfig, reward: Re
         rewards = [max(-reward.clip, min(reward.clip, r)) for r in rewards]
     advantages, returns, old_values = [], [], []
     for s, prompt_length in enumerate(judged.prompt_lengths):
-        response = len(judged.sequences[s]) - prompt_length
+        response = len(judged.log_probs[s])
         values = [float(judged.values[s][prompt_length - 1 + t]) for t in range(response)]
         goes_on = bool(judged.truncated_S[s]) and algorithm.bootstrap_truncated
         of_tokens = []
@@ -207,6 +205,121 @@ def test_a_cut_response_that_is_not_judged_is_refused_too_where_its_reward_is_no
         compute_advantages(
             judged, PLAIN.model_copy(update={"bootstrap_truncated": True}), RewardConfig(), RunningMoments()
         )
+
+
+def with_holes(seed: int) -> tuple[RolloutBatch, RolloutBatch]:
+    """Makes rollouts with holes, whose numbers are NaN at them, and the same rollouts without the tokens of the holes.
+
+    The value before each action is the same in both, and so is the value at the end.
+    """
+    rng = np.random.default_rng(seed)
+    judged = random_rollouts(seed)
+    masks = [rng.random(len(row)) < 0.6 for row in judged.log_probs]
+
+    def holed(rows):
+        return [np.where(mask, row, math.nan).astype(np.float32) for row, mask in zip(rows, masks, strict=True)]
+
+    def packed(rows):
+        return [row[mask] for row, mask in zip(rows, masks, strict=True)]
+
+    token_rewards = [rng.normal(size=len(row)).astype(np.float32) for row in judged.log_probs]
+    firsts = [length - 1 for length in judged.prompt_lengths]
+    values = [
+        np.concatenate([row[:first], row[first:-1][mask], row[-1:]])
+        for row, mask, first in zip(judged.values, masks, firsts, strict=True)
+    ]
+    holes = replace(
+        judged,
+        masks=masks,
+        log_probs=holed(judged.log_probs),
+        ref_log_probs=holed(judged.ref_log_probs),
+        token_rewards=token_rewards,
+    )
+    without = replace(
+        judged,
+        values=values,
+        log_probs=packed(judged.log_probs),
+        ref_log_probs=packed(judged.ref_log_probs),
+        token_rewards=packed(token_rewards),
+    )
+    return holes, without
+
+
+@pytest.mark.parametrize("options", [{}, {"bootstrap_truncated": True}, {"length_adaptive_alpha": 0.9}], ids=str)
+def test_a_hole_is_no_step(options):
+    holes, without = with_holes(5)
+    algorithm = AlgorithmConfig(gamma=0.9, gae_lambda=0.8, kl_coefficient=0.3, **options)
+    made = compute_advantages(holes, algorithm, RewardConfig(scaling="running"), EARLIER)
+    expected = compute_advantages(without, algorithm, RewardConfig(scaling="running"), EARLIER)
+    for name in ("advantages", "returns"):
+        rows = getattr(made, name)
+        assert [len(row) for row in rows] == [len(mask) for mask in holes.masks]
+        assert all(not row[~mask].any() for row, mask in zip(rows, holes.masks, strict=True))
+        assert_rows([row[mask] for row, mask in zip(rows, holes.masks, strict=True)], getattr(expected, name))
+    assert made.metrics == pytest.approx(expected.metrics, rel=1e-5)
+
+
+def test_options_that_are_not_given_leave_every_number_as_it_was():
+    """A lambda of returns equal to the other one, and limits by their names, are what earlier versions did."""
+    judged = random_rollouts(7)
+    plain = AlgorithmConfig(gamma=0.9, gae_lambda=0.8)
+    named = AlgorithmConfig(gamma=0.9, gae_lambda=0.8, critic_lambda=0.8, gae_step="token", baseline="critic")
+    one, other = (compute_advantages(judged, each, RewardConfig(), EARLIER) for each in (plain, named))
+    assert one.metrics == other.metrics
+    for name in ("advantages", "returns"):
+        for row, same in zip(getattr(one, name), getattr(other, name), strict=True):
+            np.testing.assert_array_equal(row, same)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_warmup", "critic_lambda"),
+    [
+        ({"critic_lambda": 0.3}, False, 0.3),
+        ({"length_adaptive_alpha": 0.5}, False, 1.0),
+        ({"length_adaptive_alpha": 0.5, "critic_lambda": 0.6}, False, 0.6),
+        ({"value_warmup_lambda": 1.0}, True, 1.0),
+        ({"value_warmup_lambda": 1.0}, False, 0.8),
+        ({}, True, 0.8),
+    ],
+)
+def test_returns_have_the_lambda_of_the_critic(options, is_warmup, critic_lambda):
+    judged = random_rollouts(3)
+    algorithm = AlgorithmConfig(gamma=0.9, gae_lambda=0.8, **options)
+    made = compute_advantages(judged, algorithm, RewardConfig(), EARLIER, is_warmup=is_warmup)
+    wanted = AlgorithmConfig(gamma=0.9, gae_lambda=critic_lambda)
+    assert_rows(made.returns, slow_experience(judged, wanted, RewardConfig(), [3.0, -1.0, 0.5])[1])
+
+
+def test_turns_are_actions_on_request_by_hand():
+    batch = replace(two_rollouts(), masks=[np.array([True, True]), np.array([True])])
+    algorithm = PLAIN.model_copy(update={"gae_step": "turn"})
+    made = compute_advantages(batch, algorithm, RewardConfig(), RunningMoments())
+    assert_rows(made.advantages, [[1.0 - 0.25] * 2, [1.0]])
+    assert_rows(made.returns, [[1.0] * 2, [3.0]])
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_group_is_the_baseline_on_request_and_the_critics_returns_stay(kind):
+    batch = replace(two_rollouts(), groups_S=np.array([4, 4]), truncated_S=np.array([False, False]))
+    algorithm = PLAIN.model_copy(update={"baseline": kind})
+    made = compute_advantages(batch, algorithm, RewardConfig(), RunningMoments())
+    far = 2.0 if kind == "rloo" else 1 / math.sqrt(2)
+    assert_rows(made.advantages, [[-far] * 2, [far]])
+    assert_rows(made.returns, [[1.0, 1.0], [3.0]])
+    with pytest.raises(ValueError, match="needs groups_S"):
+        compute_advantages(two_rollouts(), algorithm, RewardConfig(), RunningMoments())
+
+
+def test_values_are_measured_against_realised_returns_by_hand():
+    metrics = compute_advantages(two_rollouts(), PLAIN, RewardConfig(), RunningMoments()).metrics
+    # Values 0.25, 0.5 and 2 with returns 1, 1 and 3; actions 0 and 1 of two are in quarters 1 and 3, that of one in 1.
+    assert metrics["value_calibration_error"] == pytest.approx((0.75 + 0.5 + 1.0) / 3)
+    assert [metrics[f"value_predicted_{number}"] for number in (1, 2, 3)] == [0.25, 0.5, 2.0]
+    assert [metrics[f"value_realised_{number}"] for number in (1, 2, 3)] == [1.0, 1.0, 3.0]
+    assert metrics["value_error_1"] == pytest.approx(math.sqrt((0.75**2 + 1.0) / 2))
+    assert metrics["value_error_3"] == pytest.approx(0.5)
+    assert (metrics["advantage_1"], metrics["advantage_3"]) == pytest.approx(((0.75 + 1.0) / 2, 0.5))
+    assert not {"value_error_2", "advantage_4", "value_predicted_4"} & metrics.keys()
 
 
 PROMPTS_OF_ROLLOUTS = [7, 7, 7, 2, 2, 9, 4, 4, 4, 7]  # one prompt appears twice

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_critic.algorithms.ppo import clipped_policy_loss, clipped_value_loss, estimate_kl
+from rlhf_critic.algorithms.ppo import estimate_kl
+from rlhf_critic.algorithms.ppo_losses import clipped_policy_loss, clipped_value_loss
 from rlhf_critic.algorithms.preference_objective import preference_loss
 from rlhf_critic.algorithms.response_tokens import ResponseTokens
 from rlhf_critic.batching import device_copy, prefix_tree_batch

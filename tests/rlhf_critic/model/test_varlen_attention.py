@@ -131,6 +131,38 @@ def test_head_layouts(plan, heads, size):
     assert max(found) < 1e-12
 
 
+@pytest.mark.parametrize("for_leaves", [False, True], ids=["every token", "leaves"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_cached_tokens_are_keys_only(plan, for_leaves):
+    """Keys and values of cached tokens stand behind those of the computed tokens, which alone are queries."""
+    rng = np.random.default_rng(11)
+    for _ in range(6):
+        prompts = [rng.integers(0, 3, rng.integers(1, 9)) for _ in range(3)]
+        sequences = [np.append(prompt, rng.integers(0, 3, rng.integers(1, 6))) for prompt in prompts for _ in range(3)]
+        cached_S = [int(rng.integers(0, len(prompt) + 1)) for prompt in prompts for _ in range(3)]
+        tree = PrefixTree.build(sequences, cached_S)
+        computed_T = np.flatnonzero(~tree.is_cached_R[tree.run_of_T])
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (
+            torch.randn(1, heads, len(tree), 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+        )
+        expected = dense(query, key, value, tree, False, Scores(0.3))[:, computed_T]
+        placed = np.argsort(tree.places_T)
+        asked = tree.run_ends_R[tree.computed_runs] - 1 if for_leaves else computed_T
+        calls = PLANS[plan](tree)
+        with torch.no_grad():
+            output = varlen_attention(
+                query[:, :, asked],
+                key[:, :, placed],
+                value[:, :, placed],
+                calls.leaves if for_leaves else calls.every,
+                FlashAttention(),
+                Scores(0.3),
+            )
+        expected = expected[:, tree.places_T[asked]]
+        torch.testing.assert_close(output, expected, rtol=0.0, atol=1e-12)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_bf16_rounds_once(plan):
     """Outputs are joined and gradients are added in fp32, so errors stay those of one rounding of each input."""
