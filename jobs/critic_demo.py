@@ -1,7 +1,7 @@
 """``make critic-demo``: PPO with a critic against the baseline of a group, where one early word decides the reward.
 
 A prompt names a key among filler words. The first word of the response decides the reward: 1 if it is an answer to the
-key, otherwise 0. The rest of the response, up to 47 words, changes nothing. A baseline for the whole response cannot
+key, otherwise 0. The rest of the response, up to 63 words, changes nothing. A baseline for the whole response cannot
 tell which word earned the reward. A critic can: after the first word it knows the reward.
 
 Each run is one process, without Ray, and finished runs are kept, so the command can be interrupted.
@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 Baseline = Literal["critic", "rloo", "grpo"]
 
 KEYS, SYNONYMS, FILLER = 2, 4, 16
-ITERATIONS, PROMPTS, SAMPLES = 40, 12, 8
-RESPONSE_TOKENS = 48
+ITERATIONS, PROMPTS, SAMPLES = 40, 16, 8
+RESPONSE_TOKENS = 64
 POLICY_RATE, CRITIC_RATE = 1e-3, 2e-3
 CRITIC_EPOCHS, CRITIC_MINIBATCHES = 2, 4  # of an iteration; the policy takes one step
 WARMUP_ITERATIONS = 2  # of the critic's run, counted among its iterations

@@ -21,6 +21,7 @@ Shape legend: P preferences, S sequences, D hidden size, K candidates of lambda.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,20 +126,22 @@ def win_logits(margins_P: Tensor, margin_stds_P: Tensor, temperature: float) -> 
 
 
 def choose_prior_precision(
-    candidates_K: Tensor, margins_P: Tensor, variances_PK: Tensor, temperature: float
-) -> tuple[float, Tensor]:
-    """Chooses ``lambda`` by the log-likelihood of validation preferences.
+    candidates_K: Tensor, margins_P: Tensor, variances_PK: Tensor, fit_temperature: Callable[[Tensor], float]
+) -> tuple[float, float, Tensor]:
+    """Chooses ``lambda`` and the temperature together, by the log-likelihood of validation preferences.
 
     Args:
-        candidates_K: Candidates, in ascending order.
+        candidates_K: Candidates of ``lambda``, in ascending order.
         margins_P: Chosen minus rejected rewards.
         variances_PK: Variance of each logit for each candidate; see `Spectrum.logit_variances`.
-        temperature: Temperature of margins.
+        fit_temperature: Returns the most likely temperature of logits, fp64 ``[P]``.
 
     Returns:
-        The candidate with the lowest mean log-loss, the largest of equals, and the mean log-loss of each, fp64 ``[K]``.
+        The candidate with the lowest mean log-loss, the largest of equals, its temperature, and the mean log-loss of
+        each candidate with its temperature, fp64 ``[K]``.
     """
-    logits_PK = win_logits(margins_P.double()[:, None], variances_PK.sqrt() * temperature, temperature)
-    losses_K = torch.nn.functional.softplus(-logits_PK).mean(dim=0)
+    logits_PK = win_logits(margins_P.double()[:, None], variances_PK.sqrt(), 1.0)
+    temperatures = [fit_temperature(logits_P) for logits_P in logits_PK.T]
+    losses_K = torch.nn.functional.softplus(-logits_PK / torch.tensor(temperatures)).mean(dim=0)
     best = int((losses_K == losses_K.min()).nonzero()[-1])
-    return float(candidates_K[best]), losses_K
+    return float(candidates_K[best]), temperatures[best], losses_K

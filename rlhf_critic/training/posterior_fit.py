@@ -48,10 +48,10 @@ class FitReport:
         preferences: Number of training preferences in the Hessian.
         scale: Factor on the Hessian: all training preferences divided by those.
         validation: Number of comparisons that chose ``lambda`` and temperature.
-        temperature: Temperature of margins.
+        temperature: Temperature of margins, chosen together with ``lambda``.
         prior_precision: The chosen ``lambda``.
         log_loss: Mean validation log-loss of ``sigmoid(margin)``, in nats.
-        log_loss_scaled: The same with the temperature.
+        log_loss_scaled: The same with the most likely temperature and no uncertainty.
         log_loss_uncertain: The same with temperature and uncertainty.
         mean_std: Mean standard deviation of the rewards of validation responses.
     """
@@ -156,8 +156,9 @@ def fit_head_posterior(
 ) -> tuple[HeadPosterior, FitReport]:
     """Fits the posterior of a head. Collective.
 
-    The temperature is the most likely one of the validation margins. ``lambda`` is the candidate whose probabilities,
-    with uncertainty, are the most likely ones. A ranking counts as all its comparisons.
+    The Hessian takes the most likely temperature of the validation margins alone. Then ``lambda`` and temperature of
+    the posterior are those whose probabilities with uncertainty are the most likely ones. A ranking counts as all its
+    comparisons.
 
     Args:
         train: Preferences for the Hessian.
@@ -206,16 +207,19 @@ def fit_head_posterior(
     candidates_K = spectrum.candidates()
     differences_VD = torch.cat(difference_parts) if difference_parts else mean_D.new_zeros(0, len(mean_D))
     variances_VK = ranks.join(spectrum.logit_variances(differences_VD).cpu().numpy())
-    prior_precision, losses_K = choose_prior_precision(
-        candidates_K.cpu(), torch.from_numpy(all_margins_V), torch.from_numpy(variances_VK), temperature
+    prior_precision, best_temperature, losses_K = choose_prior_precision(
+        candidates_K.cpu(),
+        torch.from_numpy(all_margins_V),
+        torch.from_numpy(variances_VK),
+        lambda logits_V: fit_temperature(logits_V.numpy()) or 1.0,
     )
-    posterior = spectrum.posterior(mean_D / counted, temperature, prior_precision)
+    posterior = spectrum.posterior(mean_D / counted, best_temperature, prior_precision)
     stds = [posterior.stds(states_SD) for states_SD in state_parts]
     report = FitReport(
         preferences=len(train),
         scale=scale,
         validation=len(all_margins_V),
-        temperature=temperature,
+        temperature=best_temperature,
         prior_precision=prior_precision,
         log_loss=float(np.logaddexp(0.0, -all_margins_V).mean()),
         log_loss_scaled=float(np.logaddexp(0.0, -all_margins_V / temperature).mean()),

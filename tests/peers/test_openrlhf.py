@@ -74,7 +74,7 @@ def test_a_checkpoint_between_has_their_scores_here_though_it_pads_with_eos(peer
 def test_their_executor_shows_why_a_request_was_refused(peer, serving, export, base):
     contract = peer("openrlhf")
     url = serving(export, max_replicas=1)
-    request = {"model": base, "url": f"{url}/get_reward", "prompts": ["please"], "responses": ["1 " * 5000]}
+    request = {"model": base, "url": f"{url}/get_reward", "prompts": ["please"], "responses": ["1 " * 40_000]}
     answer = contract.run("ask_openrlhf", request)
     assert not answer["rewards"]
     assert any("422" in line and "tokens, maximum" in unquote(line) for line in answer["logged"]), answer["logged"]

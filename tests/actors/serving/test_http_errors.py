@@ -21,9 +21,9 @@ FIELDS = {
         ".prompt[0].content",
     ),
     "a prompt that is no text": ({"items": [{"prompt": 3, "response": "a"}]}, ".prompt"),
-    "a turn with another field": (
-        {"items": [{"prompt": [{**TURN, "parts": []}], "response": "a"}]},
-        ".prompt[0].parts",
+    "a part that is no text": (
+        {"items": [{"prompt": [{**TURN, "content": [{"type": "image"}]}], "response": "a"}]},
+        ".prompt[0].content",
     ),
     "a chat with a wrong role": ({"items": [{"messages": [{"role": "", "content": "a"}]}]}, ".messages[0].role"),
     "a negative id": ({"items": [{"token_ids": [5, -1]}]}, ".token_ids[1]"),
@@ -52,7 +52,7 @@ def test_the_field_at_fault_is_named_as_in_the_body(what):
     [
         ("/get_reward", {"query": ["a", 3]}, "query[1]"),
         ("/get_reward", {"prompts": ["a"]}, "query"),
-        ("/classify", {"messages": [{**TURN, "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
+        ("/classify", {"messages": [{**TURN, "content": [{"type": "image"}]}]}, "messages[0].content"),
         ("/classify", {"input": "a", "activation": 3}, "activation"),
         ("/score", {}, "items"),
         ("/score", [], "the body"),

@@ -1,4 +1,8 @@
-"""Classifies texts with infinity. Request: ``model``, ``texts``."""
+"""Scores texts with infinity, which takes a model with one label for a reranker.
+
+Request: ``model``, ``texts``, ``ending``.
+A text goes there as a query without its ending and the ending as a document, which it joins token by token.
+"""
 
 import asyncio
 import json
@@ -25,8 +29,11 @@ async def main():
     engine = engines[0]
     async with engine:
         for name, raw in {"as_it_is": False, "raw": True}.items():
-            classes, _ = await engine.classify(sentences=request["texts"], raw_scores=raw)
-            answer[name] = [one[0]["score"] for one in classes]
+            answer[name] = []
+            for text in request["texts"]:
+                query = text.removesuffix(request["ending"])
+                (ranked,), _ = await engine.rerank(query=query, docs=[request["ending"]], raw_scores=raw)
+                answer[name].append(float(ranked.relevance_score))
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(answer, file)
 

@@ -83,7 +83,8 @@ def test_lambda_is_the_most_likely_and_the_largest_of_equals():
     candidates = torch.tensor([0.1, 1.0, 10.0])
     variances = torch.tensor([[9.0, 1.0, 1.0], [0.0, 4.0, 4.0]], dtype=torch.float64)
     margins = torch.tensor([3.0, -1.0])
-    best, losses = choose_prior_precision(candidates, margins, variances, 1.0)
+    best, temperature, losses = choose_prior_precision(candidates, margins, variances, lambda _: 1.0)
+    assert temperature == 1.0
     expected = [
         np.mean([np.logaddexp(0, -m / math.sqrt(1 + math.pi / 8 * v)) for m, v in zip((3, -1), column, strict=True)])
         for column in variances.T.tolist()

@@ -54,18 +54,20 @@ def test_it_is_the_posterior_by_its_definition(loaded):
     margins = held_out @ head
     temperature = fit_temperature(margins) or 1.0
     assert len(differences) == 42
-    assert report.temperature == pytest.approx(temperature, rel=1e-4)
     p = 1 / (1 + np.exp(-(differences @ head) / temperature))
     hessian = 3.0 * sum(a * (1 - a) * np.outer(d, d) for a, d in zip(p, differences, strict=True))
-    losses = {}
+    losses, temperatures = {}, {}
     for prior in np.logspace(-4, 4, 17) * np.trace(hessian) / len(head):
         inverse = np.linalg.inv(hessian + prior * np.eye(len(head)))
         variances = np.array([d @ inverse @ d for d in held_out])
-        losses[prior] = np.logaddexp(0, -margins / temperature / np.sqrt(1 + np.pi / 8 * variances)).mean()
+        logits = margins / np.sqrt(1 + np.pi / 8 * variances)
+        temperatures[prior] = fit_temperature(logits) or 1.0
+        losses[prior] = np.logaddexp(0, -logits / temperatures[prior]).mean()
     best = min(losses, key=lambda prior: (losses[prior], -prior))
     assert report.prior_precision == pytest.approx(best, rel=1e-3)
     assert report.log_loss_uncertain == pytest.approx(losses[best], rel=1e-4)
-    covariance = temperature**2 * np.linalg.inv(hessian + best * np.eye(len(head)))
+    assert report.temperature == pytest.approx(temperatures[best], rel=1e-3)
+    covariance = temperatures[best] ** 2 * np.linalg.inv(hessian + best * np.eye(len(head)))
     mean = np.concatenate(states).mean(axis=0)
     centred = np.concatenate(held_out_states) - mean
     expected = np.sqrt(np.einsum("sd,de,se->s", centred, covariance, centred))
