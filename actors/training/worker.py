@@ -50,7 +50,7 @@ from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.base import validate_same_options
 from rlhf_critic.config.train import TrainJobConfig
 from rlhf_critic.data.training_data import load_data, total_steps
-from rlhf_critic.errors import CheckpointError, ConfigError, describe_error
+from rlhf_critic.errors import CheckpointError, ConfigError, DataError, describe_error
 from rlhf_critic.evaluation.pointwise import PointwiseEvaluation
 from rlhf_critic.evaluation.preferences import Evaluation
 from rlhf_critic.files import verify_manifest, write_manifest
@@ -297,7 +297,11 @@ class _TrainingRun:
         if not len(train) or len(validation) < MIN_VALIDATION:
             return
         started = time.perf_counter()
-        posterior, report = self.engine.fit_posterior(train, validation)
+        try:
+            posterior, report = self.engine.fit_posterior(train, validation)
+        except DataError as error:  # of all ranks: the states are those of all ranks together
+            self._log("posterior: not fitted: %s", error)
+            return
         if self.is_main:
             save_posterior(directory, posterior, WeightReader(str(directory)).read(HEAD_NAME), report.to_dict())
         self._log("posterior: seconds=%.1f %s", time.perf_counter() - started, report)

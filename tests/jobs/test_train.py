@@ -54,6 +54,7 @@ def options(tiny_model, preference_file, validation_file, tmp_path_factory) -> d
             "token_budget": 300,
             "checkpoint_every": CHECKPOINT_EVERY,
             "validate_every": 25,
+            "uncertainty": True,
         },
         "run": {"num_workers": 2, "storage_path": f"file://{tmp_path_factory.mktemp('storage')}", "max_failures": 1},
     }
@@ -133,7 +134,9 @@ def test_a_submitted_job_trains_and_tells_the_user(submitted):
     assert list((run / "history" / "tensorboard").glob("events.*"))
     kept = sorted(path.name for path in run.glob("step-*"))
     assert kept == [f"step-{STEPS - CHECKPOINT_EVERY:06d}", f"step-{STEPS:06d}"]
-    card = load_critic(run / kept[-1]).card
+    critic = load_critic(run / kept[-1])
+    card = critic.card
+    assert critic.posterior is not None
     assert card.version == f"submitted@{STEPS}"
     assert card.reward_std > 0
     older = read_card(run / kept[0])  # it was not validated, and does not take the figures of an earlier step
