@@ -5,13 +5,16 @@ The counterpart of `actors.ppo.critic_group`. Knows nothing about rewards, value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from actors.ppo.engine_group import EngineGroup, put_rollouts, put_sequences, validate_token_ids
@@ -57,12 +60,34 @@ class PolicyWeights:
 
     Attributes:
         version: Updates done.
-        tensors: Reference to the weights by name; in a tuple, so that Ray passes the reference on instead of fetching
-            the weights.
+        stored: Reference to the bytes, dtype and shape of each weight by name; in a tuple, so that Ray passes the
+            reference on instead of fetching the weights.
     """
 
     version: int
-    tensors: tuple[ray.ObjectRef]
+    stored: tuple[ray.ObjectRef]
+
+    @classmethod
+    def put(cls, version: int, tensors: Mapping[str, Tensor]) -> PolicyWeights:
+        """Copies contiguous CPU tensors into the object store. Ray would pickle tensors; arrays it maps into memory."""
+        stored = {
+            name: (tensor.reshape(-1).view(torch.uint8).numpy(), tensor.dtype, tensor.shape)
+            for name, tensor in tensors.items()
+        }
+        return cls(version, (ray.put(stored),))
+
+    def get(self) -> dict[str, Tensor]:
+        """Returns the weights, which share the object store's memory: they may be read and not written.
+
+        Raises:
+            ray.exceptions.ObjectLostError: The weights were lost with the rank that put them.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return {
+                name: torch.from_numpy(bytes_B).view(dtype).view(shape)
+                for name, (bytes_B, dtype, shape) in ray.get(self.stored[0]).items()
+            }
 
 
 class PolicyRank(Rank):
@@ -99,7 +124,7 @@ class PolicyRank(Rank):
     def weights(self) -> PolicyWeights | None:
         """Puts the weights into the object store."""
         tensors = self._engine.weights()
-        return PolicyWeights(self._engine.step, (ray.put(tensors),)) if self.rank == 0 else None
+        return PolicyWeights.put(self._engine.step, tensors) if self.rank == 0 else None
 
 
 class PolicyGroup(EngineGroup):

@@ -139,7 +139,7 @@ class RolloutWorker:
         with self._sampling:
             started = time.perf_counter()
             if weights.version != self._version:
-                self._generator.load(ray.get(weights.tensors[0]))
+                self._generator.load(weights.get())
                 self._version = weights.version
             torch.set_num_threads(self._threads)  # a setting of each thread
             sampled = self._generator.generate(task.prompt_ids, self._max_new_tokens, task.seed)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from actors.ppo.policy_group import PolicyGroup, PolicyOptions
+from actors.ppo.policy_group import PolicyGroup, PolicyOptions, PolicyWeights
 from rlhf_critic.config.model import BodyConfig, OptimizerConfig
 from rlhf_critic.data.encoding import load_tokenizer
 from rlhf_critic.errors import CheckpointError, CriticError, NonFiniteLossError, PlacementError, RankLost
@@ -142,7 +142,7 @@ def test_weights_make_a_generator_the_policy(fresh, tiny_model, drawn, tmp_path)
         fresh.update(*drawn.arguments, clip=CLIP)
     weights = fresh.weights()
     assert weights.version == 2
-    tensors = ray.get(weights.tensors[0])
+    tensors = weights.get()
     fresh.save(tmp_path / "saved")
     saved = create_policy(BodyConfig(path=str(tmp_path / "saved")), tokenizer).model.state_dict()
     generator = TransformersGenerator(BodyConfig(path=tiny_model), tokenizer, TEMPERATURE, torch.device("cpu"))
@@ -161,11 +161,20 @@ def test_weights_make_a_generator_the_policy(fresh, tiny_model, drawn, tmp_path)
         np.testing.assert_allclose(response.log_probs, log_probs.numpy(), rtol=0, atol=TOLERANCE)
 
 
+def test_weights_are_read_in_the_object_store_without_a_copy(ray_address):
+    given = {"a": torch.randn(1024, 256).bfloat16(), "b": torch.tensor(2.5), "c": torch.randn(4, 3).T}
+    weights = PolicyWeights.put(7, given)
+    first, second = weights.get(), weights.get()
+    for name, tensor in given.items():
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=0)
+    assert first["a"].data_ptr() == second["a"].data_ptr()
+
+
 def test_a_saved_policy_loads_in_plain_transformers(fresh, drawn, tmp_path):
     fresh.update(*drawn.arguments, clip=CLIP)
     fresh.save(tmp_path / "saved")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    for name, tensor in ray.get(fresh.weights().tensors[0]).items():
+    for name, tensor in fresh.weights().get().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="exists already"):
         fresh.save(tmp_path / "saved")

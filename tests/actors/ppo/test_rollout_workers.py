@@ -57,7 +57,7 @@ def options(tiny_model) -> PolicyOptions:
 @pytest.fixture(scope="module")
 def weights(options, ray_address) -> PolicyWeights:
     policy = create_policy(options.model, options.tokenizer())
-    return PolicyWeights(3, (ray.put(policy.model.state_dict()),))
+    return PolicyWeights.put(3, policy.model.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_new_weights_are_loaded_and_named(undisturbed, workers, tasks, weights, 
     policy = create_policy(options.model, options.tokenizer())
     for parameter in policy.parameters():
         parameter.data.mul_(1.5)
-    changed = PolicyWeights(4, (ray.put(policy.model.state_dict()),))
+    changed = PolicyWeights.put(4, policy.model.state_dict())
     rollouts, _ = workers.run(tasks[:2], changed, 120)
     assert {rollout.policy_version for rollout in rollouts} == {4}
     old = [rollout.log_probs[0] for rollout in undisturbed[0][: len(rollouts)]]
@@ -231,7 +231,7 @@ class Holder:
 @pytest.mark.slow
 def test_weights_that_went_with_their_shard_are_a_lost_rank_which_a_job_survives(workers, tasks, weights):
     holder = Holder.remote()
-    (kept,) = ray.get(holder.put.remote(ray.get(weights.tensors[0])))
+    (kept,) = ray.get(holder.put.remote(ray.get(weights.stored[0])))
     ray.kill(holder)
     time.sleep(1)
     with pytest.raises(RankLost, match="the policy's weights were lost"):

@@ -22,7 +22,8 @@ async def main():
     )
     engines = AsyncEngineArray.from_args([arguments])
     answer = {}
-    async with engines[0] as engine:
+    engine = engines[0]
+    async with engine:
         for name, raw in {"as_it_is": False, "raw": True}.items():
             classes, _ = await engine.classify(sentences=request["texts"], raw_scores=raw)
             answer[name] = [one[0]["score"] for one in classes]

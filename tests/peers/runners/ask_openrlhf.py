@@ -50,7 +50,7 @@ def judge():
     answer["pad_is_eos"] = tokenizer.pad_token_id == tokenizer.eos_token_id
     if new:
         with torch.no_grad():
-            model.score.weight.normal_(0.0, 1.0)
+            model.score.weight.normal_(0.0, 0.2)
         if request.get("is_last", True):
             model.config.value_head_prefix = "score"  # as its train_rm does before it saves the last checkpoint
         model.save_pretrained(request["train_to"])
