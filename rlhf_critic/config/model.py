@@ -152,8 +152,11 @@ class ShardingConfig(Section):
 
 
 class OptimizerConfig(ShardingConfig):
-    """AdamW, its schedule and its sharding by DeepSpeed."""
+    """The optimizer, its schedule and its sharding by DeepSpeed."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer. muon is torch's Muon for the matrices between embeddings and head, and AdamW for the rest, with one
+    learning rate. It needs zero_stage 0, because other stages split matrices."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -173,3 +176,11 @@ class OptimizerConfig(ShardingConfig):
     token_budget: PositiveInt | Literal["auto"] = "auto"
     """Maximum number of tokens computed per micro-batch; auto measures a few sizes at the start. Changes speed and
     memory, and results only by rounding."""
+
+    @model_validator(mode="after")
+    def _muon_needs_whole_matrices(self) -> OptimizerConfig:
+        if self.optimizer == "muon" and self.zero_stage != 0:
+            raise ValueError(
+                f"optimizer muon needs zero_stage 0, and zero_stage is {self.zero_stage}: other stages split matrices"
+            )
+        return self

@@ -1,4 +1,4 @@
-"""Training engine: a model, its AdamW and its schedule, sharded by DeepSpeed over the ranks.
+"""Training engine: a model, its optimizer and its schedule, sharded by DeepSpeed over the ranks.
 
 `rlhf_critic.training.critic_engine.CriticEngine` and `rlhf_critic.training.policy_engine.PolicyEngine` are built on it.
 Every method is collective: all ranks call it with the same arguments, in the same order, and get the same result.
@@ -38,6 +38,7 @@ from rlhf_critic.model.backbone import Backbone, Batch
 from rlhf_critic.model.device import configure_device
 from rlhf_critic.model.weights import full_shape
 from rlhf_critic.training.offload import Offloaded
+from rlhf_critic.training.optimizer import create_optimizer
 from rlhf_critic.training.process_group import hardware_of_ranks
 from rlhf_critic.training.reshard import load_resized, plain_path
 from rlhf_critic.training.token_budget import (
@@ -141,13 +142,7 @@ class TrainingEngine:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if options.gradient_checkpointing:
             module.gradient_checkpointing_enable()
-        optimizer = torch.optim.AdamW(
-            parameter_groups(module, options.weight_decay),
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-            fused=True,  # one pass over memory instead of six
-        )
+        optimizer = create_optimizer(module, options)
         count = sum(full_shape(parameter).numel() for parameter in trained)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -452,15 +447,6 @@ def _undo_first_step(optimizer: Any) -> None:
     """
     optimizer.refresh_fp32_params()
     optimizer.optimizer.state.clear()
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the optimizer groups. Decay applies to matrices, not to norms and biases; empty groups are omitted."""
-    groups = []
-    for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
-        parameters = [p for p in module.parameters() if p.requires_grad and (len(full_shape(p)) > 1) == is_matrix]
-        groups.append({"params": parameters, "weight_decay": decay})
-    return [group for group in groups if group["params"]]
 
 
 def _schedule(optimizer: torch.optim.Optimizer, options: OptimizerConfig, total_steps: int) -> Any:
