@@ -121,7 +121,10 @@ def application(config: ServeJobConfig, scorer: ScorerConfig, token_sha256: str 
         replicas["ray_actor_options"] = {"num_cpus": SEQUENCER_CPUS}
         replicas["placement_group_bundles"] = [{"CPU": SEQUENCER_CPUS}] + [shard] * config.shards
         replicas["placement_group_strategy"] = "PACK"
-    http = {"token_sha256": token_sha256, **config.model_dump(include={"max_body_bytes", "deadline_s", "collect"})}
+    http = {
+        "token_sha256": token_sha256,
+        **config.model_dump(include={"max_body_bytes", "deadline_s", "collect"}, exclude_none=True),
+    }
     if config.auth == "off":
         http["auth"] = "off"
     gateway = {"name": "Gateway", "user_config": {"http": http, "max_items": config.max_items}}

@@ -65,7 +65,7 @@ def _linear_layers(model: PreTrainedModel, options: ModelConfig) -> tuple[nn.Mod
     if "router_logits" not in (getattr(model.base_model, "_can_record_outputs", None) or {}):
         return model, chosen or "all-linear"
     layers = next(module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
-    linear = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in layers.named_modules() if type(module) is nn.Linear]  # not a router
     return layers, chosen or linear
 
 

@@ -96,7 +96,10 @@ def family_configs() -> dict[str, PreTrainedConfig]:
         "qwen3_moe": (Qwen3MoeConfig, {**_GROUPED, **_EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
         "deepseek_v3": (
             DeepseekV3Config,
-            {**_SHAPE, **_MLP, **_LATENT, **_EXPERTS, "n_group": 2, "topk_group": 1, **_FIRST_DENSE},
+            {
+                **{**_SHAPE, **_MLP, **_LATENT, **_EXPERTS, **_FIRST_DENSE},
+                **{"num_key_value_heads": _SHAPE["num_attention_heads"], "n_group": 2, "topk_group": 1},
+            },
         ),
         "gpt_oss": (GptOssConfig, {**_GROUPED, **_WINDOWS, **_LOCAL_EXPERTS, "head_dim": 8}),
         "bloom": (BloomConfig, {"hidden_size": 32, "n_layer": 3, "n_head": 4}),

@@ -61,8 +61,8 @@ def plain(exports, tmp_path_factory) -> dict[str, dict]:
     return dict(zip(exports, json.loads(finished.stdout.splitlines()[-1]), strict=True))
 
 
-def test_every_tested_family_has_a_modeling_file():
-    assert set(auto_map.AUTO_MAP_FAMILIES) == PREFIX_TREE_FAMILIES | PADDED_FAMILIES
+def test_every_modeling_file_is_that_of_a_tested_family():
+    assert set(auto_map.AUTO_MAP_FAMILIES) <= PREFIX_TREE_FAMILIES | PADDED_FAMILIES
 
 
 @pytest.mark.parametrize("name", [*NAMES, "llama, untied", "llama, tied"])
