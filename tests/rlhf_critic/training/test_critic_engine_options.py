@@ -1,9 +1,12 @@
 """Freezing and offloading work at every ZeRO stage, and change nothing else."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from rlhf_critic.algorithms import head_posterior
 from rlhf_critic.checkpoint.critic_directory import load_critic
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
@@ -13,8 +16,10 @@ from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.factory import check_critic_model, create_critic_model
 from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.posterior_fit import fit_head_posterior, last_states_of, sample_units
+from tests.helpers import make_preferences
 from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, make, train, whole_weights
 
+ONE_CANDIDATE = torch.tensor([0.01], dtype=torch.float64)
 FROZEN = ("model.embed_tokens.weight", "model.layers.0.")
 
 
@@ -103,25 +108,37 @@ def test_a_base_model_is_checked_and_counted_without_its_weights(tiny_model, tie
         )
 
 
-def posterior_of_ranks(source: str, data: str, cache: str, stage: int, directory: str) -> dict:
+def posterior_of_ranks(source: str, data: str, held_out: str, cache: str, stage: int, directory: str) -> dict:
     """Fits a posterior after four steps; saves the critic, and returns what was fitted and what it costs."""
     engine, preferences, encoder = make(source, data, cache, stage)
     train(engine, preferences, 4)
-    posterior, report = engine.fit_posterior(preferences, preferences)
+    head_posterior.CANDIDATES = ONE_CANDIDATE
+    posterior, report = engine.fit_posterior(preferences, load_preferences(held_out, encoder, cache))
     engine.save(directory, encoder, card_of(encoder))
     states = torch.randn(6, len(posterior.mean_D), generator=torch.Generator().manual_seed(0))
     return {"stds": posterior.stds(states).tolist(), "report": report.to_dict()}
 
 
-def test_ranks_fit_the_posterior_of_one_process(ranks, tiny_model, preference_file, cache, tmp_path):
-    results = ranks(2).run(posterior_of_ranks, tiny_model, preference_file, cache, 3, str(tmp_path / "critic"))
+def test_ranks_fit_the_posterior_of_one_process(ranks, tiny_model, preference_file, cache, tmp_path, monkeypatch):
+    """With one candidate of lambda: of several that are about as likely, rounding would choose."""
+    monkeypatch.setattr(head_posterior, "CANDIDATES", ONE_CANDIDATE)
+    # Labels with errors, so that one temperature is clearly the most likely one.
+    rows = make_preferences(40, seed=5)
+    for row in rows[::4]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    validation = tmp_path / "validation.jsonl"
+    validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = (preference_file, str(validation), cache)
+    results = ranks(2).run(posterior_of_ranks, tiny_model, *files, 3, str(tmp_path / "critic"))
     report = results[0]["report"]
     assert report == pytest.approx(results[1]["report"])
     loaded = load_critic(tmp_path / "critic")
     preferences = load_preferences(preference_file, loaded.encoder, cache)
     units = sample_units(preferences, report["preferences"], OPTIONS.seed)
     assert 1 <= len(units) < 12  # a small part of the four steps with twelve preferences each
-    held_out = sample_units(preferences, report["validation"], OPTIONS.seed)
+    held_out = sample_units(
+        load_preferences(str(validation), loaded.encoder, cache), report["validation"], OPTIONS.seed
+    )
     posterior, alone = fit_head_posterior(
         units, held_out, last_states_of(loaded.critic, 150), scale=len(preferences) / len(units)
     )
