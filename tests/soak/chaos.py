@@ -146,8 +146,8 @@ class Chaos:
         )
         answer = b""
         with (
+            suppress(ConnectionError),  # refused, as the proxy is killed as well, or closed: the caller tries again
             socket.create_connection((address.hostname, address.port), timeout=ANSWER_TIMEOUT_S) as connection,
-            suppress(ConnectionError),  # closed: the caller tries again
         ):
             connection.sendall(head.encode() + body[: len(body) // 2])
             time.sleep(0.5)
