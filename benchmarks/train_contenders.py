@@ -21,7 +21,7 @@ from benchmarks.workloads import PROFILES, draw_prompts, head_weight
 from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
-from rlhf_critic.data.preference_dataset import FEATURES, EncodedPreferences, EncodingReport
+from rlhf_critic.data.preference_dataset import FEATURES, PREFERENCE, EncodedPreferences, EncodingReport
 from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.process_group import init_distributed
 
@@ -70,6 +70,9 @@ def table_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> EncodedPreferences:
         "subset": [""] * len(pairs),
         "line": list(range(1, len(pairs) + 1)),
         "prompt": list(range(len(pairs))),
+        "kind": [PREFERENCE] * len(pairs),
+        "targets": [[]] * len(pairs),
+        "target_tokens": [[]] * len(pairs),
     }
     table = datasets.Dataset.from_dict(columns, features=FEATURES)
     nothing = dict.fromkeys(("truncated", "skipped_overlong", "identical", "duplicates", "contradictions"), 0)
