@@ -69,8 +69,8 @@ class ScorerClient:
     """Requests rewards from scorers, from any thread and any event loop. It can be sent to other processes.
 
     Every answer is checked: one finite reward per item, and the version that was requested. If a scorer dies during a
-    call, its items are scored one by one. An item whose own calls kill two scorers is rejected. A forked process
-    continues with connections of its own.
+    call, its items are scored together again, and one by one if another scorer dies. An item whose own calls then kill
+    two scorers is rejected. A forked process continues with connections of its own.
 
     Args:
         transport: Connection to the scorers.
