@@ -48,7 +48,7 @@ def check(name: str, code: int, message: str, storage: Path) -> None:
     assert not (storage / name).exists()
 
 
-@pytest.mark.parametrize("name", slow_except(["step"], FAULTS))
+@pytest.mark.parametrize("name", slow_except([], FAULTS))
 def test_an_error_of_a_worker_is_told_once(name, arguments, ray_address, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_job, "_train_loop", faulty_loop)
     code, _, message = run(train_job.main, [*arguments, "--run.name", name], monkeypatch, capsys)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +21,35 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.ppo.checkpoint import checkpoints
 from actors.ppo.evaluation import Sample
-from actors.ppo.rollout_workers import RolloutWorkers
-from actors.ppo.trainer import PPOOutcome, PPOTrainer
+from actors.ppo.trainer import PPOOutcome
 from actors.serving import control
-from actors.serving.handle import HandleTransport, connect
+from actors.serving.handle import connect
 from jobs import ppo
 from jobs.cli import EXIT_REFUSED
 from rlhf_critic.checkpoint.critic_directory import load_critic
-from rlhf_critic.config.ppo import PPOJobConfig
 from rlhf_critic.errors import ConfigError, EncodingError, ScorerFailed, ScorerUnavailable
 from rlhf_critic.scoring.client import ScorerClient
 from rlhf_critic.scoring.items import Conversation
 from tests.actors.scorers import rewards_by_engine
 from tests.helpers import WORDS, save_tiny_model, wait_until
 from tests.jobs.command_line import run as run_command_line
+from tests.jobs.ppo_runs import (
+    BreaksAt,
+    Observed,
+    Switchable,
+    actors_of,
+    assert_nothing_is_left_running,
+    assert_same_beginning,
+    config_of,
+    directory_of,
+    history_of,
+    of_length,
+    weights_of,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 ITERATIONS, SHORT = 12, 6
@@ -105,77 +114,12 @@ def options(base_model, serving, critics, tmp_path_factory) -> dict:
     }
 
 
-def config_of(options: dict, name: str, resume: bool = False, **changes: dict) -> PPOJobConfig:
-    """The options with changed sections."""
-    sections = {section: {**values, **changes.get(section, {})} for section, values in options.items()}
-    sections["run"]["name"] = name
-    return PPOJobConfig.model_validate({**sections, "resume": resume})
-
-
-def of_length(iterations: int) -> dict:
-    return {"iterations": iterations, "epochs": 3, "minibatches": 2, "kl_coefficient": 0.0, "max_kl": 1e6}
-
-
-def directory_of(options: dict, name: str) -> Path:
-    return Path(options["run"]["storage_path"]) / name
-
-
-def history_of(run: Path, kind: str = "train") -> list[dict]:
-    """Returns the records of a run's history, without times."""
-    path = run / "history" / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [
-        {name: value for name, value in record.items() if not name.startswith(("seconds", "tokens_per_second"))}
-        for record in records
-        if record["kind"] == kind
-    ]
-
-
-def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
-def actors_of(name: str) -> list[psutil.Process]:
-    """Returns the processes of this session's Ray that run an actor of a class, the oldest first."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and "".join(process.cmdline()[:1]).startswith(f"ray::{name}"):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return sorted(found, key=lambda process: (process.create_time(), process.pid))
-
-
-def assert_nothing_is_left_running() -> None:
-    wait_until(
-        lambda: not any(actors_of(name) for name in ("RolloutWorker", "CriticRank", "PolicyRank")),
-        "actors to end",
-        60,
-    )
-
-
 @pytest.fixture(scope="module")
 def undisturbed(options) -> PPOOutcome:
     started = time.perf_counter()
     outcome = ppo.run(config_of(options, "undisturbed"))
     print(f"undisturbed run: {time.perf_counter() - started:.1f} s")
     return outcome
-
-
-def assert_same_beginning(run: Path, undisturbed: PPOOutcome, iterations: int) -> None:
-    """Checks that every step is there once, with the numbers of the undisturbed run."""
-    history = history_of(run)
-    assert [record["step"] for record in history] == list(range(1, iterations + 1))
-    expected = history_of(undisturbed.directory)[:iterations]
-    history += history_of(run, "validation")[:1]
-    expected += history_of(undisturbed.directory, "validation")[:1]
-    for record, other in zip(history, expected, strict=True):
-        # What a scorer computes in one batch depends on who asked at the same time; its last digits do too.
-        assert record.pop("reward_critic") == pytest.approx(other.pop("reward_critic"), abs=1e-5)
-        assert record == other
-    assert [record["step"] for record in history_of(run, "validation")] == [0, iterations]
 
 
 def test_a_policy_learns_what_a_rule_rewards(undisturbed):
@@ -233,6 +177,7 @@ def test_checkpoints_are_kept_as_asked_and_load_in_plain_transformers(undisturbe
     assert critic.critic.model.score.weight.abs().max() > 0, "it began with zeros"
 
 
+@pytest.mark.slow
 def test_a_resumed_job_goes_on_from_its_last_checkpoint_and_changes_nothing(options, undisturbed):
     """The job ended behind a checkpoint: iterations that follow it are in the history, and are made again."""
     run = directory_of(options, "resumed")
@@ -386,37 +331,6 @@ def test_a_job_that_is_killed_resumes_and_changes_nothing(options, undisturbed, 
         ppo.run(config_of(options, run.name, resume=True, ppo=of_length(SHORT), policy=sibling))
 
 
-class Interrupted:
-    """Rollout workers with an event between their first and later tasks."""
-
-    def __init__(self, workers: RolloutWorkers, happens: Callable[[], object]) -> None:
-        self._workers, self._happens = workers, happens
-
-    def run(self, tasks, weights, timeout_s, progress):
-        first, _ = self._workers.run(tasks[:1], weights, timeout_s, progress)
-        self._happens()
-        others, timings = self._workers.run(tasks[1:], weights, timeout_s, progress)
-        return [*first, *others], timings
-
-
-class Observed(PPOTrainer):
-    """Records the versions that scored, and publishes another reward model in the middle of its third iteration."""
-
-    def __init__(self, publish: Callable[[], object], *arguments) -> None:
-        super().__init__(*arguments)
-        self._publish = publish
-        self.versions: list[set[str]] = []
-
-    def _roll_out(self, prompts, rows, seeds):
-        workers = self._workers
-        if len(self.versions) == 3:  # behind the first evaluation
-            self._workers = Interrupted(workers, self._publish)
-        rollouts, timings = super()._roll_out(prompts, rows, seeds)
-        self._workers = workers
-        self.versions.append({rollout.model_version.split("#")[0] for rollout in rollouts})
-        return rollouts, timings
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("allow_mixed_versions", [False, True])
 def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(options, critics, allow_mixed_versions):
@@ -433,36 +347,6 @@ def test_a_reward_model_published_while_the_job_goes_on_judges_from_then_on(opti
         run.run()
     old, new = {"tiny@1"}, {"tiny@2"}
     assert run.versions == [old, old, old, old | new if allow_mixed_versions else new, new, new]
-
-
-class Switchable(HandleTransport):
-    """A connection to the pool that fails while a file exists."""
-
-    def __init__(self, broken: Path) -> None:
-        super().__init__("scorers")
-        self._broken = broken
-
-    def __reduce__(self):
-        return Switchable, (self._broken,)
-
-    async def ask(self, *arguments):
-        if self._broken.exists():
-            raise ScorerFailed("a component is broken")
-        return await super().ask(*arguments)
-
-
-class BreaksAt(PPOTrainer):
-    """A run whose scorers are broken from some iteration on: in its rollouts, or in the evaluation behind it."""
-
-    def __init__(self, broken: Path, iteration: int, of_evaluation: bool, *arguments) -> None:
-        super().__init__(*arguments)
-        self._at = broken, iteration, of_evaluation
-
-    def _roll_out(self, prompts, rows, seeds):
-        broken, iteration, of_evaluation = self._at
-        if self._iteration == iteration and (prompts is self._held_out) == of_evaluation:
-            broken.touch()
-        return super()._roll_out(prompts, rows, seeds)
 
 
 @pytest.mark.slow

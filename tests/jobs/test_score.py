@@ -62,7 +62,7 @@ def rows_of(shape, items, encoder):
 @pytest.mark.parametrize(
     ("shape", "name"),
     slow_except(
-        [("chats", "a.jsonl.gz"), ("texts", "a.parquet")],
+        [("chats", "a.jsonl.gz")],
         [("pairs", "a.jsonl"), ("chats", "a.jsonl.gz"), ("texts", "a.parquet"), ("ids", "a.jsonl")],
     ),
 )
@@ -86,6 +86,7 @@ def test_rewards_are_those_of_the_engine(ray_address, critics, tmp_path, monkeyp
     assert summary["truncated"] == (0 if shape == "ids" else sum(row["truncated"] for row in scored))
 
 
+@pytest.mark.slow
 def test_best_of_n_and_all_of_n(ray_address, critics, tmp_path, monkeypatch, capsys):
     items = make_conversations(24)
     groups = [
@@ -148,6 +149,7 @@ def test_a_killed_job_goes_on_and_writes_every_row_once(ray_address, critics, tm
     assert not list(disturbed.glob(".part-*"))
 
 
+@pytest.mark.slow
 def test_what_is_of_another_job_is_left_alone(ray_address, critics, tmp_path, monkeypatch, capsys):
     data = write(tmp_path / "a.jsonl", [item._asdict() for item in make_conversations(6)])
     out = str(tmp_path / "out")

@@ -6,9 +6,7 @@ further updates change nothing. Knows nothing about policies.
 
 import itertools
 import json
-import os
 import shutil
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,68 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file, save_file
 
-from actors.ppo import critic_group
-from actors.ppo.critic_group import CriticGroup, CriticOptions, CriticRank
+from actors.ppo.critic_group import CriticGroup
 from actors.ppo.engine_group import SharedSequences
 from jobs.evaluate import evaluate
 from rlhf_critic.checkpoint.critic_directory import RESUME_FOLDER, check_critic, load_critic, read_card
 from rlhf_critic.config.deepspeed import deepspeed_config
-from rlhf_critic.config.model import EncodingConfig, ModelConfig
+from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.tools import EvaluateJobConfig
 from rlhf_critic.config.train import TrainConfig
-from rlhf_critic.errors import CheckpointError, CriticError, NonFiniteLossError, PlacementError, RankLost
+from rlhf_critic.errors import CheckpointError
 from rlhf_critic.model.critic import Critic
 from rlhf_critic.training.engine import ENGINE_STATE_NAME
-from tests.actors.groups import CPUS, Rollouts, leaves_nothing, make_rollouts, processes, require_gone
+from tests.actors.groups import CPUS, Rollouts, leaves_nothing, make_rollouts, processes
+from tests.actors.ppo.critic_groups import CLIP, ROLLOUTS, STEPS, alone, assert_values, make
 from tests.helpers import save_tiny_model, slow_except
 from tests.plain_loop import PlainOptimizer
 
-STEPS = 10
 WORLDS = list(itertools.product((1, 2), (0, 1, 2, 3)))  # numbers of shards with ZeRO stages
 PAIR = (2, 3)  # the one of the group that most tests look at
-CLIP = 0.5
-TOLERANCE = 1e-5
-MAX_LENGTH = 64
-ROLLOUTS = make_rollouts(prompts=6)
-
-
-def options_of(path: str, stage: int, total_steps: int = STEPS, **changes: object) -> CriticOptions:
-    settings = {
-        "learning_rate": 3e-3,
-        "schedule": "linear",
-        "warmup_fraction": 0.2,
-        "weight_decay": 0.01,
-        "token_budget": 150,
-        **changes,
-    }
-    return CriticOptions(
-        ModelConfig(path=path),
-        TrainConfig(zero_stage=stage, **settings),
-        EncodingConfig(max_length=MAX_LENGTH),
-        total_steps,
-    )
-
-
-def make(path: str, shards: int, stage: int, **changes: object) -> CriticGroup:
-    return CriticGroup(options_of(path, stage, **changes), shards, cpus_per_shard=CPUS, start_timeout_s=200)
-
-
-def alone(critic: Critic, sequences: list[list[int]]) -> list[np.ndarray]:
-    """Returns the values of each sequence, computed separately in this process."""
-    with torch.no_grad():
-        return [critic.values(critic.batch_of([ids]))[0].numpy() for ids in sequences]
-
-
-def assert_values(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
-    assert [len(values) for values in found] == [len(values) for values in wanted]
-    assert all(values.dtype == np.float32 for values in found)
-    np.testing.assert_allclose(np.concatenate(found), np.concatenate(wanted), rtol=0, atol=TOLERANCE)
 
 
 def loss_alone(critic: Critic, rollouts: Rollouts) -> torch.Tensor:
@@ -439,58 +397,6 @@ def test_another_number_of_shards_takes_up_a_checkpoint(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_run_that_lost_a_shard_ends_with_the_weights_of_one_that_did_not(ray_address, critics, tmp_path, monkeypatch):
-    works = [make_rollouts(prompts=4, seed=seed) for seed in range(4)]
-    large = make_rollouts(prompts=60, seed=9)
-    with leaves_nothing():
-        with make(critics["first"], 2, 3, token_budget=64) as group:
-            for work in works[:2]:
-                group.update(*work.arguments)
-            group.save(tmp_path / "checkpoint")
-            for work in works[2:]:
-                group.update(*work.arguments)
-            group.save(tmp_path / "undisturbed")
-            ranks = processes(group._ranks)
-            killed_at = kill_in_an_update(group, ranks[1], large)
-            assert time.monotonic() - killed_at < 30
-            require_gone(ranks)
-            begin = time.monotonic()
-            for call in (lambda: group.values([[3]]), group.state, group.offload):
-                with pytest.raises(RankLost, match=r"(?s)critic group has ended.*restore another"):
-                    call()
-            assert time.monotonic() - begin < 1
-        monkeypatch.chdir(tmp_path)
-        with CriticGroup.restore("checkpoint", shards=2, cpus_per_shard=CPUS, start_timeout_s=200) as group:
-            assert group.state() == critic_group.CriticState(2, 2, 3, 0)
-            for work in works[2:]:
-                group.update(*work.arguments)
-            group.save("resumed")
-    undisturbed, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "resumed"))
-    assert undisturbed.keys() == resumed.keys()
-    for name, tensor in undisturbed.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6)
-    earlier = load_file(tmp_path / "checkpoint" / "model.safetensors")
-    assert any((earlier[name] - tensor).abs().max() > 1e-3 for name, tensor in undisturbed.items())
-
-
-def kill_in_an_update(group: CriticGroup, rank: psutil.Process, rollouts: Rollouts) -> float:
-    """Kills a rank while the group updates repeatedly; returns the time of it on the monotonic clock."""
-    killed_at = []
-
-    def kill() -> None:
-        killed_at.append(time.monotonic())
-        os.kill(rank.pid, signal.SIGKILL)
-
-    threading.Timer(2.0, kill).start()
-    deadline = time.monotonic() + 60
-    with pytest.raises(RankLost, match=r"critic rank [01] (was lost during a call|failed) to update the critic"):
-        while time.monotonic() < deadline:
-            group.update(*rollouts.arguments)
-    return killed_at[0]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "shards", "stage"), [("tied_model", 2, 3), ("tiny_model", 1, 0)])
 def test_a_base_model_starts_with_values_of_zero_and_becomes_a_critic(
     ray_address, request, tmp_path, model, shards, stage
@@ -505,17 +411,6 @@ def test_a_base_model_starts_with_values_of_zero_and_becomes_a_critic(
         check_critic(tmp_path / "saved")
         assert_values(values, alone(load_critic(tmp_path / "saved").critic, ROLLOUTS.sequences))
         assert group.encoder.fingerprint == load_critic(tmp_path / "saved").encoder.fingerprint
-
-
-def test_a_loss_that_is_not_finite_ends_the_group(ray_address, critics):
-    with leaves_nothing(), make(critics["first"], 2, 3) as group:
-        ranks = processes(group._ranks)
-        huge = ROLLOUTS.changed(2, returns=np.full_like(ROLLOUTS.returns[2], 1e30))
-        with pytest.raises(NonFiniteLossError, match=r"not finite at step 0.*rollout 2\b"):
-            group.update(*huge.arguments, clip=CLIP)
-        require_gone(ranks)
-        with pytest.raises(RankLost, match="has ended"):
-            group.values([[3]])
 
 
 @pytest.mark.slow
@@ -533,39 +428,3 @@ def test_offloading_gives_the_system_its_memory_back(ray_address, tmp_path):
         assert sum(fallen) > 0.7 * 3 * 4 * 18e6
         group.onload()
         assert len(group.values([[3, 4]])[0]) == 2
-
-
-class SecondCannotBuild(CriticRank):
-    def build(self, options: CriticOptions) -> None:
-        if self.rank == 1:
-            raise CheckpointError("weights.safetensors: not on this node")
-        super().build(options)
-
-
-@pytest.mark.slow
-def test_a_group_that_cannot_start_leaves_nothing_behind(ray_address, critics, tiny_model, tmp_path, monkeypatch):
-    headless = shutil.copytree(critics["first"], tmp_path / "headless")
-    weights = load_file(headless / "model.safetensors")
-    del weights["score.weight"]
-    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
-    with leaves_nothing():
-        with pytest.raises(CheckpointError, match=r"score\.weight"):
-            make(str(headless), 2, 3)
-        with pytest.raises(CriticError, match="nowhere"):
-            make(str(tmp_path / "nowhere"), 2, 3)
-        with pytest.raises(PlacementError, match=r"critic ranks .* could not be placed within 3 s"):
-            CriticGroup(options_of(tiny_model, 0), 2, cpus_per_shard=400, start_timeout_s=3)
-        with pytest.raises(CheckpointError, match="not a checkpoint of a critic group"):
-            CriticGroup.restore(with_manifest(critics["first"], tmp_path / "other"))
-        monkeypatch.setattr(CriticGroup, "rank_class", SecondCannotBuild)
-        with pytest.raises(RankLost, match=r"some critic ranks rejected a call to build the critic.*not on this node"):
-            make(tiny_model, 2, 0)
-
-
-def with_manifest(critic: str, copy: Path) -> Path:
-    """Makes a complete critic as a preference run saves it, which is not a group's."""
-    from rlhf_critic.files import write_manifest
-
-    shutil.copytree(critic, copy)
-    write_manifest(copy, 0, 1)
-    return copy

@@ -204,6 +204,7 @@ def test_a_deadline_is_kept_and_the_next_call_is_not_confused(undisturbed, worke
     assert_same_rollouts(workers.run(tasks[:2], weights, 120)[0], undisturbed[0][: 2 * PROMPTS])
 
 
+@pytest.mark.slow
 def test_a_policy_that_cannot_be_built_is_an_error_at_once(options, client, tasks, weights):
     """This is not the loss of a worker, after which another would be tried."""
     nowhere = PolicyOptions(BodyConfig(path="nowhere"), options.optimizer, "plain", 1, 0, 1.0)

@@ -116,6 +116,7 @@ def test_the_handle_does_not_leave_its_process(pair, serialize):
         serialize(pair)
 
 
+@pytest.mark.slow
 def test_ranks_of_which_only_one_refuses_end(doomed):
     with pytest.raises(RankLost, match="some talking ranks rejected a call to load, others did not: no such file"):
         doomed.call_all("load", "raise_on", (0,), CheckpointError("no such file"))
@@ -166,6 +167,7 @@ def test_a_rank_that_is_killed_in_a_collective_ends_all_at_once(doomed, killed):
     assert time.monotonic() - begin < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("doomed", [1], indirect=True)
 def test_closing_ends_a_call_that_another_thread_waits_for(doomed):
     with ThreadPoolExecutor(1) as caller:

@@ -106,7 +106,7 @@ def calculated(source: str, model: ModelConfig, train: TrainConfig, world_size: 
 @pytest.mark.parametrize(
     ("stage", "world_size", "dtype"),
     slow_except(
-        [(0, 1, "float32"), (2, 2, "float32"), (3, 2, "bfloat16")],
+        [(0, 1, "float32"), (2, 2, "float32"), (3, 2, "float32")],
         [(stage, *one) for stage in range(4) for one in ((1, "float32"), (2, "float32"), (2, "bfloat16"))],
     ),
 )
@@ -127,8 +127,8 @@ def test_parameters_gradients_and_optimizer_are_what_a_rank_holds(
     ("stage", "dtype", "changes"),
     slow_except(
         [
-            (3, "bfloat16", {"offload_optimizer": True, "offload_parameters": True}),
-            (0, "bfloat16", {"lora_rank": 8}),
+            (1, "float32", {"offload_optimizer": True}),
+            (2, "float32", {"lora_rank": 8}),
             (2, "float32", {"freeze_layers": 1}),
         ],
         [
@@ -178,7 +178,7 @@ def peak_of_a_step(
 @pytest.mark.parametrize(
     ("stage", "dtype"),
     slow_except(
-        [(2, "float32"), (3, "bfloat16")],
+        [(2, "float32")],
         [*((stage, "float32") for stage in range(4)), (2, "bfloat16"), (3, "bfloat16")],
     ),
 )
