@@ -118,7 +118,7 @@ def install(name: str) -> None:
         venv.create(place, with_pip=True)
     with (place / "install.log").open("w", encoding="utf-8") as log:
         for step in PEERS[name].steps:
-            pip = [place / "bin" / "python", "-m", "pip", "--disable-pip-version-check", *step]
+            pip = [str(place / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *step]
             subprocess.run(pip, check=True, stdout=log, stderr=log, timeout=INSTALL_TIMEOUT_S)
     (place / "complete").write_text(PEERS[name].stamp, encoding="utf-8")
 
