@@ -75,8 +75,18 @@ def table_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> EncodedPreferences:
         "target_tokens": [[]] * len(pairs),
     }
     table = datasets.Dataset.from_dict(columns, features=FEATURES)
-    nothing = dict.fromkeys(("truncated", "skipped_overlong", "identical", "duplicates", "contradictions"), 0)
-    report = EncodingReport(len(pairs), len(pairs), **nothing, tokens=0, longest=0, shapes={})
+    report = EncodingReport(
+        len(pairs),
+        len(pairs),
+        truncated=0,
+        skipped_overlong=0,
+        identical=0,
+        duplicates=0,
+        contradictions=0,
+        tokens=0,
+        longest=0,
+        shapes={},
+    )
     return EncodedPreferences(table, {"drawn": report}, "drawn")
 
 

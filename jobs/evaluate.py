@@ -42,15 +42,15 @@ from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.evaluation.report import (
     MAX_WRONG_EXAMPLES,
     Bar,
+    HighlightedExample,
     Page,
     Plot,
-    WrongExample,
     best_of_n_figures,
+    highlighted_example,
     pointwise_figures,
     preference_figures,
     validate_report_directory,
     write_report,
-    wrong_example,
 )
 from rlhf_critic.evaluation.rewardbench import load_benchmark, score_benchmark
 from rlhf_critic.model.device import configure_device, select_device
@@ -66,7 +66,7 @@ def main() -> None:
     evaluation, page = evaluate(config)
     more = {section.name: section.data for section in page.sections}
     if config.report is not None:
-        metrics = {"critic": page.critic, "source": page.source, "evaluation": evaluation.to_dict(), **more}
+        metrics = {"critic": page.title, "source": page.source, "evaluation": evaluation.to_dict(), **more}
         write_report(config.report, metrics, page)
     if config.json_output:
         print(json.dumps({**evaluation.to_dict(), **more}))
@@ -115,7 +115,7 @@ def _evaluate_rows(loaded: LoadedCritic, config: EvaluateJobConfig) -> tuple[Eva
         shown,
         figures=[*shown.figures, *page.figures],
         plots=[*shown.plots, *page.plots],
-        wrong=[*shown.wrong, *page.wrong],
+        examples=[*shown.examples, *page.examples],
     )
     return dataclasses.replace(compared, pointwise=pointwise), both
 
@@ -138,13 +138,13 @@ def _evaluate_pointwise(
         note = f"{kinds[row]}: loss {losses_N[row]:.3f}; value (target): {figures}"
         wrong.append(_decode_example(loaded, rows.origin(row), note, {"response": taken[row].responses[0]}))
     return evaluation, Page(
-        critic=loaded.card.version,
+        title=loaded.card.version,
         source=str(rows),
         figures=pointwise_figures(evaluation),
         baseline_name="",
         bars=[],
         plots=_pointwise_plots(evaluation, rewards_N) if config.report is not None else [],
-        wrong=wrong,
+        examples=wrong,
     )
 
 
@@ -190,13 +190,13 @@ def _evaluate_preferences(
         origin = preferences.origin(int(pairs.rows_P[pair]))
         wrong.append(_decode_example(loaded, origin, f"margin {margin_P[pair]:.3f}", texts))
     return evaluation, Page(
-        critic=loaded.card.version,
+        title=loaded.card.version,
         source=str(preferences),
         figures=preference_figures(evaluation),
         baseline_name="longer text wins",
         bars=[Bar(one.name, one.preferences, one.accuracy, one.length_baseline.mean) for one in evaluation.subsets],
         plots=_preference_plots(evaluation, rewards_P2, pairs.lengths_P2) if config.report is not None else [],
-        wrong=wrong,
+        examples=wrong,
         sections=sections,
     )
 
@@ -222,13 +222,13 @@ def _evaluate_best_of_n(loaded: LoadedCritic, config: EvaluateJobConfig) -> tupl
         }
         wrong_examples.append(_decode_example(loaded, row.origin, f"lead {lead_N[index]:.3f}", texts))
     return evaluation, Page(
-        critic=loaded.card.version,
+        title=loaded.card.version,
         source=f"{config.data}: {len(rows)} best-of-n rows, {sum(row.truncated for row in rows)} with truncated texts",
         figures=best_of_n_figures(evaluation),
         baseline_name="chance",
         bars=[Bar(one.name, one.rows, one.accuracy, one.chance) for one in evaluation.subsets],
         plots=_best_of_n_plots(lead_N) if config.report is not None else [],
-        wrong=wrong_examples,
+        examples=wrong_examples,
         sections=[] if benchmark is None else [benchmark_section(score_benchmark(benchmark, rows, rewards))],
     )
 
@@ -271,15 +271,17 @@ def _lowest(lead_N: NDArray[np.float64]) -> list[int]:
     return [int(row) for row in lead_N.argsort(kind="stable")[:MAX_WRONG_EXAMPLES] if lead_N[row] < 0]
 
 
-def _decode_example(loaded: LoadedCritic, origin: str, note: str, sequences: Mapping[str, TokenIds]) -> WrongExample:
+def _decode_example(
+    loaded: LoadedCritic, origin: str, note: str, sequences: Mapping[str, TokenIds]
+) -> HighlightedExample:
     tokenizer = loaded.encoder.tokenizer
     texts = {label: str(tokenizer.decode(list(ids), skip_special_tokens=False)) for label, ids in sequences.items()}
-    return wrong_example(origin, note, texts, tokenizer.all_special_tokens)
+    return highlighted_example(origin, note, texts, tokenizer.all_special_tokens)
 
 
 def tables(page: Page) -> list[Table]:
     """Returns tables of the figures and, if rows have tags, of accuracy by subset."""
-    title = escape(f"{page.critic} on {page.source}")
+    title = escape(f"{page.title} on {page.source}")
     figures = Table("measure", "value [95% interval]", "meaning", title=title, title_justify="left")
     for figure in page.figures:
         figures.add_row(figure.name, escape(figure.value), figure.meaning)

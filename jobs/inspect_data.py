@@ -1,6 +1,8 @@
-"""``python -m jobs.inspect_data DATA --model MODEL``: statistics and examples of preferences."""
+"""``python -m jobs.inspect_data DATA --model MODEL``: statistics and examples of preferences, printed and as a page."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 import numpy as np
 from rich.console import Console
@@ -14,35 +16,67 @@ from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.tools import InspectJobConfig
 from rlhf_critic.data.encoding import create_encoder
-from rlhf_critic.data.preference_dataset import EncodedPreferences, count_leaked
+from rlhf_critic.data.preference_dataset import EncodedPreferences, IdArray, count_leaked
 from rlhf_critic.data.preferences import load_preferences
+from rlhf_critic.evaluation.plots import lengths_svg
 from rlhf_critic.evaluation.preferences import wins
+from rlhf_critic.evaluation.report import (
+    Figure,
+    Page,
+    Plot,
+    Section,
+    highlighted_example,
+    validate_report_directory,
+    write_report,
+)
 
 PERCENTILES = (5, 25, 50, 75, 95, 100)
 
 
 def main() -> None:
-    """Reads each source and prints its statistics and examples."""
+    """Reads each source, prints its statistics and examples, and writes the report."""
     config = parse_command_line(InspectJobConfig, prog=command("inspect"))
+    if config.report is not None:
+        validate_report_directory(config.report)
     encoder = create_encoder(config.model, config.encoding)
     tables = [
         load_preferences(source, encoder, config.cache_dir, fields=config.fields, overlong=config.overlong)
         for source in config.data
     ]
     console = Console()
-    for number, table in enumerate(tables):
-        console.print(summary(table, tables[:number], config.encoding))
-        for row in np.unique(np.linspace(0, len(table) - 1, config.examples).round().astype(int)):
-            console.print(example(table, int(row), encoder.tokenizer))
+    of_sources = [statistics(table, tables[:number], config.encoding) for number, table in enumerate(tables)]
+    for table, measures in zip(tables, of_sources, strict=True):
+        shown = Table("measure", Column("value", overflow="fold"), title=Text(source_of(table)), title_justify="left")
+        for measure, value in measures:
+            shown.add_row(Text(measure), Text(value))
+        console.print(shown)
+        for row in examples_of(table, config.examples):
+            console.print(example(table, row, encoder.tokenizer))
+    if config.report is not None:
+        metrics = {source_of(table): asdict(table.reports[source_of(table)]) for table in tables}
+        write_report(config.report, metrics, page_of(tables, of_sources, config, encoder.tokenizer))
+        console.print(f"report: {config.report}", markup=False, highlight=False)
 
 
-def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], encoding: EncodingConfig) -> Table:
-    """Returns a table with the statistics of one source, among them the prompts it shares with those ``before`` it."""
+def source_of(preferences: EncodedPreferences) -> str:
+    """Returns the source of a table that has one."""
+    (source,) = preferences.reports
+    return source
+
+
+def examples_of(preferences: EncodedPreferences, count: int) -> list[int]:
+    """Returns evenly spaced rows."""
+    return [int(row) for row in np.unique(np.linspace(0, len(preferences) - 1, count).round())]
+
+
+def statistics(
+    preferences: EncodedPreferences, before: list[EncodedPreferences], encoding: EncodingConfig
+) -> list[tuple[str, str]]:
+    """Returns measures of one source with their values, among them the prompts it shares with those ``before`` it."""
     max_length, special_tokens_in_text = encoding.max_length, encoding.special_tokens_in_text
-    ((source, report),) = preferences.reports.items()
+    report = preferences.reports[source_of(preferences)]
     pairs = preferences.comparisons()
     longer = wins((pairs.lengths_P2[:, 0] - pairs.lengths_P2[:, 1]).astype(np.float64))
-    shown = Table("measure", Column("value", overflow="fold"), title=Text(source), title_justify="left")
     rows: list[tuple[str, object]] = [
         ("rows read", report.rows),
         *((f"  {shape}", count) for shape, count in sorted(report.shapes.items())),
@@ -57,6 +91,8 @@ def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], e
         ("responses whose white space the template changes", report.white_space),
         (f"special tokens inside texts (read as {special_tokens_in_text})", report.special_tokens),
         ("responses that begin with their prompt (read as an answer)", report.begin_with_prompt),
+        ("rows with an empty turn", report.empty_turns),
+        *((f"turns of role {role}", count) for role, count in sorted(report.roles.items())),
         ("duplicates", report.duplicates),
         ("contradictions (same responses, opposite order)", report.contradictions),
         ("the longer response is preferred", f"{longer.mean():.3f} of comparisons (a tie counts half)"),
@@ -71,9 +107,54 @@ def summary(preferences: EncodedPreferences, before: list[EncodedPreferences], e
         rows += [(f"subset {subset or '(none)'}", int(size)) for subset, size in zip(subsets, sizes, strict=True)]
     for other in before:
         rows.append((f"preferences with a prompt of {', '.join(other.reports)}", count_leaked(other, preferences)))
-    for measure, value in rows:
-        shown.add_row(Text(measure), Text(str(value)))
-    return shown
+    return [(measure, str(value)) for measure, value in rows]
+
+
+def page_of(
+    tables: list[EncodedPreferences],
+    of_sources: list[list[tuple[str, str]]],
+    config: InspectJobConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Page:
+    """Returns the content of the report: the statistics of all sources, their lengths and examples."""
+    lengths = [table.comparisons().lengths_P2 for table in tables]
+    longer_P = wins((lengths_P2 := np.concatenate(lengths))[:, 0].astype(np.float64) - lengths_P2[:, 1])
+    repeated = sum(table.reports[source_of(table)].duplicates for table in tables)
+    shown = [(table, row) for table in tables for row in examples_of(table, config.examples)]
+    return Page(
+        title=f"{sum(map(len, tables))} preferences",
+        source=f"{', '.join(map(source_of, tables))}; tokenizer of {config.model}",
+        figures=[
+            Figure("comparisons", str(len(longer_P)), "pairs of responses in all preferences"),
+            Figure("longer response preferred", f"{longer_P.mean():.3f}", "share of comparisons; a tie counts half"),
+            Figure("duplicates", str(repeated), "preferences that repeat an earlier one of their source"),
+        ],
+        plots=[
+            Plot(f"Lengths of {source_of(table)}", "Tokens of responses with their prompts.", lengths_svg(of_table))
+            for table, of_table in zip(tables, lengths, strict=True)
+            if len(of_table)
+        ],
+        sections=[
+            Section("statistics", source_of(table), "", ("measure", "value"), measures, {})
+            for table, measures in zip(tables, of_sources, strict=True)
+        ],
+        examples_title="Examples",
+        examples_note="Evenly spaced rows, as the critic reads them",
+        examples=[
+            highlighted_example(
+                table.origin(row),
+                "best first",
+                {f"{place}.": decode(ids, tokenizer) for place, ids in enumerate(table[row].responses, 1)},
+                tokenizer.all_special_tokens,
+            )
+            for table, row in shown
+        ],
+    )
+
+
+def decode(ids: IdArray, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the text of token ids, special ones included."""
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def example(preferences: EncodedPreferences, row: int, tokenizer: PreTrainedTokenizerBase) -> Panel:
@@ -85,8 +166,7 @@ def example(preferences: EncodedPreferences, row: int, tokenizer: PreTrainedToke
         shown.append(f"{place}. {len(ids)} tokens\n", style="bold")
         starts = [i for i in range(len(ids)) if i == 0 or ids[i] in special or ids[i - 1] in special]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            text = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            shown.append(text, style="reverse" if ids[start] in special else "")
+            shown.append(decode(response[start:end], tokenizer), style="reverse" if ids[start] in special else "")
         shown.append("\n")
     return Panel(shown, title=Text(preferences.origin(row)), subtitle="best first", title_align="left")
 

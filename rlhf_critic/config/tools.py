@@ -43,6 +43,8 @@ class InspectJobConfig(Section):
     """Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip."""
     examples: NonNegativeInt = 3
     """Number of preferences to show of each source, evenly spaced."""
+    report: str | None = None
+    """New or empty local directory for metrics.json and report.html, one page with statistics, lengths and examples."""
     cache_dir: PathOrUri = ".cache"
     """Local cache directory for encoded data. Safe to delete."""
 

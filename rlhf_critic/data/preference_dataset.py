@@ -62,6 +62,8 @@ class EncodingReport:
         special_tokens: Number of preferences with a special token inside a text.
         begin_with_prompt: Number of rows with a text that begins with its prompt, read as a part of the answer.
         pointwise: Number of rows of the table that are pointwise.
+        empty_turns: Number of rows with a turn that has neither text nor a call of a tool.
+        roles: Number of turns of each role, in prompts and responses of preferences that consist of turns.
     """
 
     rows: int
@@ -79,6 +81,8 @@ class EncodingReport:
     special_tokens: int = 0
     begin_with_prompt: int = 0
     pointwise: int = 0
+    empty_turns: int = 0
+    roles: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rare = (
@@ -86,6 +90,7 @@ class EncodingReport:
             (self.white_space, "with a response whose white space the chat template changes"),
             (self.special_tokens, "with a special token inside a text"),
             (self.begin_with_prompt, "with a response that begins with its prompt"),
+            (self.empty_turns, "with an empty turn"),
         )
         what = f"{self.preferences - self.pointwise} preferences"
         if self.pointwise:

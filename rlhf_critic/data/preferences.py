@@ -16,8 +16,8 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from rlhf_critic.data.conversation import Prompt, Reply
+from rlhf_critic.data.conversation import Prompt, Reply, Turn
 from rlhf_critic.data.encoding import Encoded, Encoder
 from rlhf_critic.data.layouts import to_standard
 from rlhf_critic.data.pointwise_schema import ALL_FIELDS, Pointwise, is_pointwise, parse_pointwise
@@ -49,9 +49,10 @@ from rlhf_critic.data.sources import fingerprint_of
 from rlhf_critic.errors import ConfigError, CriticError, DataError, EncodingError
 from rlhf_critic.files import atomic_directory
 
-CACHE_FORMAT = 7  # increase it when the cached columns change their meaning, or rows are read in another way
+CACHE_FORMAT = 8  # increase it when the cached columns change their meaning, or rows are read in another way
 DATA_FORMAT = 4  # increase it when a run that began before must not continue
 ENCODE_CHUNK = 512
+MAX_BAD_ROWS = 10  # that one error names
 TABLE_NAME = "table.arrow"
 
 COUNTS = (
@@ -63,6 +64,7 @@ COUNTS = (
     "kept_whole",
     "white_space",
     "special_tokens",
+    "empty_turns",
 )
 
 Overlong = Literal["truncate", "skip"]
@@ -92,8 +94,8 @@ def load_preferences(
 
     Raises:
         ConfigError: ``fields`` has an unknown name.
-        DataError: See `rlhf_critic.data.sources.read_rows` and `rlhf_critic.data.preference_schema.parse_row`. Also if
-            a text cannot be encoded, or no row is left.
+        DataError: See `rlhf_critic.data.sources.read_rows` and `rlhf_critic.data.preference_schema.parse_row`; names up
+            to 10 invalid rows. Also if a text cannot be encoded, or no row is left.
     """
     fields = fields or {}
     unknown = sorted(fields.keys() - set(ALL_FIELDS))
@@ -158,9 +160,7 @@ def _encode_source(job: _Job, entry: Path) -> None:
     parts = split_source(job.source)
     try:
         # Rows are validated before the first is encoded, because encoding takes most of the time.
-        repeats = RepeatCount()
-        for counted in _each_part("reading", _count_repeats, job, parts, parts_each=32):
-            repeats.join(counted)
+        repeats = _validate_rows(job, parts)
         job = replace(job, are_whole=repeats.are_whole_texts(), reader=PartReader(job.source))
         missing = [part for part in parts if not job.directory(part).is_dir()]
         for _ in _each_part("encoding", _encode_part, job, missing, parts_each=8):
@@ -174,9 +174,47 @@ def _encode_source(job: _Job, entry: Path) -> None:
     shutil.rmtree(job.parts, ignore_errors=True)
 
 
+def _validate_rows(job: _Job, parts: Sequence[SourcePart]) -> RepeatCount:
+    """Reads all rows, and counts those whose responses may repeat their prompt.
+
+    Raises:
+        DataError: Names the first invalid rows. Reading ends after `MAX_BAD_ROWS` of them.
+    """
+    repeats = RepeatCount()
+    errors: list[str] = []
+    with closing(_each_part("reading", _validate_part, job, parts, parts_each=32)) as results:
+        for of_part, errors_of_part in results:
+            repeats.join(of_part)
+            errors += errors_of_part
+            if len(errors) >= MAX_BAD_ROWS:
+                errors[MAX_BAD_ROWS:] = [f"(reading stopped after {MAX_BAD_ROWS} invalid rows)"]
+                break
+    if errors:
+        raise DataError("\n".join(errors))
+    return repeats
+
+
+def _validate_part(job: _Job, part: SourcePart) -> tuple[RepeatCount, list[str]]:
+    count = RepeatCount()
+    errors: list[str] = []
+    rows = job.reader.read(part)
+    while len(errors) < MAX_BAD_ROWS:
+        try:
+            line, row = next(rows)
+            for parsed in parse(f"{job.source}:{line}", row, job.fields):
+                texts = _text_row(job, line, parsed)
+                if texts is not None:
+                    count.add(texts)
+        except StopIteration:
+            break
+        except DataError as error:  # after one of the reader, there is no next row
+            errors.append(str(error))
+    return count, errors
+
+
 def _each_part(
     verb: str, function: Callable[[_Job, SourcePart], T], job: _Job, parts: Sequence[SourcePart], parts_each: int
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Applies a function to all parts in several processes, and shows rows per second and the time left.
 
     A process takes seconds to start, so each must have at least ``parts_each`` parts to work on.
@@ -211,15 +249,6 @@ def _text_row(job: _Job, line: int, row: Row) -> TextRow | None:
     return TextRow(f"{job.source}:{line}", str(row.prompt), tuple(map(str, row.responses)), row.fields)
 
 
-def _count_repeats(job: _Job, part: SourcePart) -> RepeatCount:
-    count = RepeatCount()
-    for line, row in _parse_part(job, part):
-        texts = _text_row(job, line, row)
-        if texts is not None:
-            count.add(texts)
-    return count
-
-
 def _without_repeats(job: _Job, line: int, row: Row) -> Row:
     """Separates the texts of a row from the prompt that they repeat."""
     texts = _text_row(job, line, row) if job.are_whole else None
@@ -233,16 +262,30 @@ def _encode_part(job: _Job, part: SourcePart) -> None:
     """Encodes the rows of a part and writes them, their counts and the hashes of their ids."""
     counts = Counter(dict.fromkeys(COUNTS, 0))
     shapes: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
     hashes: list[tuple[int, int]] = []
     rows = ((line, _without_repeats(job, line, row)) for line, row in _parse_part(job, part))
     with atomic_directory(job.directory(part), keep_existing=True) as building:
         with _table_writer(building / TABLE_NAME) as writer:
             while chunk := list(islice(rows, ENCODE_CHUNK)):
-                shapes.update(preference.shape for _, preference in chunk)
+                shapes.update(row.shape for _, row in chunk)
+                turns_of_rows = [_turns_of(row) for _, row in chunk]
+                roles.update(turn.role for turns in turns_of_rows for turn in turns)
+                counts["empty_turns"] += sum(any(map(_is_empty, turns)) for turns in turns_of_rows)
                 records = _encode_records(job, chunk, counts, hashes)
                 writer.write_table(pa.Table.from_pylist(records, schema=FEATURES.arrow_schema))
         np.save(building / "hashes.npy", np.array(hashes, dtype=np.int64).reshape(-1, 2))
-        (building / "counts.json").write_text(json.dumps({"counts": counts, "shapes": shapes}))
+        (building / "counts.json").write_text(json.dumps({"counts": counts, "shapes": shapes, "roles": roles}))
+
+
+def _turns_of(row: Row) -> list[Turn]:
+    """Returns the turns of a row; texts are none."""
+    responses = row.responses if isinstance(row, Preference) else ()
+    return [turn for one in (row.prompt, *responses) if not isinstance(one, str) for turn in one]
+
+
+def _is_empty(turn: Turn) -> bool:
+    return not turn.text.strip() and not turn.tool_calls
 
 
 def _encode_records(
@@ -305,6 +348,7 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
     """Joins the encoded parts of a source to one table with a report."""
     counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
     shapes: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
     longest, hashes = 0, []
     with _table_writer(directory / TABLE_NAME) as writer:
         for part in parts:
@@ -313,6 +357,7 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
             longest = max(longest, of_part["counts"].pop("longest", 0))
             counts.update(of_part["counts"])
             shapes.update(of_part["shapes"])
+            roles.update(of_part["roles"])
             hashes.append(np.load(encoded / "hashes.npy"))
             with pa.memory_map(str(encoded / TABLE_NAME)) as file:
                 for batch in pa.ipc.open_stream(file):
@@ -331,6 +376,7 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
         **counts,
         longest=longest,
         shapes=dict(shapes),
+        roles=dict(roles),
         begin_with_prompt=begin_with_prompt,
     )
     (directory / "report.json").write_text(json.dumps(asdict(report)))

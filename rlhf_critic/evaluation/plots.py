@@ -96,12 +96,28 @@ def length_svg(rewards_P2: FloatArray, lengths_P2: NDArray[np.int64]) -> str:
     ranges = [part for part in np.array_split(order, TREND_BINS) if len(part)]
     trend = [(np.median(lengths_P2.ravel()[part]), np.median(rewards_P2.ravel()[part])) for part in ranges]
     axes.plot(*zip(*trend, strict=True), color=INK, linewidth=1.8, label="median")
+    _log_tokens(axes)
+    axes.legend(loc="best")
+    return _inline(figure)
+
+
+@mpl.rc_context(STYLE)
+def lengths_svg(lengths_P2: NDArray[np.int64]) -> str:
+    """Draws histograms of the lengths of preferred and other responses, in bins of equal width on a log scale."""
+    figure, axes = _figure("tokens of prompt and response (log scale)", "comparisons")
+    edges = np.geomspace(lengths_P2.min(), lengths_P2.max() + 1, 31).tolist()
+    for side, colour, label in ((1, SECOND, "other"), (0, FIRST, "preferred")):
+        axes.hist(lengths_P2[:, side], edges, color=colour, label=label, histtype="step", linewidth=1.8)
+    _log_tokens(axes)
+    axes.legend(loc="best")
+    return _inline(figure)
+
+
+def _log_tokens(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(mpl.ticker.LogLocator(10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda tokens, _: f"{tokens:g}"))
     axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes.legend(loc="best")
-    return _inline(figure)
 
 
 def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:

@@ -1,4 +1,4 @@
-"""Report of an evaluation: figures with explanations, ``metrics.json`` and one self-contained HTML page.
+"""Report of an evaluation or of data: figures with explanations, ``metrics.json`` and one self-contained HTML page.
 
 The page contains its style and plots, loads nothing from a server and runs no script. Jinja escapes every text. The
 plots are not escaped and hold no text from data. Knows nothing about models.
@@ -67,8 +67,8 @@ class HighlightedText:
 
 
 @dataclass(frozen=True)
-class WrongExample:
-    """A row (``file:line``) that the critic scored wrongly: the error, the texts' shared prefix and their rests."""
+class HighlightedExample:
+    """A row (``file:line``): a note, such as the critic's error, the texts' shared prefix and their rests."""
 
     origin: str
     note: str
@@ -101,13 +101,15 @@ class Section:
 class Page:
     """Content of the page. The first three figures are shown large; without bars, their section is omitted."""
 
-    critic: str
+    title: str
     source: str
     figures: Sequence[Figure]
-    baseline_name: str
-    bars: Sequence[Bar]
     plots: Sequence[Plot]
-    wrong: Sequence[WrongExample]
+    examples: Sequence[HighlightedExample]
+    examples_title: str = "Largest errors"
+    examples_note: str = "Rows with the largest errors, as the critic read them"
+    baseline_name: str = ""
+    bars: Sequence[Bar] = ()
     sections: Sequence[Section] = ()
 
 
@@ -221,14 +223,16 @@ def best_of_n_figures(evaluation: BestOfNEvaluation) -> list[Figure]:
     ]
 
 
-def wrong_example(origin: str, note: str, texts: Mapping[str, str], special_tokens: Sequence[str]) -> WrongExample:
+def highlighted_example(
+    origin: str, note: str, texts: Mapping[str, str], special_tokens: Sequence[str]
+) -> HighlightedExample:
     """Splits decoded texts, by heading and with special tokens, into their shared prefix and the rest of each."""
     same = takewhile(lambda characters: len(set(characters)) == 1, zip(*texts.values(), strict=False))
     shared = "".join(characters[0] for characters in same)
     # Ends the prefix at white space, so no word is split.
     shared = shared[: max(shared.rfind(space) for space in " \n") + 1]
     rests = tuple(_in_pieces(label, text[len(shared) :], special_tokens) for label, text in texts.items())
-    return WrongExample(origin, note, _in_pieces("shared prefix", shared, special_tokens), rests)
+    return HighlightedExample(origin, note, _in_pieces("shared prefix", shared, special_tokens), rests)
 
 
 def _in_pieces(label: str, text: str, special_tokens: Sequence[str]) -> HighlightedText:

@@ -45,6 +45,8 @@ OLD_BUFFERS = re.compile(r"\b(?:(?:attn|attention)\.(?:bias|masked_bias|embed_po
 # Heads of other systems' reward models, and the files in which LLaMA-Factory saves one beside a model.
 FOREIGN_HEADS = ("v_head.", "value_head.", "reward_head.")
 HEAD_FILES = ("value_head.safetensors", "value_head.bin")
+# Routers that sample experts in training, where rollouts of one prompt would not share its computation.
+SAMPLING_ROUTERS = {"PhimoeTopKRouter"}
 DTYPE_OF = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,7 +99,20 @@ def create_hf_model(
     missing = load_weights(model, reader, **_tolerances(model, rlhf_training, num_layers))
     if HEAD_NAME in missing:
         init_head(model.score.weight, head_init, head_seed)
+    if disable_dropout:
+        stop_sampling_experts(model)
     return model.train()
+
+
+def stop_sampling_experts(model: PreTrainedModel) -> None:
+    """Makes routers that sample experts in training (Phi-MoE's, arXiv:2409.12136) choose as they do in inference."""
+    for module in model.modules():
+        if type(module).__name__ in SAMPLING_ROUTERS:
+            module.register_forward_pre_hook(_leave_training_mode)
+
+
+def _leave_training_mode(router: nn.Module, _: object) -> None:
+    router.training = False
 
 
 def check_critic_model(

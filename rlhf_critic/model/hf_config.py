@@ -13,6 +13,9 @@ from rlhf_critic.errors import CheckpointError
 # Every spelling of dropout in the configs of transformers' decoder families, e.g. attn_pdrop, attention_dropout,
 # hidden_dropout, hidden_dropout_prob, classifier_dropout, dropout, layerdrop.
 DROPOUT_FIELD = re.compile(r"(^|_)(p?drop|dropout)(_prob|_rate|_p)?$|^layerdrop$")
+# Random factors of hidden states in training, by model type. Phi-MoE's router_jitter_noise is a threshold, also in
+# inference.
+TRAINING_NOISE = {"minimax": "router_jitter_noise", "mixtral": "router_jitter_noise", "phimoe": "input_jitter_noise"}
 # Files of directories that are no models, with their kind and what makes a model of them.
 MODEL_MAKERS = {
     "adapter_config.json": (
@@ -89,9 +92,10 @@ def keep_layers(config: PreTrainedConfig, num_layers: int) -> None:
 
 
 def silence_dropout(config: PreTrainedConfig) -> None:
-    """Sets every dropout probability in a config to 0, whatever the family calls it."""
+    """Sets every dropout probability and every noise of training in a config to 0, whatever the family calls it."""
+    noise = TRAINING_NOISE.get(config.model_type)
     for name, value in vars(config).items():
-        if DROPOUT_FIELD.search(name) and isinstance(value, (int, float)):
+        if (DROPOUT_FIELD.search(name) or name == noise) and isinstance(value, (int, float)):
             setattr(config, name, type(value)(0))  # 0 where a config takes integers only, such as MPT's
         elif isinstance(value, PreTrainedConfig):
             silence_dropout(value)

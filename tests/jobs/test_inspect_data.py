@@ -46,3 +46,51 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     assert seen in output
     assert f"{sources[0]}:1" in output
     assert f"{sources[1]}:2" in output
+
+
+def test_a_report_has_the_statistics_lengths_and_examples_of_each_source(tiny_model, tmp_path, monkeypatch, capsys):
+    answer = [{"role": "assistant", "content": "of course"}]
+    turns = [{"role": "system", "content": " "}, {"role": "user", "content": "why"}]
+    chats = [{"prompt": turns, "chosen": answer, "rejected": [{"role": "assistant", "content": "no <script>"}]}]
+    texts = [{"prompt": f"please {word}", "chosen": "of course I am glad", "rejected": word} for word in WORDS]
+    for name, rows in (("chats", chats), ("texts", texts)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [str(tmp_path / "chats.jsonl"), str(tmp_path / "texts.jsonl")]
+    arguments = ["--model", tiny_model, "--cache-dir", str(tmp_path), "--report", str(tmp_path / "report")]
+    code, output, _ = run(inspect_job.main, [*sources, *arguments], monkeypatch, capsys)
+    assert code == 0
+    assert f"report: {tmp_path / 'report'}" in output.replace("\n", "")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert page.count('class="example"') == 1 + 3
+    assert "no &lt;script&gt;" in page
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics[sources[0]]["roles"] == {"system": 1, "user": 1, "assistant": 2}
+    assert [metrics[source]["empty_turns"] for source in sources] == [1, 0]
+    assert metrics[sources[1]]["preferences"] == len(texts)
+    code, _, message = run(inspect_job.main, [*sources, *arguments], monkeypatch, capsys)
+    assert code == 2
+    assert "report is not an empty directory" in message
+
+
+def test_several_bad_rows_are_named_in_one_run(tiny_model, tmp_path, monkeypatch, capsys):
+    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
+    data = tmp_path / "bad.jsonl"
+    arguments = [str(data), "--model", tiny_model, "--cache-dir", str(tmp_path)]
+
+    def errors_of(rows: list[str]) -> list[str]:
+        data.write_text("".join(f"{row}\n" for row in rows))
+        code, _, message = run(inspect_job.main, arguments, monkeypatch, capsys)
+        assert code == 2
+        return message.strip().splitlines()
+
+    no_chosen = json.dumps({"prompt": "a", "rejected": "c"})
+    first, second = errors_of([good, no_chosen, good, '{"prompt": 3, "chosen": "b", "rejected": "c"}', good])
+    assert f"{data}:2: field 'chosen': missing" in first
+    assert f"{data}:4: field 'prompt'" in second
+    *named, stopped = errors_of([good, *[no_chosen] * 12])
+    assert [line.partition("bad.jsonl:")[2].partition(":")[0] for line in named] == [str(line) for line in range(2, 12)]
+    assert stopped == "(reading stopped after 10 invalid rows)"
+    missing, syntax = errors_of([no_chosen, good, '{"prompt"', no_chosen])
+    assert f"{data}:1" in missing
+    assert f"{data}:3" in syntax

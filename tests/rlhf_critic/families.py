@@ -90,8 +90,8 @@ def family_configs() -> dict[str, PreTrainedConfig]:
         "gpt_neox-sequential": (GPTNeoXConfig, {**_SHAPE, **_MLP, "use_parallel_residual": False}),
         "opt": (OPTConfig, {**_SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 16}),
         "opt-post-norm": (OPTConfig, {**_SHAPE, "ffn_dim": 48, "do_layer_norm_before": False}),
-        "mixtral": (MixtralConfig, {**_GROUPED, **_LOCAL_EXPERTS}),
-        "phimoe": (PhimoeConfig, {**_GROUPED, **_LOCAL_EXPERTS}),
+        "mixtral": (MixtralConfig, {**_GROUPED, **_LOCAL_EXPERTS, "router_jitter_noise": 0.1}),
+        "phimoe": (PhimoeConfig, {**_GROUPED, **_LOCAL_EXPERTS, "input_jitter_noise": 0.1, "router_jitter_noise": 2.0}),
         "qwen2_moe": (Qwen2MoeConfig, {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 24}),
         "qwen3_moe": (Qwen3MoeConfig, {**_GROUPED, **_EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
         "deepseek_v3": (

@@ -16,11 +16,11 @@ from rlhf_critic.evaluation.report import (
     Bar,
     Page,
     Plot,
+    highlighted_example,
     preference_figures,
     render,
     validate_report_directory,
     write_report,
-    wrong_example,
 )
 
 NASTY = "<script>alert('x')</script>&amp;\"' </pre><img src=http://example.com/x.png> \ud800 é中 $\\frac$"
@@ -38,13 +38,17 @@ def page_of(text: str = "plain") -> Page:
         length_svg(rewards, lengths),
     ]
     return Page(
-        critic=text,
+        title=text,
         source=text,
         figures=preference_figures(evaluation),
         baseline_name="longer text wins",
         bars=[Bar(text, 3, BootstrapEstimate(0.5, 0.2, 0.8), 0.4)],
         plots=[Plot("title", "caption", svg) for svg in plots],
-        wrong=[wrong_example(f"{text}:7", "margin -1", {"chosen": f"a {text} b", "rejected": f"a {text} c"}, ["</s>"])],
+        examples=[
+            highlighted_example(
+                f"{text}:7", "margin -1", {"chosen": f"a {text} b", "rejected": f"a {text} c"}, ["</s>"]
+            )
+        ],
     )
 
 
@@ -107,14 +111,14 @@ def test_every_figure_is_on_the_page():
 
 def test_what_texts_share_is_told_once_and_special_tokens_apart():
     texts = {"chosen": "<s>tell me</s>it was good</s>", "rejected": "<s>tell me</s>it was gone [/s]</s>"}
-    example = wrong_example("f:1", "", texts, ["<s>", "</s>"])
+    example = highlighted_example("f:1", "", texts, ["<s>", "</s>"])
     assert example.shared.pieces == (("<s>", True), ("tell me", False), ("</s>", True), ("it was ", False))
     assert example.texts[0].pieces == (("good", False), ("</s>", True))
     assert example.texts[1].pieces == (("gone [/s]", False), ("</s>", True))
 
 
 def test_a_long_text_loses_its_middle_and_says_so():
-    text = wrong_example("f:1", "", {"chosen": "x" * 9000 + "end", "rejected": "y"}, []).texts[0]
+    text = highlighted_example("f:1", "", {"chosen": "x" * 9000 + "end", "rejected": "y"}, []).texts[0]
     (piece,) = text.pieces
     assert f"[... {9003 - MAX_CHARACTERS} characters omitted ...]" in piece[0]
     assert piece[0].endswith("xend")
