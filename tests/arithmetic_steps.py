@@ -1,8 +1,8 @@
 """Arithmetic problems solved step by step, with labels from a program that checks every step.
 
-    problem   6+9-4
-    solution  6+9=15
-              15-4=12      (wrong: the program computes 11)
+    problem   6+2-4=
+    solution  6+2=8
+              8-4=5        (wrong: the program computes 4)
 
 A solution has an error in half of the problems: a wrong result, or a number that was copied wrongly. The steps after
 the first wrong one have no label, as in ProcessBench.
@@ -15,7 +15,7 @@ import re
 from typing import Any
 
 STEP = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
-LARGEST = 19  # of a result
+LARGEST = 9  # of a result: one digit, so that a small model learns it in minutes
 
 
 def make_problems(count: int, seed: int = 0, steps: tuple[int, int] = (3, 5)) -> list[dict[str, Any]]:
@@ -67,23 +67,19 @@ def _solution(rng: random.Random, steps: int, has_error: bool) -> tuple[str, lis
     wrong = rng.randrange(steps) if has_error else -1
     texts, before = [], numbers[0]
     for index, (sign, operand) in enumerate(operations):
-        if index == wrong and index and rng.random() < 0.3:  # the number before is copied wrongly
-            before = _another(rng, before, operand if sign == "-" else 0, LARGEST - (operand if sign == "+" else 0))
-            result = before + operand if sign == "+" else before - operand
-        else:
-            result = before + operand if sign == "+" else before - operand
-            if index == wrong:
-                result = _another(rng, result, 0, LARGEST)
-        result = max(0, result)
+        low, high = (0, LARGEST - operand) if sign == "+" else (operand, LARGEST)
+        others = [number for number in range(low, high + 1) if number != before]
+        is_copied = index == wrong and index > 0 and bool(others) and rng.random() < 0.3
+        if is_copied:  # the number before is copied wrongly
+            before = rng.choice(others)
+        result = max(0, before + operand if sign == "+" else before - operand)
+        if index == wrong and not is_copied:
+            result = rng.choice([number for number in range(LARGEST + 1) if number != result])
         texts.append(f"{before}{sign}{operand}={result}")
         before = result
-    return problem, texts
+    return f"{problem}=\n", texts
 
 
 def _possible(number: int) -> list[tuple[str, int]]:
     added = [("+", operand) for operand in range(1, 10) if number + operand <= LARGEST]
     return added + [("-", operand) for operand in range(1, 10) if number >= operand]
-
-
-def _another(rng: random.Random, number: int, low: int, high: int) -> int:
-    return rng.choice([other for other in range(low, high + 1) if other != number and abs(other - number) <= 5])

@@ -88,8 +88,10 @@ def tiny_config(vocab_size: int, **changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**options, **changes})
 
 
-def save_tiny_model(directory: Path, *, tie_word_embeddings: bool, pad_is_eos: bool = False, **changes: Any) -> str:
-    """Saves a causal language model with its tokenizer; returns its directory."""
+def save_tiny_model(
+    directory: Path, *, tie_word_embeddings: bool, pad_is_eos: bool = False, std: float = 0.15, **changes: Any
+) -> str:
+    """Saves a causal language model with its tokenizer; returns its directory. ``std`` is that of its matrices."""
     save_tiny_tokenizer(directory, pad_is_eos=pad_is_eos)
     vocab_size = len(PreTrainedTokenizerFast.from_pretrained(directory))
     torch.manual_seed(0)
@@ -98,7 +100,7 @@ def save_tiny_model(directory: Path, *, tie_word_embeddings: bool, pad_is_eos: b
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.15)
+                parameter.normal_(0.0, std)
     model.save_pretrained(directory)
     return str(directory)
 

@@ -75,12 +75,12 @@ class ScorerMetrics:
         """Records a micro-batch."""
         self._batch_tokens.observe(batch.computed_tokens)
         self._batch_seconds.observe(batch.seconds)
-        self._tokens.inc(batch.tokens)
-        self._computed_tokens.inc(batch.computed_tokens)
+        _add(self._tokens, batch.tokens)
+        _add(self._computed_tokens, batch.computed_tokens)
         self._shared.set(max(0.0, 1 - batch.computed_tokens / batch.tokens))
         self._queue.set(batch.queue)
-        self._hit_tokens.inc(batch.hit_tokens)
-        self._evicted_tokens.inc(batch.evicted_tokens)
+        _add(self._hit_tokens, batch.hit_tokens)
+        _add(self._evicted_tokens, batch.evicted_tokens)
         self._cache_bytes.set(batch.cache_bytes)
         self._tokens_seen += batch.tokens
         self._computed_seen += batch.computed_tokens
@@ -93,8 +93,7 @@ class ScorerMetrics:
         self._latest_s.append(seconds)
         self._items_seen += len(scores.rewards_S)
         self._items.inc(len(scores.rewards_S), tags)
-        if truncated := int(scores.truncated_S.sum()):
-            self._truncated.inc(truncated)
+        _add(self._truncated, int(scores.truncated_S.sum()))
         self._mean.set(float(scores.rewards_S.mean()), tags)
         self._std.set(float(np.std(scores.rewards_S)), tags)
 
@@ -112,6 +111,12 @@ class ScorerMetrics:
             self._version.set(0, {"model_version": self._served})
         self._version.set(1, {"model_version": model_version})
         self._served = model_version
+
+
+def _add(counter: Counter, count: int) -> None:
+    """Adds to a counter, which accepts no zero."""
+    if count:
+        counter.inc(count)
 
 
 def http_refusals(app: str) -> Counter:

@@ -26,6 +26,7 @@ PROMPT, SAMPLES, TOKENS = "please explain", 32, 12
 
 def main(model: str, out: str, reward: Callable[[str], float] = lambda text: text.count("!"), steps: int = 20) -> float:
     """Trains a policy on a reward of texts; saves the critic and returns the last mean reward."""
+    torch.manual_seed(0)
     tokenizer = load_tokenizer(model, "plain")
     policy = AutoModelForCausalLM.from_pretrained(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)

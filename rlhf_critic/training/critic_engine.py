@@ -358,7 +358,7 @@ class CriticEngine(InferenceEngine):
             validation, max(MIN_VALIDATION, min(affordable // 4, MAX_VALIDATION)), self.options.seed
         )
         return fit_head_posterior(
-            units, held_out, self.last_states, scale=len(train) / len(units), ranks=DistributedRanks()
+            units, held_out, self.last_states, scale=len(train) / len(units), ranks=DistributedRanks(self.device)
         )
 
     def save(self, directory: str | Path, encoder: Encoder, card: CriticCard) -> None:

@@ -72,7 +72,13 @@ class FitReport:
 
 
 class Ranks:
-    """Sums and joins over the ranks of a group. This class has one rank; see `DistributedRanks`."""
+    """Sums and joins over the ranks of a group. This class has one rank; see `DistributedRanks`.
+
+    Attributes:
+        device: Device of sums on a rank that computes nothing.
+    """
+
+    device = torch.device("cpu")
 
     def sum(self, tensor: Tensor) -> None:
         """Sums a tensor over all ranks, in place."""
@@ -84,6 +90,9 @@ class Ranks:
 
 class DistributedRanks(Ranks):
     """The ranks of ``torch.distributed``. Every method is collective."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def sum(self, tensor: Tensor) -> None:
         """See `Ranks.sum`."""
@@ -191,8 +200,9 @@ def fit_head_posterior(
         add_to_hessian(hessian_DD, differences_PD, margins_P / temperature)
         mean_D += states_SD.sum(dim=0)
         count += len(states_SD)
-    assert hessian_DD is not None, "every rank has a part of the training preferences"
-    assert mean_D is not None
+    size = int(ranks.join(np.array([0.0 if mean_D is None else len(mean_D)])).max())
+    if hessian_DD is None or mean_D is None:  # with fewer preferences than ranks
+        hessian_DD, mean_D = torch.zeros(size, size, device=ranks.device), torch.zeros(size, device=ranks.device)
     counted = torch.tensor([float(count)], device=mean_D.device)
     for tensor in (hessian_DD, mean_D, counted):
         ranks.sum(tensor)

@@ -21,7 +21,7 @@ def config_of(options: dict, name: str, resume: bool = False, **changes: dict) -
     """The options with changed sections."""
     sections = {section: {**values, **changes.get(section, {})} for section, values in options.items()}
     sections["run"]["name"] = name
-    return PPOJobConfig.model_validate({**sections, "resume": resume})
+    return PPOJobConfig.model_validate({**sections, "resume": resume}).resolved()
 
 
 def of_length(iterations: int) -> dict:
