@@ -18,7 +18,6 @@ from rlhf_critic.config.tools import InspectJobConfig
 from rlhf_critic.data.encoding import create_encoder
 from rlhf_critic.data.preference_dataset import EncodedPreferences, IdArray, count_leaked
 from rlhf_critic.data.preferences import load_preferences
-from rlhf_critic.evaluation.plots import lengths_svg
 from rlhf_critic.evaluation.preferences import wins
 from rlhf_critic.evaluation.report import (
     Figure,
@@ -117,6 +116,8 @@ def page_of(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Page:
     """Returns the content of the report: the statistics of all sources, their lengths and examples."""
+    from rlhf_critic.evaluation.plots import lengths_svg  # matplotlib is slow to import
+
     lengths = [table.comparisons().lengths_P2 for table in tables]
     longer_P = wins((lengths_P2 := np.concatenate(lengths))[:, 0].astype(np.float64) - lengths_P2[:, 1])
     repeated = sum(table.reports[source_of(table)].duplicates for table in tables)
