@@ -358,7 +358,7 @@ def test_a_saved_critic_is_a_critic_like_any_other(pair, preference_file, tmp_pa
     config = EvaluateJobConfig(checkpoint=str(pair.saved), data=preference_file, cache_dir=str(tmp_path))
     evaluation, page = evaluate(config)
     assert 0 <= evaluation.accuracy.mean <= 1
-    assert page.critic == f"online@{STEPS}"
+    assert page.title == f"online@{STEPS}"
 
 
 def test_a_directory_that_is_there_is_not_written_over(pair):
