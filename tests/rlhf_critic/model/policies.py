@@ -26,7 +26,7 @@ def token_stats(
 def plain_policy(source: str) -> PreTrainedModel:
     config = AutoModelForCausalLM.from_pretrained(source).config
     silence_dropout(config)
-    return AutoModelForCausalLM.from_pretrained(source, config=config).train()
+    return AutoModelForCausalLM.from_pretrained(source, config=config).eval()
 
 
 def from_the_definition(
