@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Column, Table
@@ -16,7 +17,7 @@ from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.tools import InspectJobConfig
 from rlhf_critic.data.encoding import create_encoder
-from rlhf_critic.data.preference_dataset import EncodedPreferences, IdArray, count_leaked
+from rlhf_critic.data.preference_dataset import PREFERENCE, EncodedPreferences, IdArray, count_leaked
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.evaluation.preferences import wins
 from rlhf_critic.evaluation.report import (
@@ -75,14 +76,14 @@ def statistics(
     max_length, special_tokens_in_text = encoding.max_length, encoding.special_tokens_in_text
     report = preferences.reports[source_of(preferences)]
     pairs = preferences.comparisons()
-    longer = wins((pairs.lengths_P2[:, 0] - pairs.lengths_P2[:, 1]).astype(np.float64))
     rows: list[tuple[str, object]] = [
         ("rows read", report.rows),
         *((f"  {shape}", count) for shape, count in sorted(report.shapes.items())),
-        ("preferences to train on", report.preferences),
+        ("preferences to train on", report.preferences - report.pointwise),
         ("  comparisons in them", len(pairs.rows_P)),
         ("  distinct prompts", len(np.unique(preferences.prompts_N))),
         ("  with a margin", int((~np.isnan(preferences.margins_N)).sum())),
+        ("rows with targets", report.pointwise),
         (f"truncated (over {max_length} tokens)", report.truncated),
         (f"skipped (over {max_length} tokens)", report.skipped_overlong),
         ("skipped (identical responses)", report.identical),
@@ -94,19 +95,29 @@ def statistics(
         *((f"turns of role {role}", count) for role, count in sorted(report.roles.items())),
         ("duplicates", report.duplicates),
         ("contradictions (same responses, opposite order)", report.contradictions),
-        ("the longer response is preferred", f"{longer.mean():.3f} of comparisons (a tie counts half)"),
+        ("the longer response is preferred", f"{longer_wins(pairs.lengths_P2)} of comparisons (a tie counts half)"),
         ("tokens of all responses with their prompts", report.tokens),
     ]
-    for side, column in (("preferred", 0), ("other", 1)):
-        lengths = np.percentile(pairs.lengths_P2[:, column], PERCENTILES).round().astype(int)
-        percentiles = ", ".join(f"{length} ({of}%)" for length, of in zip(lengths, PERCENTILES, strict=True))
-        rows.append((f"tokens of the {side} response with its prompt, percentiles", percentiles))
+    for kind, tokens in (
+        ("the preferred response", pairs.lengths_P2[:, 0]),
+        ("the other response", pairs.lengths_P2[:, 1]),
+        ("a response with targets", preferences.tokens_N[preferences.kinds_N != PREFERENCE]),
+    ):
+        if len(tokens):
+            lengths = np.percentile(tokens, PERCENTILES).round().astype(int)
+            percentiles = ", ".join(f"{length} ({of}%)" for length, of in zip(lengths, PERCENTILES, strict=True))
+            rows.append((f"tokens of {kind} with its prompt, percentiles", percentiles))
     subsets, sizes = np.unique(preferences.subsets_N, return_counts=True)
     if len(subsets) > 1:
         rows += [(f"subset {subset or '(none)'}", int(size)) for subset, size in zip(subsets, sizes, strict=True)]
     for other in before:
         rows.append((f"preferences with a prompt of {', '.join(other.reports)}", count_leaked(other, preferences)))
     return [(measure, str(value)) for measure, value in rows]
+
+
+def longer_wins(lengths_P2: NDArray[np.int64]) -> str:
+    """Returns the share of comparisons whose better response is the longer one; a tie counts half."""
+    return f"{wins((lengths_P2[:, 0] - lengths_P2[:, 1]).astype(np.float64)).mean():.3f}" if len(lengths_P2) else "none"
 
 
 def page_of(
@@ -119,15 +130,15 @@ def page_of(
     from rlhf_critic.evaluation.plots import lengths_svg  # matplotlib is slow to import
 
     lengths = [table.comparisons().lengths_P2 for table in tables]
-    longer_P = wins((lengths_P2 := np.concatenate(lengths))[:, 0].astype(np.float64) - lengths_P2[:, 1])
+    lengths_P2 = np.concatenate(lengths)
     repeated = sum(table.reports[source_of(table)].duplicates for table in tables)
     shown = [(table, row) for table in tables for row in examples_of(table, config.examples)]
     return Page(
-        title=f"{sum(map(len, tables))} preferences",
+        title=f"{sum(map(len, tables))} rows",
         source=f"{', '.join(map(source_of, tables))}; tokenizer of {config.model}",
         figures=[
-            Figure("comparisons", str(len(longer_P)), "pairs of responses in all preferences"),
-            Figure("longer response preferred", f"{longer_P.mean():.3f}", "share of comparisons; a tie counts half"),
+            Figure("comparisons", str(len(lengths_P2)), "pairs of responses in all preferences"),
+            Figure("longer response preferred", longer_wins(lengths_P2), "share of comparisons; a tie counts half"),
             Figure("duplicates", str(repeated), "preferences that repeat an earlier one of their source"),
         ],
         plots=[

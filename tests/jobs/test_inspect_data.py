@@ -73,6 +73,23 @@ def test_a_report_has_the_statistics_lengths_and_examples_of_each_source(tiny_mo
     assert "report is not an empty directory" in message
 
 
+def test_data_with_targets_alone_has_statistics_and_a_report(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [{"prompt": "why", "response": word, "score": number} for number, word in enumerate(WORDS)]
+    data = tmp_path / "rated.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(data), "--model", tiny_model, "--cache-dir", str(tmp_path), "--report", str(tmp_path / "report")]
+    code, output, _ = run(inspect_job.main, arguments, monkeypatch, capsys)
+    assert code == 0
+    cells = dict(
+        [cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if line.count("│") == 3
+    )
+    assert (cells["preferences to train on"], cells["rows with targets"]) == ("0", str(len(rows)))
+    assert cells["the longer response is preferred"].startswith("none")
+    assert "tokens of a response with targets with its prompt, percentiles" in cells
+    assert 'class="example"' in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_several_bad_rows_are_named_in_one_run(tiny_model, tmp_path, monkeypatch, capsys):
     good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
     data = tmp_path / "bad.jsonl"
