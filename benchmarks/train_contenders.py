@@ -75,19 +75,7 @@ def table_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> EncodedPreferences:
         "target_tokens": [[]] * len(pairs),
     }
     table = datasets.Dataset.from_dict(columns, features=FEATURES)
-    report = EncodingReport(
-        len(pairs),
-        len(pairs),
-        truncated=0,
-        skipped_overlong=0,
-        identical=0,
-        duplicates=0,
-        contradictions=0,
-        tokens=0,
-        longest=0,
-        shapes={},
-    )
-    return EncodedPreferences(table, {"drawn": report}, "drawn")
+    return EncodedPreferences(table, {"drawn": EncodingReport(len(pairs), len(pairs))}, "drawn")
 
 
 def trl(specification: Specification) -> Result:

@@ -17,7 +17,14 @@ from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.tools import InspectJobConfig
 from rlhf_critic.data.encoding import create_encoder
-from rlhf_critic.data.preference_dataset import PREFERENCE, EncodedPreferences, IdArray, count_leaked
+from rlhf_critic.data.preference_dataset import (
+    PREFERENCE,
+    ROW_KINDS,
+    EncodedPreference,
+    EncodedPreferences,
+    IdArray,
+    count_leaked,
+)
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.evaluation.preferences import wins
 from rlhf_critic.evaluation.report import (
@@ -155,13 +162,18 @@ def page_of(
         examples=[
             highlighted_example(
                 table.origin(row),
-                "best first",
+                note_of(table[row]),
                 {f"{place}.": decode(ids, tokenizer) for place, ids in enumerate(table[row].responses, 1)},
                 tokenizer.all_special_tokens,
             )
             for table, row in shown
         ],
     )
+
+
+def note_of(row: EncodedPreference) -> str:
+    """Returns what the order of the responses of a row says, or its kind of target."""
+    return "best first" if row.kind == ROW_KINDS[PREFERENCE] else f"with a target: {row.kind}"
 
 
 def decode(ids: IdArray, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -180,7 +192,7 @@ def example(preferences: EncodedPreferences, row: int, tokenizer: PreTrainedToke
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             shown.append(decode(response[start:end], tokenizer), style="reverse" if ids[start] in special else "")
         shown.append("\n")
-    return Panel(shown, title=Text(preferences.origin(row)), subtitle="best first", title_align="left")
+    return Panel(shown, title=Text(preferences.origin(row)), subtitle=note_of(preferences[row]), title_align="left")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,7 @@ class ModelConfig(BodyConfig):
     head_init: Literal["normal", "zero"] = "normal"
     """Initialisation of a new head: N(0, 1/sqrt(hidden + 1)) or zero."""
     disable_dropout: bool = True
-    """Set every dropout probability, and the noise and sampling of routers in training, to 0, so that rewards are
-    deterministic."""
+    """Turn off dropout, and the noise and sampling of routers in training, so that rewards are deterministic."""
     lora_rank: NonNegativeInt = 0
     """Rank of low-rank adapters, which are trained with the head instead of all weights; 0 is off. Needs peft
     (rlhf-critic[lora]). Checkpoints hold the merged weights."""

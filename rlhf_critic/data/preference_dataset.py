@@ -68,14 +68,14 @@ class EncodingReport:
 
     rows: int
     preferences: int
-    truncated: int
-    skipped_overlong: int
-    identical: int
-    duplicates: int
-    contradictions: int
-    tokens: int
-    longest: int
-    shapes: dict[str, int]
+    truncated: int = 0
+    skipped_overlong: int = 0
+    identical: int = 0
+    duplicates: int = 0
+    contradictions: int = 0
+    tokens: int = 0
+    longest: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)
     kept_whole: int = 0
     white_space: int = 0
     special_tokens: int = 0

@@ -87,7 +87,7 @@ def test_data_with_targets_alone_has_statistics_and_a_report(tiny_model, tmp_pat
     assert (cells["preferences to train on"], cells["rows with targets"]) == ("0", str(len(rows)))
     assert cells["the longer response is preferred"].startswith("none")
     assert "tokens of a response with targets with its prompt, percentiles" in cells
-    assert 'class="example"' in (tmp_path / "report" / "report.html").read_text()
+    assert "with a target: score" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_several_bad_rows_are_named_in_one_run(tiny_model, tmp_path, monkeypatch, capsys):
