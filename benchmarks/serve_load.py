@@ -224,6 +224,7 @@ def main(options: Options) -> None:
                 max_replicas=replicas,
                 cpus_per_shard=threads,
                 deadline_s=CALL_TIMEOUT_S,
+                prefix_cache_bytes=0,  # every way sends the same texts; benchmarks.prefix_cache measures the cache
             )
             url, _, _ = run_pool(config, lambda _: None)
             return url

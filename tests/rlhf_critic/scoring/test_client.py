@@ -452,65 +452,6 @@ def test_a_client_needs_neither_torch_nor_transformers():
     assert done.returncode == 0, done.stderr
 
 
-def scores_of(count, **changed):
-    zeros_S = np.zeros(count, dtype=np.float32)
-    good = {"rewards_S": zeros_S, "truncated_S": zeros_S.astype(np.bool_), "tokens_S": np.full(count, 2)}
-    values = tuple(np.zeros(2, dtype=np.float32) for _ in range(count))
-    return Scores(**{"model_version": "v1", "components": {"half": zeros_S}, "values": values, **good, **changed})
-
-
-LIES = {
-    "too few rewards": {"rewards_S": np.zeros(1, np.float32)},
-    "too many rewards": {"rewards_S": np.zeros(3, np.float32)},
-    "no rewards": {"rewards_S": np.zeros(0, np.float32)},
-    "rewards in columns": {"rewards_S": np.zeros((2, 1), np.float32)},
-    "too few flags": {"truncated_S": np.zeros(1, np.bool_)},
-    "too few counts": {"tokens_S": np.zeros(1, np.int64)},
-    "a component that is too short": {"components": {"half": np.zeros(1, np.float32)}},
-    "NaN": {"rewards_S": np.array([0, np.nan], np.float32)},
-    "infinity": {"rewards_S": np.array([np.inf, 0], np.float32)},
-    "a component that is NaN": {"components": {"half": np.array([np.nan, 0], np.float32)}},
-    "no values": {"values": None},
-    "values of one item": {"values": (np.zeros(2, np.float32),)},
-    "too few values": {"values": (np.zeros(2, np.float32), np.zeros(1, np.float32))},
-    "values that are NaN": {"values": (np.zeros(2, np.float32), np.full(2, np.nan, np.float32))},
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_an_answer_that_does_not_belong_to_its_call_is_an_error(lie):
-    class Liar(Lengths):
-        async def ask(self, items, values, version, timeout_s):
-            self.calls.append(len(items))
-            return scores_of(len(items), **LIES[lie])
-
-    transport = Liar()
-    refused = pytest.raises(ScorerFailed, match="the answer does not belong to a call of 2 items")
-    with ScorerClient(transport, max_items_per_call=2) as client, refused:
-        client.score_items(conversations_of(2), values=True)
-    assert len(transport.calls) == 1
-
-
-def test_a_version_that_was_not_asked_for_is_no_answer():
-    class Deaf(Lengths):
-        async def ask(self, items, values, version, timeout_s):
-            return scores_of(len(items))
-
-    with ScorerClient(Deaf()) as client, pytest.raises(VersionMismatch, match="v7 was requested, and v1 answered"):
-        client.score_items(conversations_of(2), version="v7")
-
-
-def test_parts_with_different_components_are_not_joined():
-    class Changes(Lengths):
-        async def ask(self, items, values, version, timeout_s):
-            self.calls.append(len(items))
-            zeros_S = np.zeros(len(items), np.float32)
-            return scores_of(len(items), components={f"name{len(self.calls)}": zeros_S})
-
-    with ScorerClient(Changes(), max_items_per_call=1) as client, pytest.raises(ScorerFailed, match="different comp"):
-        client.score_items(conversations_of(2))
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_goes_on_with_the_client():
     script = """
