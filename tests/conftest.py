@@ -15,6 +15,7 @@ os.environ.update(
     DS_ACCELERATOR="cpu",
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
     RAY_raylet_start_wait_time_s="120",  # on a busy machine Ray takes longer than it expects
+    RAY_worker_niceness="0",  # by default 15: tests that wait for Ray would get what the other processes leave
     TOKENIZERS_PARALLELISM="false",
 )
 

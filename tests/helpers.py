@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import ray
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # ranks of tests import this file, and transformers takes seconds
+    from transformers import LlamaConfig
 
 WORDS = (
     "please thank you very kindly for the helpful answer of course I am glad to explain how this works "
@@ -51,6 +51,9 @@ def save_tiny_tokenizer(
     directory: Path, *, pad_is_eos: bool = False, adds_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
 ) -> str:
     """Trains a byte-level BPE tokenizer on a few words, saves it, and returns its directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -76,6 +79,8 @@ def save_tiny_tokenizer(
 
 def tiny_config(vocab_size: int, **changes: Any) -> LlamaConfig:
     """Returns the config of a two-layer Llama with grouped queries."""
+    from transformers import LlamaConfig
+
     options = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -92,6 +97,9 @@ def save_tiny_model(
     directory: Path, *, tie_word_embeddings: bool, pad_is_eos: bool = False, std: float = 0.15, **changes: Any
 ) -> str:
     """Saves a causal language model with its tokenizer; returns its directory. ``std`` is that of its matrices."""
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
     save_tiny_tokenizer(directory, pad_is_eos=pad_is_eos)
     vocab_size = len(PreTrainedTokenizerFast.from_pretrained(directory))
     torch.manual_seed(0)
@@ -125,6 +133,8 @@ def write_preferences(path: Path, count: int, seed: int = 0) -> str:
 @ray.remote(num_cpus=0.1, max_restarts=0)
 class _Rank:
     def __init__(self, rank: int, world_size: int) -> None:
+        import torch
+
         self.rank, self.world_size = rank, world_size
         torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ from tests.helpers import run_command, slow_except, submit_job, wait_until, writ
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)  # a hang guard: a run may take minutes on a busy machine
-STEPS, CHECKPOINT_EVERY, KILL_AFTER = 60, 15, 20
+STEPS, CHECKPOINT_EVERY, KILL_AFTER = 30, 10, 12
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_submitted_job_trains_and_tells_the_user(submitted):
     assert "Reporting training result" not in output
     accuracy = float(re.search(r"validation accuracy (\d\.\d+)", output).group(1))
     assert accuracy > 0.9
-    assert [record["step"] for record in history_of(run, "validation")] == [25, 50, STEPS]
+    assert [record["step"] for record in history_of(run, "validation")] == [25, STEPS]
     assert history_of(run, "validation")[-1]["accuracy"] == pytest.approx(accuracy, abs=1e-3)
     assert list((run / "history" / "tensorboard").glob("events.*"))
     kept = sorted(path.name for path in run.glob("step-*"))

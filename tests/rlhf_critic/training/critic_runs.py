@@ -15,7 +15,8 @@ from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.model.weights import gathered, persistent_tensors
 from rlhf_critic.training.critic_engine import CriticEngine
 
-STEPS = 20
+STEPS = 20  # of the schedule
+FEW = 8  # as many steps are taken where all 20 would show nothing else
 OPTIONS = TrainConfig(
     global_batch_size=12, learning_rate=3e-3, warmup_fraction=0.2, weight_decay=0.01, token_budget=150, epochs=10.0
 )

@@ -22,9 +22,9 @@ from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.engine import STATE_TAG
 from rlhf_critic.training.reshard import convert
 from tests.helpers import slow_except, wait_until
-from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, train, whole_weights
+from tests.rlhf_critic.training.critic_runs import FEW, OPTIONS, STEPS, card_of, train, whole_weights
 
-HALF = STEPS // 2
+HALF = FEW // 2
 # A large decay, so that a group with the decay of another one is detected.
 CHANGES = {"weight_decay": 0.3}
 
@@ -42,7 +42,7 @@ def straight(until: int, directory: str, *run: Any) -> tuple[list[dict], dict]:
     metrics = train(engine, preferences, until)
     if directory:
         engine.save(directory, encoder, card_of(encoder))
-        metrics += train(engine, preferences, STEPS)
+        metrics += train(engine, preferences, FEW)
     return metrics, whole_weights(engine)
 
 
@@ -50,7 +50,7 @@ def resume(directory: str, *run: Any) -> tuple[list[dict], dict, int]:
     engine, preferences, _ = make(*run)
     engine.load(directory)
     assert engine.step == HALF
-    metrics = train(engine, preferences, STEPS)
+    metrics = train(engine, preferences, FEW)
     return metrics, whole_weights(engine), engine.training.token_budget
 
 
