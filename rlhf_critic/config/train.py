@@ -30,6 +30,9 @@ class DataConfig(Section):
     overlong: Literal["truncate", "skip"] = "truncate"
     """Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. Both are counted
     and reported."""
+    deduplicate: bool = False
+    """Leave out rows that repeat an earlier one of any source of data.train: the same token ids in the same order with
+    the same targets. They are counted for each source."""
     seed: NonNegativeInt = 0
     """Random seed that selects the held-out prompts, and the preferences of a source with a fractional weight."""
     cache_dir: PathOrUri = ".cache"

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_critic.data.repeated_rows import HashArray, find_repeated, find_reversed
 from rlhf_critic.errors import DataError
 
 IdArray = NDArray[np.int32]
@@ -37,6 +38,8 @@ FEATURES = datasets.Features(
         "kind": datasets.Value("int8"),
         "targets": datasets.List(datasets.Value("float32")),
         "target_tokens": datasets.List(datasets.Value("int32")),
+        "content": datasets.Value("int64"),  # hash of ids and targets, and that of the reversed preference
+        "reverse": datasets.Value("int64"),
     }
 )
 
@@ -51,8 +54,10 @@ class EncodingReport:
         truncated: Number of preferences with a response that was truncated from the left.
         skipped_overlong: Number of rows skipped because a response with its prompt exceeds the maximum length.
         identical: Number of rows skipped because two of their responses have the same ids.
-        duplicates: Number of preferences that repeat an earlier one.
+        duplicates: Number of rows of the table that repeat an earlier one.
         contradictions: Number of preferences that reverse an earlier one.
+        deduplicated: Number of rows of the table that are not trained on, because they repeat an earlier one of this
+            source or of a source before it. 0 unless `deduplicate` counted them.
         tokens: Tokens of all responses with their prompts.
         longest: Tokens of the longest response with its prompt.
         shapes: Number of rows of each shape.
@@ -83,6 +88,7 @@ class EncodingReport:
     pointwise: int = 0
     empty_turns: int = 0
     roles: dict[str, int] = field(default_factory=dict)
+    deduplicated: int = 0
 
     def __str__(self) -> str:
         rare = (
@@ -91,6 +97,7 @@ class EncodingReport:
             (self.special_tokens, "with a special token inside a text"),
             (self.begin_with_prompt, "with a response that begins with its prompt"),
             (self.empty_turns, "with an empty turn"),
+            (self.deduplicated, "left out as repeats of rows before them, in all sources"),
         )
         what = f"{self.preferences - self.pointwise} preferences"
         if self.pointwise:
@@ -217,6 +224,11 @@ class EncodedPreferences:
         """Returns all ``R`` responses with their prompts, preference by preference, the best first."""
         return [ids for preference in self.take(np.arange(len(self))) for ids in preference.responses]
 
+    def hashes(self) -> tuple[HashArray, HashArray]:
+        """Returns the hash of each row, and that of the reversed row; see `rlhf_critic.data.repeated_rows`."""
+        content, reverse = (self._table.data[name].to_numpy()[self._rows_N] for name in ("content", "reverse"))
+        return content, reverse
+
     def origin(self, row: int) -> str:
         """Returns the origin of a preference, as ``file:line``."""
         return f"{list(self.reports)[self.sources_N[row]]}:{self._lines_N[row]}"
@@ -260,6 +272,30 @@ def concatenate(tables: Sequence[EncodedPreferences]) -> EncodedPreferences:
     firsts = np.cumsum([0, *(len(table._table) for table in tables)])
     rows_N = np.concatenate([table._rows_N + first for table, first in zip(tables, firsts, strict=False)])
     return EncodedPreferences(joined, reports, digest(*(table.fingerprint for table in tables)), rows_N)
+
+
+def deduplicate(preferences: EncodedPreferences) -> EncodedPreferences:
+    """Returns the table without rows that repeat an earlier one, whatever its source. The reports count them.
+
+    For rows that are the same see `rlhf_critic.data.repeated_rows`.
+    """
+    repeated_N = find_repeated(preferences.hashes()[0])
+    counts = np.bincount(preferences.sources_N[repeated_N], minlength=len(preferences.reports))
+    kept = preferences.select(np.flatnonzero(~repeated_N)) if repeated_N.any() else preferences
+    reports = {
+        source: replace(report, deduplicated=int(count))
+        for (source, report), count in zip(preferences.reports.items(), counts, strict=True)
+    }
+    return EncodedPreferences(kept._table, reports, kept.fingerprint, kept._rows_N)
+
+
+def count_repeated(tables: Sequence[EncodedPreferences]) -> list[tuple[int, int]]:
+    """Counts for each table the rows that repeat, and those that reverse, an earlier one of it or a table before it."""
+    hashes = [table.hashes() for table in tables]
+    content_N, reverse_N = (np.concatenate(of_tables) for of_tables in zip(*hashes, strict=True))
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    found = (np.split(rows_N, ends) for rows_N in (find_repeated(content_N), find_reversed(content_N, reverse_N)))
+    return [(int(repeated.sum()), int(reverses.sum())) for repeated, reverses in zip(*found, strict=True)]
 
 
 def weigh_sources(preferences: EncodedPreferences, weights: Sequence[float], seed: int) -> EncodedPreferences:

@@ -26,7 +26,6 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import datasets
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from rlhf_critic.data.conversation import Prompt, Reply, Turn
@@ -44,12 +43,13 @@ from rlhf_critic.data.preference_dataset import (
 from rlhf_critic.data.preference_schema import STANDARD_EXPLICIT, WHOLE_TEXTS, Preference, parse_row
 from rlhf_critic.data.processes import map_in_processes, usable_cores
 from rlhf_critic.data.repeated_prompts import RepeatCount, TextRow
+from rlhf_critic.data.repeated_rows import find_repeated, find_reversed, hash_pointwise, hash_preference
 from rlhf_critic.data.source_parts import PartReader, SourcePart, split_source
 from rlhf_critic.data.sources import fingerprint_of
 from rlhf_critic.errors import ConfigError, CriticError, DataError, EncodingError
 from rlhf_critic.files import atomic_directory
 
-CACHE_FORMAT = 8  # increase it when the cached columns change their meaning, or rows are read in another way
+CACHE_FORMAT = 9  # increase it when the cached columns change their meaning, or rows are read in another way
 DATA_FORMAT = 4  # increase it when a run that began before must not continue
 ENCODE_CHUNK = 512
 MAX_BAD_ROWS = 10  # that one error names
@@ -259,11 +259,10 @@ def _without_repeats(job: _Job, line: int, row: Row) -> Row:
 
 
 def _encode_part(job: _Job, part: SourcePart) -> None:
-    """Encodes the rows of a part and writes them, their counts and the hashes of their ids."""
+    """Encodes the rows of a part and writes them with their counts."""
     counts = Counter(dict.fromkeys(COUNTS, 0))
     shapes: Counter[str] = Counter()
     roles: Counter[str] = Counter()
-    hashes: list[tuple[int, int]] = []
     rows = ((line, _without_repeats(job, line, row)) for line, row in _parse_part(job, part))
     with atomic_directory(job.directory(part), keep_existing=True) as building:
         with _table_writer(building / TABLE_NAME) as writer:
@@ -272,9 +271,8 @@ def _encode_part(job: _Job, part: SourcePart) -> None:
                 turns_of_rows = [_turns_of(row) for _, row in chunk]
                 roles.update(turn.role for turns in turns_of_rows for turn in turns)
                 counts["empty_turns"] += sum(any(map(_is_empty, turns)) for turns in turns_of_rows)
-                records = _encode_records(job, chunk, counts, hashes)
+                records = _encode_records(job, chunk, counts)
                 writer.write_table(pa.Table.from_pylist(records, schema=FEATURES.arrow_schema))
-        np.save(building / "hashes.npy", np.array(hashes, dtype=np.int64).reshape(-1, 2))
         (building / "counts.json").write_text(json.dumps({"counts": counts, "shapes": shapes, "roles": roles}))
 
 
@@ -288,10 +286,8 @@ def _is_empty(turn: Turn) -> bool:
     return not turn.text.strip() and not turn.tool_calls
 
 
-def _encode_records(
-    job: _Job, chunk: list[tuple[int, Row]], counts: Counter[str], hashes: list[tuple[int, int]]
-) -> list[dict[str, Any]]:
-    """Encodes some rows. Adds to the counts, and to the hashes of the ids in order and in reversed order."""
+def _encode_records(job: _Job, chunk: list[tuple[int, Row]], counts: Counter[str]) -> list[dict[str, Any]]:
+    """Encodes some rows, and adds to the counts."""
     records: list[dict[str, Any]] = []
     for (line, preference), of_row in zip(chunk, _encode_chunk(job.source, job.encoder, chunk), strict=True):
         encoded, tokens, is_pair = of_row.encoded, of_row.target_tokens, isinstance(preference, Preference)
@@ -314,8 +310,10 @@ def _encode_records(
         counts["tokens"] += sum(map(len, responses))
         counts["longest"] = max(counts["longest"], *map(len, responses))
         counts["pointwise"] += not is_pair
-        # A single response reverses nothing, so its second hash is one that no row has as its first.
-        hashes.append((_hash_of(ids_of_row), _hash_of(ids_of_row[::-1] if is_pair else (*ids_of_row, b""))))
+        if isinstance(preference, Pointwise):
+            content, reverse = hash_pointwise(ids_of_row[0], preference.kind, of_row.targets, tokens)
+        else:
+            content, reverse = hash_preference(ids_of_row)
         records.append(
             {
                 "responses": responses,
@@ -327,17 +325,11 @@ def _encode_records(
                 "kind": ROW_KINDS.index(preference.kind) if isinstance(preference, Pointwise) else PREFERENCE,
                 "targets": of_row.targets,
                 "target_tokens": tokens,
+                "content": content,
+                "reverse": reverse,
             }
         )
     return records
-
-
-def _hash_of(ids_of_row: Sequence[bytes]) -> int:
-    """Hashes the ids of all responses of a row in their order, to 64 bits."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for ids in ids_of_row:
-        hashed.update(hashlib.blake2b(ids, digest_size=16).digest())
-    return int.from_bytes(hashed.digest(), "little", signed=True)
 
 
 def _table_writer(path: Path) -> pa.RecordBatchStreamWriter:
@@ -349,7 +341,7 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
     counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
     shapes: Counter[str] = Counter()
     roles: Counter[str] = Counter()
-    longest, hashes = 0, []
+    longest, hashes = 0, [np.zeros((0, 2), dtype=np.int64)]
     with _table_writer(directory / TABLE_NAME) as writer:
         for part in parts:
             encoded = job.directory(part)
@@ -358,10 +350,10 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
             counts.update(of_part["counts"])
             shapes.update(of_part["shapes"])
             roles.update(of_part["roles"])
-            hashes.append(np.load(encoded / "hashes.npy"))
             with pa.memory_map(str(encoded / TABLE_NAME)) as file:
                 for batch in pa.ipc.open_stream(file):
                     writer.write_batch(batch)
+                    hashes.append(np.stack([batch["content"].to_numpy(), batch["reverse"].to_numpy()], axis=1))
     hashes_N2 = np.concatenate(hashes)
     if not len(hashes_N2):
         raise DataError(
@@ -369,7 +361,8 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
             f"encoding.max_length {job.encoder.max_length} and {counts['identical']} have identical responses; raise "
             "the limit, or truncate long rows (--data.overlong truncate)"
         )
-    counts["duplicates"], counts["contradictions"] = _count_repeated_rows(hashes_N2)
+    counts["duplicates"] = int(find_repeated(hashes_N2[:, 0]).sum())
+    counts["contradictions"] = int(find_reversed(hashes_N2[:, 0], hashes_N2[:, 1]).sum())
     report = EncodingReport(
         rows=sum(shapes.values()),
         preferences=len(hashes_N2),
@@ -380,14 +373,6 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
         begin_with_prompt=begin_with_prompt,
     )
     (directory / "report.json").write_text(json.dumps(asdict(report)))
-
-
-def _count_repeated_rows(hashes_N2: NDArray[np.int64]) -> tuple[int, int]:
-    """Counts the rows that repeat an earlier one, and those that reverse an earlier one."""
-    hashes, firsts = np.unique(hashes_N2[:, 0], return_index=True)
-    place_N = np.searchsorted(hashes, hashes_N2[:, 1]).clip(max=len(hashes) - 1)
-    reverses_N = (hashes[place_N] == hashes_N2[:, 1]) & (firsts[place_N] < np.arange(len(hashes_N2)))
-    return len(hashes_N2) - len(hashes), int(reverses_N.sum())
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rlhf_critic.data.preference_dataset import (
     EncodedPreferences,
     concatenate,
     count_leaked,
+    deduplicate,
     split_by_prompt,
     weigh_sources,
 )
@@ -60,6 +61,8 @@ def load_data(config: TrainJobConfig, ignored_end_id: int | None = None) -> Trai
         return concatenate(tables)
 
     train, validation = load(options.train), load(options.validation) if options.validation else None
+    if options.deduplicate:
+        train = deduplicate(train)
     if options.validation_fraction:
         train, validation = split_by_prompt(train, options.validation_fraction, options.seed)
     if options.train_weights is not None:

@@ -28,7 +28,8 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     code, output, _ = run(inspect_job.main, [*sources, *arguments, "--cache-dir", str(tmp_path)], monkeypatch, capsys)
     assert code == 0
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if line.count("│") == 3]
-    first = dict(cells[: next(n for n, (what, _) in enumerate(cells) if n and what == "rows read")])
+    start = next(n for n, (what, _) in enumerate(cells) if n and what == "rows read")
+    first, second = dict(cells[:start]), dict(cells[start:])
     assert first["rows read"] == str(len(rows))
     assert first["preferences to train on"] == str(len(rows) - 2)
     assert first["skipped (over 64 tokens)"] == "1"
@@ -38,6 +39,8 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     assert first["responses that the template drops or changes (kept whole)"] == "0"
     assert first["responses whose white space the template changes"] == "0"
     assert first["contradictions (same responses, opposite order)"] == "1"
+    repeated = "duplicates, sources before this one included (data.deduplicate leaves them out)"
+    assert [first[repeated], second["duplicates"], second[repeated]] == ["1", "0", "1"]
     assert ["standard, explicit prompt, ranked", "1"] in cells
     assert [f"preferences with a prompt of {sources[0]}", "1"] in cells
     encoder = Encoder(load_tokenizer(tiny_model), 64)
