@@ -48,7 +48,15 @@ def main() -> None:
         validate_report_directory(config.report)
     encoder = create_encoder(config.model, config.encoding)
     tables = [
-        load_preferences(source, encoder, config.cache_dir, fields=config.fields, overlong=config.overlong)
+        load_preferences(
+            source,
+            encoder,
+            config.cache_dir,
+            fields=config.fields,
+            overlong=config.overlong,
+            decontaminate=config.decontaminate,
+            ngram=config.decontaminate_ngram,
+        )
         for source in config.data
     ]
     console = Console()
@@ -115,6 +123,7 @@ def statistics(
         (f"truncated (over {max_length} tokens)", report.truncated),
         (f"skipped (over {max_length} tokens)", report.skipped_overlong),
         ("skipped (identical responses)", report.identical),
+        ("left out (overlap with a benchmark)", report.contaminated),
         ("responses that the template drops or changes (kept whole)", report.kept_whole),
         ("responses whose white space the template changes", report.white_space),
         (f"special tokens inside texts (read as {special_tokens_in_text})", report.special_tokens),

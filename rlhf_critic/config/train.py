@@ -33,6 +33,12 @@ class DataConfig(Section):
     deduplicate: bool = False
     """Leave out rows that repeat an earlier one of any source of data.train: the same token ids in the same order with
     the same targets. They are counted for each source."""
+    decontaminate: Sources = ()
+    """Benchmarks whose texts must not be trained on: sources with rows of training data, best-of-n rows, prompts, or
+    rows with text. Rows that share an n-gram of words with them are left out and counted for each source."""
+    decontaminate_ngram: PositiveInt = 13
+    """Words of an n-gram of data.decontaminate. A shorter text of a benchmark only matches a whole prompt, response or
+    conversation."""
     seed: NonNegativeInt = 0
     """Random seed that selects the held-out prompts, and the preferences of a source with a fractional weight."""
     cache_dir: PathOrUri = ".cache"

@@ -56,6 +56,7 @@ class EncodingReport:
         identical: Number of rows skipped because two of their responses have the same ids.
         duplicates: Number of rows of the table that repeat an earlier one.
         contradictions: Number of preferences that reverse an earlier one.
+        contaminated: Number of rows left out because they overlap with a benchmark.
         deduplicated: Number of rows of the table that are not trained on, because they repeat an earlier one of this
             source or of a source before it. 0 unless `deduplicate` counted them.
         tokens: Tokens of all responses with their prompts.
@@ -88,6 +89,7 @@ class EncodingReport:
     pointwise: int = 0
     empty_turns: int = 0
     roles: dict[str, int] = field(default_factory=dict)
+    contaminated: int = 0
     deduplicated: int = 0
 
     def __str__(self) -> str:
@@ -97,6 +99,7 @@ class EncodingReport:
             (self.special_tokens, "with a special token inside a text"),
             (self.begin_with_prompt, "with a response that begins with its prompt"),
             (self.empty_turns, "with an empty turn"),
+            (self.contaminated, "left out because they overlap with a benchmark"),
             (self.deduplicated, "left out as repeats of rows before them, in all sources"),
         )
         what = f"{self.preferences - self.pointwise} preferences"

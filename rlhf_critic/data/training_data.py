@@ -53,14 +53,23 @@ def load_data(config: TrainJobConfig, ignored_end_id: int | None = None) -> Trai
     options = config.data
     encoder = create_encoder(config.model.path, config.encoding, ignored_end_id)
 
-    def load(sources: Sequence[str]) -> EncodedPreferences:
+    def load(sources: Sequence[str], benchmarks: Sequence[str] = ()) -> EncodedPreferences:
         tables = [
-            load_preferences(source, encoder, options.cache_dir, fields=options.fields, overlong=options.overlong)
+            load_preferences(
+                source,
+                encoder,
+                options.cache_dir,
+                fields=options.fields,
+                overlong=options.overlong,
+                decontaminate=benchmarks,
+                ngram=options.decontaminate_ngram,
+            )
             for source in sources
         ]
         return concatenate(tables)
 
-    train, validation = load(options.train), load(options.validation) if options.validation else None
+    train = load(options.train, options.decontaminate)
+    validation = load(options.validation) if options.validation else None
     if options.deduplicate:
         train = deduplicate(train)
     if options.validation_fraction:

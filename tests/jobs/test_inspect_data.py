@@ -59,7 +59,9 @@ def test_a_report_has_the_statistics_lengths_and_examples_of_each_source(tiny_mo
     for name, rows in (("chats", chats), ("texts", texts)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [str(tmp_path / "chats.jsonl"), str(tmp_path / "texts.jsonl")]
+    (tmp_path / "benchmark.jsonl").write_text(json.dumps({"text": "please explain. Of course I am GLAD!"}))
     arguments = ["--model", tiny_model, "--cache-dir", str(tmp_path), "--report", str(tmp_path / "report")]
+    arguments += ["--decontaminate", str(tmp_path / "benchmark.jsonl"), "--decontaminate-ngram", "6"]
     code, output, _ = run(inspect_job.main, [*sources, *arguments], monkeypatch, capsys)
     assert code == 0
     assert f"report: {tmp_path / 'report'}" in output.replace("\n", "")
@@ -70,7 +72,8 @@ def test_a_report_has_the_statistics_lengths_and_examples_of_each_source(tiny_mo
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics[sources[0]]["roles"] == {"system": 1, "user": 1, "assistant": 2}
     assert [metrics[source]["empty_turns"] for source in sources] == [1, 0]
-    assert metrics[sources[1]]["preferences"] == len(texts)
+    assert [metrics[source]["contaminated"] for source in sources] == [0, 1]
+    assert metrics[sources[1]]["preferences"] == len(texts) - 1
     code, _, message = run(inspect_job.main, [*sources, *arguments], monkeypatch, capsys)
     assert code == 2
     assert "report is not an empty directory" in message
