@@ -324,6 +324,30 @@ def weigh_sources(preferences: EncodedPreferences, weights: Sequence[float], see
     return preferences.select(np.concatenate(rows))
 
 
+def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Returns weights for `weigh_sources` that draw each source with a share proportional to ``size**(1/temperature)``.
+
+    An epoch has as many rows as the sources together. Shares are rounded to whole rows by largest remainders.
+    Temperature 1 keeps the sizes, and an infinite one would draw all sources equally.
+
+    Source: Raffel et al. (2020), section 3.5.2 (temperature-scaled mixing). With the exponent ``alpha =
+    1/temperature`` it is the smoothing of multilingual BERT (Devlin, 2018) and mT5 (Xue et al., 2021, section 3.2).
+
+    Args:
+        sizes: Number of rows of each source, at least one of them above 0.
+        temperature: Above 0.
+    """
+    sizes_S = np.asarray(sizes, dtype=np.float64)
+    with np.errstate(divide="ignore"):  # an empty source has the share 0
+        logits_S = np.log(sizes_S) / temperature
+    shares_S = np.exp(logits_S - logits_S.max())
+    exact_S = shares_S / shares_S.sum() * sizes_S.sum()
+    rows_S = np.floor(exact_S)
+    missing = round(sizes_S.sum() - rows_S.sum())
+    rows_S[np.argsort(rows_S - exact_S, kind="stable")[:missing]] += 1
+    return [rows / max(size, 1) for rows, size in zip(rows_S.tolist(), sizes, strict=True)]
+
+
 def split_by_prompt(
     preferences: EncodedPreferences, fraction: float, seed: int
 ) -> tuple[EncodedPreferences, EncodedPreferences]:
