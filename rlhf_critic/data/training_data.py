@@ -82,7 +82,7 @@ def load_data(config: TrainJobConfig, ignored_end_id: int | None = None) -> Trai
         train = deduplicate(train)
     if options.validation_fraction:
         train, validation = split_by_prompt(train, options.validation_fraction, options.seed)
-    weights = options.train_weights
+    weights: Sequence[float] | None = options.train_weights
     if options.mixing_temperature != 1:
         sizes = np.bincount(train.sources_N, minlength=len(options.train)).tolist()
         weights = temperature_weights(sizes, options.mixing_temperature)
