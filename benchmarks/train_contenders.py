@@ -73,6 +73,8 @@ def table_of(pairs: list[tuple[np.ndarray, np.ndarray]]) -> EncodedPreferences:
         "kind": [PREFERENCE] * len(pairs),
         "targets": [[]] * len(pairs),
         "target_tokens": [[]] * len(pairs),
+        "content": list(range(len(pairs))),
+        "reverse": [-1] * len(pairs),
     }
     table = datasets.Dataset.from_dict(columns, features=FEATURES)
     return EncodedPreferences(table, {"drawn": EncodingReport(len(pairs), len(pairs))}, "drawn")

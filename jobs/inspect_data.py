@@ -24,6 +24,7 @@ from rlhf_critic.data.preference_dataset import (
     EncodedPreferences,
     IdArray,
     count_leaked,
+    count_repeated,
 )
 from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.evaluation.preferences import wins
@@ -47,11 +48,22 @@ def main() -> None:
         validate_report_directory(config.report)
     encoder = create_encoder(config.model, config.encoding)
     tables = [
-        load_preferences(source, encoder, config.cache_dir, fields=config.fields, overlong=config.overlong)
+        load_preferences(
+            source,
+            encoder,
+            config.cache_dir,
+            fields=config.fields,
+            overlong=config.overlong,
+            decontaminate=config.decontaminate,
+            ngram=config.decontaminate_ngram,
+        )
         for source in config.data
     ]
     console = Console()
-    of_sources = [statistics(table, tables[:number], config.encoding) for number, table in enumerate(tables)]
+    repeated = count_repeated(tables)
+    of_sources = [
+        statistics(table, tables[:number], repeated[number], config.encoding) for number, table in enumerate(tables)
+    ]
     for table, measures in zip(tables, of_sources, strict=True):
         shown = Table("measure", Column("value", overflow="fold"), title=Text(source_of(table)), title_justify="left")
         for measure, value in measures:
@@ -60,7 +72,14 @@ def main() -> None:
         for row in examples_of(table, config.examples):
             console.print(example(table, row, encoder.tokenizer))
     if config.report is not None:
-        metrics = {source_of(table): asdict(table.reports[source_of(table)]) for table in tables}
+        metrics = {
+            source_of(table): {
+                **asdict(table.reports[source_of(table)]),
+                "duplicates_in_all_sources": duplicates,
+                "contradictions_in_all_sources": contradictions,
+            }
+            for table, (duplicates, contradictions) in zip(tables, repeated, strict=True)
+        }
         write_report(config.report, metrics, page_of(tables, of_sources, config, encoder.tokenizer))
         console.print(f"report: {config.report}", markup=False, highlight=False)
 
@@ -77,9 +96,19 @@ def examples_of(preferences: EncodedPreferences, count: int) -> list[int]:
 
 
 def statistics(
-    preferences: EncodedPreferences, before: list[EncodedPreferences], encoding: EncodingConfig
+    preferences: EncodedPreferences,
+    before: list[EncodedPreferences],
+    repeated: tuple[int, int],
+    encoding: EncodingConfig,
 ) -> list[tuple[str, str]]:
-    """Returns measures of one source with their values, among them the prompts it shares with those ``before`` it."""
+    """Returns measures of one source with their values.
+
+    Args:
+        preferences: Table of the source.
+        before: Tables of the sources before it. Prompts that it shares with them are counted.
+        repeated: Number of its rows that repeat and that reverse one before them, in all sources.
+        encoding: Options of the encoder.
+    """
     max_length, special_tokens_in_text = encoding.max_length, encoding.special_tokens_in_text
     report = preferences.reports[source_of(preferences)]
     pairs = preferences.comparisons()
@@ -94,6 +123,7 @@ def statistics(
         (f"truncated (over {max_length} tokens)", report.truncated),
         (f"skipped (over {max_length} tokens)", report.skipped_overlong),
         ("skipped (identical responses)", report.identical),
+        ("left out (overlap with a benchmark)", report.contaminated),
         ("responses that the template drops or changes (kept whole)", report.kept_whole),
         ("responses whose white space the template changes", report.white_space),
         (f"special tokens inside texts (read as {special_tokens_in_text})", report.special_tokens),
@@ -102,6 +132,8 @@ def statistics(
         *((f"turns of role {role}", count) for role, count in sorted(report.roles.items())),
         ("duplicates", report.duplicates),
         ("contradictions (same responses, opposite order)", report.contradictions),
+        ("duplicates, sources before this one included (data.deduplicate leaves them out)", repeated[0]),
+        ("contradictions, sources before this one included", repeated[1]),
         ("the longer response is preferred", f"{longer_wins(pairs.lengths_P2)} of comparisons (a tie counts half)"),
         ("tokens of all responses with their prompts", report.tokens),
     ]

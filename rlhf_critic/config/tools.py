@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rlhf_critic.config.base import ModelPath, NonNegativeInt, PathOrUri, Section
+from rlhf_critic.config.base import ModelPath, NonNegativeInt, PathOrUri, Section, Sources
 from rlhf_critic.config.model import (
     AssumedEncoding,
     AutoDtype,
@@ -41,6 +41,10 @@ class InspectJobConfig(Section):
     """Field names of your data, each after this project's name: --fields prompt instruction chosen output_1."""
     overlong: Literal["truncate", "skip"] = "truncate"
     """Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip."""
+    decontaminate: Sources = ()
+    """Benchmarks: rows that share an n-gram of words with them are left out and counted."""
+    decontaminate_ngram: PositiveInt = 13
+    """Words of an n-gram of decontaminate."""
     examples: NonNegativeInt = 3
     """Number of preferences to show of each source, evenly spaced."""
     report: str | None = None

@@ -20,6 +20,10 @@ class DataConfig(Section):
     take an optional :SPLIT."""
     train_weights: tuple[NonNegativeFloat, ...] | None = None
     """How often an epoch shows the preferences of each source of data.train; None shows each once."""
+    mixing_temperature: PositiveFloat = 1.0
+    """Temperature T of the mixture of data.train: an epoch, of the same length, shows each source with a share
+    proportional to its number of rows to the power of 1/T. 1 shows each row once; higher values favour small sources,
+    whose rows are repeated. Excludes data.train_weights."""
     validation: Sources = ()
     """Validation preferences: sources as in data.train. Without any, validation is skipped."""
     validation_fraction: Decay = 0.0
@@ -30,8 +34,17 @@ class DataConfig(Section):
     overlong: Literal["truncate", "skip"] = "truncate"
     """Treatment of preferences with a side over encoding.max_length: truncate from the left, or skip. Both are counted
     and reported."""
+    deduplicate: bool = False
+    """Leave out rows that repeat an earlier one of any source of data.train: the same token ids in the same order with
+    the same targets. They are counted for each source."""
+    decontaminate: Sources = ()
+    """Benchmarks whose texts must not be trained on: sources with rows of training data, best-of-n rows, prompts, or
+    rows with text. Rows that share an n-gram of words with them are left out and counted for each source."""
+    decontaminate_ngram: PositiveInt = 13
+    """Words of an n-gram of data.decontaminate. A shorter text of a benchmark only matches a whole prompt, response or
+    conversation."""
     seed: NonNegativeInt = 0
-    """Random seed that selects the held-out prompts, and the preferences of a source with a fractional weight."""
+    """Random seed that selects the held-out prompts, and the preferences of a source that is shown in part."""
     cache_dir: PathOrUri = ".cache"
     """Local cache directory for encoded data. Safe to delete."""
 
@@ -41,6 +54,8 @@ class DataConfig(Section):
             len(self.train_weights) != len(self.train) or not any(self.train_weights)
         ):
             raise ValueError("data.train_weights needs one weight for each source of data.train, not all 0")
+        if self.train_weights is not None and self.mixing_temperature != 1:
+            raise ValueError("data.train_weights and data.mixing_temperature exclude each other; give one of them")
         if self.validation and self.validation_fraction:
             raise ValueError("data.validation and data.validation_fraction exclude each other; give one of them")
         return self

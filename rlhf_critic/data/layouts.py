@@ -1,4 +1,4 @@
-"""Public layouts of ratings and step labels, recognised by their field names and converted to rows of this project.
+"""Rows of any layout: public ones of ratings and steps are converted to rows of this project, and then parsed.
 
 Written from the data cards of HelpSteer (nvidia), UltraFeedback (openbmb), PRM800K (openai), Math-Shepherd (peiyi9979),
 ProcessBench (Qwen), and TRL's stepwise and unpaired formats. Knows nothing about files, tokens or models.
@@ -7,13 +7,26 @@ ProcessBench (Qwen), and TRL's stepwise and unpaired formats. Knows nothing abou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
+from rlhf_critic.data.pointwise_schema import Pointwise, is_pointwise, parse_pointwise
+from rlhf_critic.data.preference_schema import Preference, parse_row
 from rlhf_critic.errors import DataError
 
 Row = Mapping[str, Any]
+ParsedRow: TypeAlias = Preference | Pointwise
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 MATH_SHEPHERD_MARK = "ки"  # stands at the end of each step in the input, where the label has + or -
+
+
+def parse(place: str, row: Row, fields: Mapping[str, str]) -> list[ParsedRow]:
+    """Parses a row of any shape or known layout: a preference, or one or several responses with targets.
+
+    Raises:
+        DataError: Names the place and the field at fault.
+    """
+    row = to_standard(place, row, fields)
+    return [*parse_pointwise(place, row, fields)] if is_pointwise(row, fields) else [parse_row(place, row, fields)]
 
 
 def to_standard(place: str, row: Row, fields: Mapping[str, str]) -> Row:

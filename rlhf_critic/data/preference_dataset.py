@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_critic.data.repeated_rows import HashArray, find_repeated, find_reversed
 from rlhf_critic.errors import DataError
 
 IdArray = NDArray[np.int32]
@@ -37,6 +38,8 @@ FEATURES = datasets.Features(
         "kind": datasets.Value("int8"),
         "targets": datasets.List(datasets.Value("float32")),
         "target_tokens": datasets.List(datasets.Value("int32")),
+        "content": datasets.Value("int64"),  # hash of ids and targets, and that of the reversed preference
+        "reverse": datasets.Value("int64"),
     }
 )
 
@@ -51,8 +54,11 @@ class EncodingReport:
         truncated: Number of preferences with a response that was truncated from the left.
         skipped_overlong: Number of rows skipped because a response with its prompt exceeds the maximum length.
         identical: Number of rows skipped because two of their responses have the same ids.
-        duplicates: Number of preferences that repeat an earlier one.
+        duplicates: Number of rows of the table that repeat an earlier one.
         contradictions: Number of preferences that reverse an earlier one.
+        contaminated: Number of rows left out because they overlap with a benchmark.
+        deduplicated: Number of rows of the table that are not trained on, because they repeat an earlier one of this
+            source or of a source before it. 0 unless `deduplicate` counted them.
         tokens: Tokens of all responses with their prompts.
         longest: Tokens of the longest response with its prompt.
         shapes: Number of rows of each shape.
@@ -83,6 +89,8 @@ class EncodingReport:
     pointwise: int = 0
     empty_turns: int = 0
     roles: dict[str, int] = field(default_factory=dict)
+    contaminated: int = 0
+    deduplicated: int = 0
 
     def __str__(self) -> str:
         rare = (
@@ -91,6 +99,8 @@ class EncodingReport:
             (self.special_tokens, "with a special token inside a text"),
             (self.begin_with_prompt, "with a response that begins with its prompt"),
             (self.empty_turns, "with an empty turn"),
+            (self.contaminated, "left out because they overlap with a benchmark"),
+            (self.deduplicated, "left out as repeats of rows before them, in all sources"),
         )
         what = f"{self.preferences - self.pointwise} preferences"
         if self.pointwise:
@@ -217,6 +227,11 @@ class EncodedPreferences:
         """Returns all ``R`` responses with their prompts, preference by preference, the best first."""
         return [ids for preference in self.take(np.arange(len(self))) for ids in preference.responses]
 
+    def hashes(self) -> tuple[HashArray, HashArray]:
+        """Returns the hash of each row, and that of the reversed row; see `rlhf_critic.data.repeated_rows`."""
+        content, reverse = (self._table.data[name].to_numpy()[self._rows_N] for name in ("content", "reverse"))
+        return content, reverse
+
     def origin(self, row: int) -> str:
         """Returns the origin of a preference, as ``file:line``."""
         return f"{list(self.reports)[self.sources_N[row]]}:{self._lines_N[row]}"
@@ -262,6 +277,30 @@ def concatenate(tables: Sequence[EncodedPreferences]) -> EncodedPreferences:
     return EncodedPreferences(joined, reports, digest(*(table.fingerprint for table in tables)), rows_N)
 
 
+def deduplicate(preferences: EncodedPreferences) -> EncodedPreferences:
+    """Returns the table without rows that repeat an earlier one, whatever its source. The reports count them.
+
+    For rows that are the same see `rlhf_critic.data.repeated_rows`.
+    """
+    repeated_N = find_repeated(preferences.hashes()[0])
+    counts = np.bincount(preferences.sources_N[repeated_N], minlength=len(preferences.reports))
+    kept = preferences.select(np.flatnonzero(~repeated_N)) if repeated_N.any() else preferences
+    reports = {
+        source: replace(report, deduplicated=int(count))
+        for (source, report), count in zip(preferences.reports.items(), counts, strict=True)
+    }
+    return EncodedPreferences(kept._table, reports, kept.fingerprint, kept._rows_N)
+
+
+def count_repeated(tables: Sequence[EncodedPreferences]) -> list[tuple[int, int]]:
+    """Counts for each table the rows that repeat, and those that reverse, an earlier one of it or a table before it."""
+    hashes = [table.hashes() for table in tables]
+    content_N, reverse_N = (np.concatenate(of_tables) for of_tables in zip(*hashes, strict=True))
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    found = (np.split(rows_N, ends) for rows_N in (find_repeated(content_N), find_reversed(content_N, reverse_N)))
+    return [(int(repeated.sum()), int(reverses.sum())) for repeated, reverses in zip(*found, strict=True)]
+
+
 def weigh_sources(preferences: EncodedPreferences, weights: Sequence[float], seed: int) -> EncodedPreferences:
     """Returns a table in which the preferences of each source are repeated or subsampled by weight.
 
@@ -283,6 +322,30 @@ def weigh_sources(preferences: EncodedPreferences, weights: Sequence[float], see
         sampled = np.random.default_rng([seed, source]).permutation(of_source)[: round(part * len(of_source))]
         rows += [of_source] * whole + [np.sort(sampled)]
     return preferences.select(np.concatenate(rows))
+
+
+def temperature_weights(sizes: Sequence[int], temperature: float) -> list[float]:
+    """Returns weights for `weigh_sources` that draw each source with a share proportional to ``size**(1/temperature)``.
+
+    An epoch has as many rows as the sources together. Shares are rounded to whole rows by largest remainders.
+    Temperature 1 keeps the sizes, and an infinite one would draw all sources equally.
+
+    Source: Raffel et al. (2020), section 3.5.2 (temperature-scaled mixing). With the exponent ``alpha =
+    1/temperature`` it is the smoothing of multilingual BERT (Devlin, 2018) and mT5 (Xue et al., 2021, section 3.2).
+
+    Args:
+        sizes: Number of rows of each source, at least one of them above 0.
+        temperature: Above 0.
+    """
+    sizes_S = np.asarray(sizes, dtype=np.float64)
+    with np.errstate(divide="ignore"):  # an empty source has the share 0
+        logits_S = np.log(sizes_S) / temperature
+    shares_S = np.exp(logits_S - logits_S.max())
+    exact_S = shares_S / shares_S.sum() * sizes_S.sum()
+    rows_S = np.floor(exact_S)
+    missing = round(sizes_S.sum() - rows_S.sum())
+    rows_S[np.argsort(rows_S - exact_S, kind="stable")[:missing]] += 1
+    return [rows / max(size, 1) for rows, size in zip(rows_S.tolist(), sizes, strict=True)]
 
 
 def split_by_prompt(

@@ -21,18 +21,24 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from tqdm import tqdm
 
+from rlhf_critic.data.benchmark_overlap import (
+    NGRAM_WORDS,
+    BenchmarkNgrams,
+    fingerprint_of_benchmarks,
+    read_benchmarks,
+    texts_of,
+)
 from rlhf_critic.data.conversation import Prompt, Reply, Turn
 from rlhf_critic.data.encoding import Encoded, Encoder
-from rlhf_critic.data.layouts import to_standard
-from rlhf_critic.data.pointwise_schema import ALL_FIELDS, Pointwise, is_pointwise, parse_pointwise
+from rlhf_critic.data.layouts import ParsedRow, parse
+from rlhf_critic.data.pointwise_schema import ALL_FIELDS, Pointwise
 from rlhf_critic.data.preference_dataset import (
     FEATURES,
     PREFERENCE,
@@ -41,15 +47,16 @@ from rlhf_critic.data.preference_dataset import (
     EncodingReport,
     digest,
 )
-from rlhf_critic.data.preference_schema import STANDARD_EXPLICIT, WHOLE_TEXTS, Preference, parse_row
+from rlhf_critic.data.preference_schema import STANDARD_EXPLICIT, WHOLE_TEXTS, Preference
 from rlhf_critic.data.processes import map_in_processes, usable_cores
 from rlhf_critic.data.repeated_prompts import RepeatCount, TextRow
+from rlhf_critic.data.repeated_rows import find_repeated, find_reversed, hash_pointwise, hash_preference
 from rlhf_critic.data.source_parts import PartReader, SourcePart, split_source
 from rlhf_critic.data.sources import fingerprint_of
 from rlhf_critic.errors import ConfigError, CriticError, DataError, EncodingError
 from rlhf_critic.files import atomic_directory
 
-CACHE_FORMAT = 8  # increase it when the cached columns change their meaning, or rows are read in another way
+CACHE_FORMAT = 9  # increase it when the cached columns change their meaning, or rows are read in another way
 DATA_FORMAT = 4  # increase it when a run that began before must not continue
 ENCODE_CHUNK = 512
 MAX_BAD_ROWS = 10  # that one error names
@@ -65,11 +72,11 @@ COUNTS = (
     "white_space",
     "special_tokens",
     "empty_turns",
+    "contaminated",
 )
 
 Overlong = Literal["truncate", "skip"]
 T = TypeVar("T")
-Row: TypeAlias = Preference | Pointwise
 
 
 def load_preferences(
@@ -79,6 +86,8 @@ def load_preferences(
     *,
     fields: Mapping[str, str] | None = None,
     overlong: Overlong = "truncate",
+    decontaminate: Sequence[str] = (),
+    ngram: int = NGRAM_WORDS,
 ) -> EncodedPreferences:
     """Encodes a source of preferences, or maps the cached encoding of the same contents and encoder.
 
@@ -91,6 +100,9 @@ def load_preferences(
         fields: Our field names to the names in this data; see `rlhf_critic.data.preference_schema.parse_row`.
         overlong: Treatment of a preference with a response that, with its prompt, exceeds the maximum length of the
             encoder: ``truncate`` from the left, or ``skip``.
+        decontaminate: Sources of benchmarks. Rows that overlap with them are left out and counted; see
+            `rlhf_critic.data.benchmark_overlap`.
+        ngram: Number of words that a row and a benchmark must share.
 
     Raises:
         ConfigError: ``fields`` has an unknown name.
@@ -102,14 +114,17 @@ def load_preferences(
     if unknown:
         raise ConfigError(f"data.fields: unknown field {', '.join(unknown)}; rows have {', '.join(ALL_FIELDS)}")
     contents = fingerprint_of(source)
-    data = (contents, encoder.fingerprint, overlong, json.dumps(sorted(fields.items())))
+    benchmarks = (fingerprint_of_benchmarks(decontaminate, ngram),) if decontaminate else ()
+    data = (contents, encoder.fingerprint, overlong, json.dumps(sorted(fields.items())), *benchmarks)
     key = digest(str(CACHE_FORMAT), *data)
     entry = Path(cache_dir) / "preferences" / key
     if not entry.is_dir():
         with _lock(Path(cache_dir)):
             if not entry.is_dir():  # another process may have encoded it meanwhile
                 parts = entry.with_name(f"{key}.parts")
-                _encode_source(_Job(source, contents, encoder, fields, overlong, parts, PartReader(source)), entry)
+                ngrams = read_benchmarks(decontaminate, ngram) if decontaminate else None
+                job = _Job(source, contents, encoder, fields, overlong, parts, PartReader(source), ngrams)
+                _encode_source(job, entry)
     report = EncodingReport(**json.loads((entry / "report.json").read_text()))
     table = datasets.Dataset.from_file(str(entry / TABLE_NAME))
     return EncodedPreferences(table, {source: report}, digest(str(DATA_FORMAT), *data))
@@ -137,6 +152,7 @@ class _Job:
         overlong: See `load_preferences`.
         parts: Directory of the encoded parts. It outlives a killed process, so that a restart reuses its parts.
         reader: Reader of the source.
+        benchmarks: N-grams that no row may have; None without benchmarks.
         are_whole: Whether the texts of the source repeat their prompt.
     """
 
@@ -147,6 +163,7 @@ class _Job:
     overlong: Overlong
     parts: Path
     reader: PartReader
+    benchmarks: BenchmarkNgrams | None = None
     are_whole: bool = False
 
     def directory(self, part: SourcePart) -> Path:
@@ -226,30 +243,20 @@ def _each_part(
             yield result
 
 
-def _parse_part(job: _Job, part: SourcePart) -> Iterator[tuple[int, Row]]:
+def _parse_part(job: _Job, part: SourcePart) -> Iterator[tuple[int, ParsedRow]]:
     for line, row in job.reader.read(part):
         for parsed in parse(f"{job.source}:{line}", row, job.fields):
             yield line, parsed
 
 
-def parse(place: str, row: Mapping[str, Any], fields: Mapping[str, str]) -> list[Row]:
-    """Parses a row of any shape or known layout: a preference, or one or several responses with targets.
-
-    Raises:
-        DataError: Names the place and the field at fault.
-    """
-    row = to_standard(place, row, fields)
-    return [*parse_pointwise(place, row, fields)] if is_pointwise(row, fields) else [parse_row(place, row, fields)]
-
-
-def _text_row(job: _Job, line: int, row: Row) -> TextRow | None:
+def _text_row(job: _Job, line: int, row: ParsedRow) -> TextRow | None:
     """Returns the texts of a row whose responses may repeat its prompt."""
     if not isinstance(row, Preference) or not row.shape.startswith(STANDARD_EXPLICIT):
         return None
     return TextRow(f"{job.source}:{line}", str(row.prompt), tuple(map(str, row.responses)), row.fields)
 
 
-def _without_repeats(job: _Job, line: int, row: Row) -> Row:
+def _without_repeats(job: _Job, line: int, row: ParsedRow) -> ParsedRow:
     """Separates the texts of a row from the prompt that they repeat."""
     texts = _text_row(job, line, row) if job.are_whole else None
     if texts is None or not isinstance(row, Preference):
@@ -259,11 +266,10 @@ def _without_repeats(job: _Job, line: int, row: Row) -> Row:
 
 
 def _encode_part(job: _Job, part: SourcePart) -> None:
-    """Encodes the rows of a part and writes them, their counts and the hashes of their ids."""
+    """Encodes the rows of a part and writes them with their counts."""
     counts = Counter(dict.fromkeys(COUNTS, 0))
     shapes: Counter[str] = Counter()
     roles: Counter[str] = Counter()
-    hashes: list[tuple[int, int]] = []
     rows = ((line, _without_repeats(job, line, row)) for line, row in _parse_part(job, part))
     with atomic_directory(job.directory(part), keep_existing=True) as building:
         with _table_writer(building / TABLE_NAME) as writer:
@@ -272,13 +278,23 @@ def _encode_part(job: _Job, part: SourcePart) -> None:
                 turns_of_rows = [_turns_of(row) for _, row in chunk]
                 roles.update(turn.role for turns in turns_of_rows for turn in turns)
                 counts["empty_turns"] += sum(any(map(_is_empty, turns)) for turns in turns_of_rows)
-                records = _encode_records(job, chunk, counts, hashes)
+                records = _encode_records(job, _without_contaminated(job, chunk, counts), counts)
                 writer.write_table(pa.Table.from_pylist(records, schema=FEATURES.arrow_schema))
-        np.save(building / "hashes.npy", np.array(hashes, dtype=np.int64).reshape(-1, 2))
         (building / "counts.json").write_text(json.dumps({"counts": counts, "shapes": shapes, "roles": roles}))
 
 
-def _turns_of(row: Row) -> list[Turn]:
+def _without_contaminated(
+    job: _Job, chunk: list[tuple[int, ParsedRow]], counts: Counter[str]
+) -> list[tuple[int, ParsedRow]]:
+    """Leaves out the rows that overlap with a benchmark, and counts them."""
+    if job.benchmarks is None:
+        return chunk
+    kept = [(line, row) for line, row in chunk if not job.benchmarks.overlaps(*texts_of(row))]
+    counts["contaminated"] += len(chunk) - len(kept)
+    return kept
+
+
+def _turns_of(row: ParsedRow) -> list[Turn]:
     """Returns the turns of a row; texts are none."""
     responses = row.responses if isinstance(row, Preference) else ()
     return [turn for one in (row.prompt, *responses) if not isinstance(one, str) for turn in one]
@@ -288,10 +304,8 @@ def _is_empty(turn: Turn) -> bool:
     return not turn.text.strip() and not turn.tool_calls
 
 
-def _encode_records(
-    job: _Job, chunk: list[tuple[int, Row]], counts: Counter[str], hashes: list[tuple[int, int]]
-) -> list[dict[str, Any]]:
-    """Encodes some rows. Adds to the counts, and to the hashes of the ids in order and in reversed order."""
+def _encode_records(job: _Job, chunk: list[tuple[int, ParsedRow]], counts: Counter[str]) -> list[dict[str, Any]]:
+    """Encodes some rows, and adds to the counts."""
     records: list[dict[str, Any]] = []
     for (line, preference), of_row in zip(chunk, _encode_chunk(job.source, job.encoder, chunk), strict=True):
         encoded, tokens, is_pair = of_row.encoded, of_row.target_tokens, isinstance(preference, Preference)
@@ -314,8 +328,10 @@ def _encode_records(
         counts["tokens"] += sum(map(len, responses))
         counts["longest"] = max(counts["longest"], *map(len, responses))
         counts["pointwise"] += not is_pair
-        # A single response reverses nothing, so its second hash is one that no row has as its first.
-        hashes.append((_hash_of(ids_of_row), _hash_of(ids_of_row[::-1] if is_pair else (*ids_of_row, b""))))
+        if isinstance(preference, Pointwise):
+            content, reverse = hash_pointwise(ids_of_row[0], preference.kind, of_row.targets, tokens)
+        else:
+            content, reverse = hash_preference(ids_of_row)
         records.append(
             {
                 "responses": responses,
@@ -327,17 +343,11 @@ def _encode_records(
                 "kind": ROW_KINDS.index(preference.kind) if isinstance(preference, Pointwise) else PREFERENCE,
                 "targets": of_row.targets,
                 "target_tokens": tokens,
+                "content": content,
+                "reverse": reverse,
             }
         )
     return records
-
-
-def _hash_of(ids_of_row: Sequence[bytes]) -> int:
-    """Hashes the ids of all responses of a row in their order, to 64 bits."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for ids in ids_of_row:
-        hashed.update(hashlib.blake2b(ids, digest_size=16).digest())
-    return int.from_bytes(hashed.digest(), "little", signed=True)
 
 
 def _table_writer(path: Path) -> pa.RecordBatchStreamWriter:
@@ -349,7 +359,7 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
     counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
     shapes: Counter[str] = Counter()
     roles: Counter[str] = Counter()
-    longest, hashes = 0, []
+    longest, hashes = 0, [np.zeros((0, 2), dtype=np.int64)]
     with _table_writer(directory / TABLE_NAME) as writer:
         for part in parts:
             encoded = job.directory(part)
@@ -358,18 +368,20 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
             counts.update(of_part["counts"])
             shapes.update(of_part["shapes"])
             roles.update(of_part["roles"])
-            hashes.append(np.load(encoded / "hashes.npy"))
             with pa.memory_map(str(encoded / TABLE_NAME)) as file:
                 for batch in pa.ipc.open_stream(file):
                     writer.write_batch(batch)
+                    hashes.append(np.stack([batch["content"].to_numpy(), batch["reverse"].to_numpy()], axis=1))
     hashes_N2 = np.concatenate(hashes)
     if not len(hashes_N2):
+        overlapping = f", {counts['contaminated']} overlap with data.decontaminate" if job.benchmarks else ""
         raise DataError(
             f"{job.source}: no row is left of {sum(shapes.values())}: {counts['skipped_overlong']} are longer than "
-            f"encoding.max_length {job.encoder.max_length} and {counts['identical']} have identical responses; raise "
-            "the limit, or truncate long rows (--data.overlong truncate)"
+            f"encoding.max_length {job.encoder.max_length}{overlapping} and {counts['identical']} have identical "
+            "responses; raise the limit, truncate long rows (--data.overlong truncate), or give other data"
         )
-    counts["duplicates"], counts["contradictions"] = _count_repeated_rows(hashes_N2)
+    counts["duplicates"] = int(find_repeated(hashes_N2[:, 0]).sum())
+    counts["contradictions"] = int(find_reversed(hashes_N2[:, 0], hashes_N2[:, 1]).sum())
     report = EncodingReport(
         rows=sum(shapes.values()),
         preferences=len(hashes_N2),
@@ -382,14 +394,6 @@ def _join_parts(job: _Job, parts: Sequence[SourcePart], begin_with_prompt: int, 
     (directory / "report.json").write_text(json.dumps(asdict(report)))
 
 
-def _count_repeated_rows(hashes_N2: NDArray[np.int64]) -> tuple[int, int]:
-    """Counts the rows that repeat an earlier one, and those that reverse an earlier one."""
-    hashes, firsts = np.unique(hashes_N2[:, 0], return_index=True)
-    place_N = np.searchsorted(hashes, hashes_N2[:, 1]).clip(max=len(hashes) - 1)
-    reverses_N = (hashes[place_N] == hashes_N2[:, 1]) & (firsts[place_N] < np.arange(len(hashes_N2)))
-    return len(hashes_N2) - len(hashes), int(reverses_N.sum())
-
-
 @dataclass(frozen=True)
 class _EncodedRow:
     """The encoded responses of a row, and its targets with the index of the token of each."""
@@ -399,7 +403,7 @@ class _EncodedRow:
     target_tokens: list[int]
 
 
-def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Row]]) -> Iterator[_EncodedRow]:
+def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, ParsedRow]]) -> Iterator[_EncodedRow]:
     """Encodes the responses of each preference in one call, because the tokenizer works in parallel."""
     conversations = [[] if isinstance(row, Pointwise) and row.steps else _conversations(row) for _, row in chunk]
     try:
@@ -430,11 +434,11 @@ def _encode_chunk(source: str, encoder: Encoder, chunk: list[tuple[int, Row]]) -
             yield _EncodedRow([one], [target for target, _ in labelled], [end for _, end in labelled])
 
 
-def _conversations(row: Row) -> list[tuple[Prompt, Reply]]:
+def _conversations(row: ParsedRow) -> list[tuple[Prompt, Reply]]:
     return row.conversations() if isinstance(row, Preference) else [row.conversation()]
 
 
-def _prompt_key(preference: Row, place: str) -> int:
+def _prompt_key(preference: ParsedRow, place: str) -> int:
     """Returns a number that is equal for equal prompts. An empty prompt is hashed by its place and equals no other."""
     prompt = preference.prompt
     text = prompt if isinstance(prompt, str) else json.dumps([turn.to_message() for turn in prompt])

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rlhf_critic.batching.sampler import steps_in
 from rlhf_critic.config.train import TrainConfig, TrainJobConfig
 from rlhf_critic.data.encoding import Encoder, create_encoder
@@ -15,7 +17,9 @@ from rlhf_critic.data.preference_dataset import (
     EncodedPreferences,
     concatenate,
     count_leaked,
+    deduplicate,
     split_by_prompt,
+    temperature_weights,
     weigh_sources,
 )
 from rlhf_critic.data.preferences import load_preferences
@@ -32,13 +36,18 @@ class TrainingData:
 
     def __str__(self) -> str:
         """Describes the rows that were read, and warns about validation prompts that are also trained on."""
+        described = str(self.train)
+        if len(self.train.reports) > 1:
+            sizes = np.bincount(self.train.sources_N, minlength=len(self.train.reports))
+            shown = (f"{size} of {source}" for source, size in zip(self.train.reports, sizes, strict=True))
+            described += f"\nrows of an epoch: {', '.join(shown)}"
         if self.validation is None:
-            return str(self.train)
+            return described
         leaked = count_leaked(self.train, self.validation)
         if self.validation.reports == self.train.reports and not leaked:
-            return f"{self.train}\nheld out for validation: {len(self.validation)}, training on {len(self.train)}"
+            return f"{described}\nheld out for validation: {len(self.validation)}, training on {len(self.train)}"
         warning = f"\nwarning: {leaked} of {len(self.validation)} validation prompts are trained on" if leaked else ""
-        return f"{self.train}\n{self.validation}{warning}"
+        return f"{described}\n{self.validation}{warning}"
 
 
 def load_data(config: TrainJobConfig, ignored_end_id: int | None = None) -> TrainingData:
@@ -52,18 +61,33 @@ def load_data(config: TrainJobConfig, ignored_end_id: int | None = None) -> Trai
     options = config.data
     encoder = create_encoder(config.model.path, config.encoding, ignored_end_id)
 
-    def load(sources: Sequence[str]) -> EncodedPreferences:
+    def load(sources: Sequence[str], benchmarks: Sequence[str] = ()) -> EncodedPreferences:
         tables = [
-            load_preferences(source, encoder, options.cache_dir, fields=options.fields, overlong=options.overlong)
+            load_preferences(
+                source,
+                encoder,
+                options.cache_dir,
+                fields=options.fields,
+                overlong=options.overlong,
+                decontaminate=benchmarks,
+                ngram=options.decontaminate_ngram,
+            )
             for source in sources
         ]
         return concatenate(tables)
 
-    train, validation = load(options.train), load(options.validation) if options.validation else None
+    train = load(options.train, options.decontaminate)
+    validation = load(options.validation) if options.validation else None
+    if options.deduplicate:
+        train = deduplicate(train)
     if options.validation_fraction:
         train, validation = split_by_prompt(train, options.validation_fraction, options.seed)
-    if options.train_weights is not None:
-        train = weigh_sources(train, options.train_weights, options.seed)
+    weights: Sequence[float] | None = options.train_weights
+    if options.mixing_temperature != 1:
+        sizes = np.bincount(train.sources_N, minlength=len(options.train)).tolist()
+        weights = temperature_weights(sizes, options.mixing_temperature)
+    if weights is not None:
+        train = weigh_sources(train, weights, options.seed)
     return TrainingData(encoder, train, validation)
 
 

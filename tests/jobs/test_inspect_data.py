@@ -28,7 +28,8 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     code, output, _ = run(inspect_job.main, [*sources, *arguments, "--cache-dir", str(tmp_path)], monkeypatch, capsys)
     assert code == 0
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in output.splitlines() if line.count("│") == 3]
-    first = dict(cells[: next(n for n, (what, _) in enumerate(cells) if n and what == "rows read")])
+    start = next(n for n, (what, _) in enumerate(cells) if n and what == "rows read")
+    first, second = dict(cells[:start]), dict(cells[start:])
     assert first["rows read"] == str(len(rows))
     assert first["preferences to train on"] == str(len(rows) - 2)
     assert first["skipped (over 64 tokens)"] == "1"
@@ -38,6 +39,8 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     assert first["responses that the template drops or changes (kept whole)"] == "0"
     assert first["responses whose white space the template changes"] == "0"
     assert first["contradictions (same responses, opposite order)"] == "1"
+    repeated = "duplicates, sources before this one included (data.deduplicate leaves them out)"
+    assert [first[repeated], second["duplicates"], second[repeated]] == ["1", "0", "1"]
     assert ["standard, explicit prompt, ranked", "1"] in cells
     assert [f"preferences with a prompt of {sources[0]}", "1"] in cells
     encoder = Encoder(load_tokenizer(tiny_model), 64)
@@ -56,7 +59,9 @@ def test_a_report_has_the_statistics_lengths_and_examples_of_each_source(tiny_mo
     for name, rows in (("chats", chats), ("texts", texts)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [str(tmp_path / "chats.jsonl"), str(tmp_path / "texts.jsonl")]
+    (tmp_path / "benchmark.jsonl").write_text(json.dumps({"text": "please explain. Of course I am GLAD!"}))
     arguments = ["--model", tiny_model, "--cache-dir", str(tmp_path), "--report", str(tmp_path / "report")]
+    arguments += ["--decontaminate", str(tmp_path / "benchmark.jsonl"), "--decontaminate-ngram", "6"]
     code, output, _ = run(inspect_job.main, [*sources, *arguments], monkeypatch, capsys)
     assert code == 0
     assert f"report: {tmp_path / 'report'}" in output.replace("\n", "")
@@ -67,7 +72,8 @@ def test_a_report_has_the_statistics_lengths_and_examples_of_each_source(tiny_mo
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics[sources[0]]["roles"] == {"system": 1, "user": 1, "assistant": 2}
     assert [metrics[source]["empty_turns"] for source in sources] == [1, 0]
-    assert metrics[sources[1]]["preferences"] == len(texts)
+    assert [metrics[source]["contaminated"] for source in sources] == [0, 1]
+    assert metrics[sources[1]]["preferences"] == len(texts) - 1
     code, _, message = run(inspect_job.main, [*sources, *arguments], monkeypatch, capsys)
     assert code == 2
     assert "report is not an empty directory" in message

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
+from rlhf_critic.data.layouts import parse
 from rlhf_critic.data.pointwise_schema import parse_pointwise
-from rlhf_critic.data.preferences import load_preferences, parse
+from rlhf_critic.data.preferences import load_preferences
 from rlhf_critic.data.steps import find_step_ends
 from rlhf_critic.errors import DataError, EncodingError
 from tests.helpers import save_tiny_tokenizer
