@@ -14,6 +14,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     DS_ACCELERATOR="cpu",
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process for each run, which no test needs
     RAY_raylet_start_wait_time_s="120",  # on a busy machine Ray takes longer than it expects
     RAY_worker_niceness="0",  # by default 15: tests that wait for Ray would get what the other processes leave
     TOKENIZERS_PARALLELISM="false",

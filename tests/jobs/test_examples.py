@@ -12,7 +12,7 @@ from rlhf_critic.checkpoint.critic_directory import load_critic
 from tests.actors.scorers import rewards_by_engine
 from tests.helpers import WORDS
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 def make_batch(encoder, seed: int) -> types.SimpleNamespace:
