@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from jobs.cli import command, run_job
+from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.base import parse_command_line
 from rlhf_critic.config.model import EncodingConfig
 from rlhf_critic.config.tools import InspectJobConfig
@@ -46,7 +47,7 @@ def main() -> None:
     config = parse_command_line(InspectJobConfig, prog=command("inspect"))
     if config.report is not None:
         validate_report_directory(config.report)
-    encoder = create_encoder(config.model, config.encoding)
+    encoder = create_encoder(config.model, config.encoding, ignored_end_at_start(config.model))
     tables = [
         load_preferences(
             source,

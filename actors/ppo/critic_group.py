@@ -30,6 +30,7 @@ from rlhf_critic.algorithms.ppo_losses import LossMean
 from rlhf_critic.algorithms.response_tokens import Masks, validate_rollouts
 from rlhf_critic.batching.prefix_tree import TokenIds
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, CriticCard, EncoderCard, load_encoder, read_card
+from rlhf_critic.checkpoint.reward_model import ignored_end_at_start
 from rlhf_critic.config.model import EncodingConfig, ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, create_encoder
@@ -71,7 +72,7 @@ class CriticOptions:
         """
         if self.is_trained:
             return load_encoder(self.model.path, read_card(self.model.path))
-        return create_encoder(self.model.path, self.encoding)
+        return create_encoder(self.model.path, self.encoding, ignored_end_at_start(self.model.path))
 
 
 @dataclass(frozen=True)

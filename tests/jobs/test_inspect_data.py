@@ -5,6 +5,7 @@ import json
 from jobs import inspect_data as inspect_job
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from tests.jobs.command_line import run
+from tests.rlhf_critic.checkpoint.test_reward_model import EOS, change_config, save_reward_model
 
 WORDS = "please explain how this works of course I am glad no that is a question".split()
 
@@ -49,6 +50,16 @@ def test_a_table_and_examples(tiny_model, tmp_path, monkeypatch, capsys):
     assert seen in output
     assert f"{sources[0]}:1" in output
     assert f"{sources[1]}:2" in output
+
+
+def test_texts_end_where_a_model_that_pads_with_eos_reads_its_score(tmp_path, monkeypatch, capsys):
+    model = save_reward_model(tmp_path / "model", pad_is_eos=True)
+    change_config(model, pad_token_id=EOS)
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "please", "chosen": "of course", "rejected": "no"}))
+    options = ["--model", str(model), "--examples", "1", "--cache-dir", str(tmp_path)]
+    _, output, _ = run(inspect_job.main, [str(data), *options], monkeypatch, capsys)
+    assert "<|assistant|>of course\n" in output.replace(" ", "\n").replace("of\ncourse", "of course")
 
 
 def test_a_report_has_the_statistics_lengths_and_examples_of_each_source(tiny_model, tmp_path, monkeypatch, capsys):

@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.ppo.critic_group import CriticOptions
 from rlhf_critic.checkpoint.convert import convert_checkpoint
 from rlhf_critic.checkpoint.critic_directory import CARD_NAME, load_critic, read_card
 from rlhf_critic.checkpoint.export import export_critic
 from rlhf_critic.checkpoint.reward_model import ignored_end_at_start, open_reward_model
-from rlhf_critic.config.model import EncodingConfig
+from rlhf_critic.config.model import EncodingConfig, ModelConfig
 from rlhf_critic.config.serve import CallLimits
+from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, create_encoder
 from rlhf_critic.errors import CheckpointError
 from rlhf_critic.scoring.items import Conversation, Text, encode_items
@@ -105,6 +107,8 @@ def test_training_starts_with_the_encoding_of_its_model(start, source, tmp_path)
     served = load_critic(tmp_path / "critic")
     assert encoder.ignored_end_id == EOS
     assert [encoder.encode(*pair).ids for pair in PAIRS] == [served.encoder.encode(*pair).ids for pair in PAIRS]
+    of_group = CriticOptions(ModelConfig(path=model), TrainConfig(), options).encoder()
+    assert [of_group.encode(*pair).ids for pair in PAIRS] == [encoder.encode(*pair).ids for pair in PAIRS]
     plain = create_encoder(model, EncodingConfig(chat_template="plain"), ignored_end_at_start(model))
     assert plain.encode("please", " no").ids == plain.tokenizer("please no")["input_ids"]
 
