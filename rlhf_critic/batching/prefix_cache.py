@@ -22,6 +22,11 @@ from rlhf_critic.batching.prefix_tree import IntArray, PrefixTree, TokenIds, sha
 
 _NONE: IntArray = np.empty(0, dtype=np.int64)
 
+# Minimum part of a sequence that a cached prefix must have to be used. Every later token attends to the prefix in a
+# separate call, which takes as long as computing about 2 % of the tokens. So it is cheaper to compute a BOS, or the
+# first tokens of a chat template, again.
+USED_FROM = 1 / 32
+
 
 @dataclass(eq=False)
 class _Node:
@@ -156,7 +161,10 @@ class PrefixCache:
                 self._release(slots)
 
     def _find(self, ids: IntArray, with_values: bool) -> list[tuple[_Node, int]]:
-        """Returns the nodes along the longest cached prefix, and the number of tokens of each that belong to it."""
+        """Returns the nodes along the longest cached prefix, and the number of tokens of each that belong to it.
+
+        Returns none if the prefix is too short to be used.
+        """
         path = []
         node, start = self._root, 0
         while start < len(ids):
@@ -169,7 +177,7 @@ class PrefixCache:
             if used < len(child.ids_N):
                 break
             node = child
-        return path
+        return path if start >= USED_FROM * len(ids) else []
 
     def _touch(self, node: _Node) -> None:
         while node.parent is not None:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_critic.batching import prefix_cache
 from rlhf_critic.batching.prefix_cache import PrefixCache
 from rlhf_critic.batching.prefix_tree import PrefixTree
 
@@ -62,31 +63,38 @@ def check_books(cache, slots):
         assert all(int(child.ids_N[0]) == first for first, child in node.children.items())
 
 
-@settings(max_examples=60, deadline=None)
-@given(PASSES, st.integers(1, 40))
-def test_streams_of_passes_find_what_was_written(passes, slots):
-    cache, written = PrefixCache(slots), Written()
-    found = 0
-    for sequences, with_values, fails in passes:
-        known = cache.known_lengths(sequences, with_values)
-        try:
-            with cache.lease(sequences, with_values) as lease:
-                assert [len(one) for one in lease.slots_S] == known
-                written.check(lease, sequences, with_values)
-                tree = PrefixTree.build(sequences, known)
-                reserved = lease.reserve(tree.computed_tokens)
-                held = {slot for one in lease.slots_S for slot in one.tolist()}
-                assert held.isdisjoint(reserved.tolist())
-                assert len(reserved) == min(tree.computed_tokens, slots - len(held) - leased_beyond(cache, held))
-                written.write(tree, sequences, reserved, with_values)
-                if fails:
-                    raise MemoryError
-                lease.keep(tree)
-        except MemoryError:
-            pass
-        found += sum(known)
-        check_books(cache, slots)
-    assert cache.hit_tokens == found
+@pytest.mark.parametrize("used_from", [prefix_cache.USED_FROM, 0.5])
+def test_streams_of_passes_find_what_was_written(monkeypatch, used_from):
+    """With 0.5, many prefixes that the cache has are computed again, some beside sequences that use them."""
+    monkeypatch.setattr(prefix_cache, "USED_FROM", used_from)
+
+    @settings(max_examples=60, deadline=None)
+    @given(PASSES, st.integers(1, 40))
+    def stream(passes, slots):
+        cache, written = PrefixCache(slots), Written()
+        found = 0
+        for sequences, with_values, fails in passes:
+            known = cache.known_lengths(sequences, with_values)
+            try:
+                with cache.lease(sequences, with_values) as lease:
+                    assert [len(one) for one in lease.slots_S] == known
+                    written.check(lease, sequences, with_values)
+                    tree = PrefixTree.build(sequences, known)
+                    reserved = lease.reserve(tree.computed_tokens)
+                    held = {slot for one in lease.slots_S for slot in one.tolist()}
+                    assert held.isdisjoint(reserved.tolist())
+                    assert len(reserved) == min(tree.computed_tokens, slots - len(held) - leased_beyond(cache, held))
+                    written.write(tree, sequences, reserved, with_values)
+                    if fails:
+                        raise MemoryError
+                    lease.keep(tree)
+            except MemoryError:
+                pass
+            found += sum(known)
+            check_books(cache, slots)
+        assert cache.hit_tokens == found
+
+    stream()
 
 
 def leased_beyond(cache, held):
@@ -135,6 +143,17 @@ def test_values_are_found_only_where_they_were_computed():
     assert compute(cache, longer, with_values=True) == 6
     assert cache.known_lengths(longer, True) == [5]
     assert cache.cached_tokens == 6
+
+
+def test_a_prefix_that_is_a_small_part_of_its_sequence_is_computed_again():
+    """All sequences begin with BOS. Attention to it in a call of its own costs more than to compute it."""
+    cache = PrefixCache(1000)
+    assert compute(cache, [[1, *range(10, 110)]]) == 101
+    assert compute(cache, [[1, *range(200, 300)]]) == 101
+    assert compute(cache, [[1, *range(10, 13), *range(300, 396)]]) == 96
+    assert cache.cached_tokens == 1 + 100 + 100 + 96
+    assert cache.hit_tokens == 4
+    check_books(cache, 1000)
 
 
 def test_a_long_path_of_many_turns_costs_its_length():

@@ -95,6 +95,16 @@ def test_a_conversation_computes_each_turn_once(critics):
     assert computed == [9, 9, 9, 9, 9, 54]  # the values of the last are not known from rewards
 
 
+def test_sequences_that_share_a_bos_alone_compute_all_their_tokens():
+    cached, cold = critics_of("llama", "sdpa")
+    assert cached.create_store(300 * cached.store.bytes_per_slot, CPU)
+    caching = CachingCritic(cached, CPU)
+    first, second = ([1, *draw(50, seed)] for seed in range(2))
+    assert [check(caching, cold, [one], True) for one in (first, second)] == [51, 51]
+    # The third is computed beside a sequence that uses the cached BOS.
+    assert check(caching, cold, [first + draw(4, 2), [1, *draw(50, 3)], second + draw(4, 4)], True) == 58
+
+
 def test_a_family_without_prefix_trees_runs_without_and_says_so(caplog):
     critic = Critic(random_model(family_configs()["bloom"], "eager"))
     assert not critic.create_store(10**6, CPU)
