@@ -18,6 +18,8 @@ os.environ.update(
     RAY_raylet_start_wait_time_s="120",  # on a busy machine Ray takes longer than it expects
     RAY_worker_niceness="0",  # by default 15: tests that wait for Ray would get what the other processes leave
     TOKENIZERS_PARALLELISM="false",
+    # Threads that spin while they wait for each other waste what other processes could use.
+    **({"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}),
 )
 
 import re
