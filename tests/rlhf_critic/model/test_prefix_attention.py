@@ -14,6 +14,7 @@ from rlhf_critic.batching.prefix_tree_batch import PrefixTreeBatch
 from rlhf_critic.model.attention_plan import AttentionPlan
 from rlhf_critic.model.block_attention import fused_attention, plain_attention
 from rlhf_critic.model.critic import Critic
+from rlhf_critic.model.factory import stop_sampling_experts
 from rlhf_critic.model.prefix_attention import PREFIX_TREE_FAMILIES
 from tests.helpers import slow_except
 from tests.rlhf_critic.families import VOCABULARY, WINDOW, family_configs, kernels_of, random_model
@@ -61,6 +62,7 @@ def critics(request) -> tuple[Critic, Plain]:
     """Returns a critic, and the same weights in plain transformers."""
     name, kernel = request.param
     packed = Critic(random_model(family_configs()[name], kernel)).eval()
+    stop_sampling_experts(packed.model)  # gradients are taken in training mode
     plain = Plain(random_model(family_configs()[name], kernel)).eval()
     assert packed.prefix_tree == (name != "bloom")
     assert plain.model.config._attn_implementation == kernel
