@@ -48,6 +48,6 @@ def as_text(seconds: dict[str, float]) -> str:
     for test, duration in seconds.items():
         folders[str(Path(test.partition("::")[0]).parent)] += duration
     sums = "".join(f"# {duration:8.1f}  {name}\n" for name, duration in sorted(folders.items()))
-    total = f"# {sum(seconds.values()):8.1f}  sum of {len(seconds)} tests; two processes share them\n"
+    total = f"# {sum(seconds.values()):8.1f}  sum of {len(seconds)} tests; three processes share them\n"
     tests = sorted(seconds.items(), key=lambda entry: (-entry[1], entry[0]))
     return HEADER + sums + total + "".join(f"{duration:8.2f}  {test}\n" for test, duration in tests)
