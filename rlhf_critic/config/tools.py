@@ -44,7 +44,7 @@ class InspectJobConfig(Section):
     decontaminate: Sources = ()
     """Benchmarks: rows that share an n-gram of words with them are left out and counted."""
     decontaminate_ngram: PositiveInt = 13
-    """Words of an n-gram of decontaminate."""
+    """Number of consecutive words that a row and a benchmark must share."""
     examples: NonNegativeInt = 3
     """Number of preferences to show of each source, evenly spaced."""
     report: str | None = None

@@ -41,8 +41,8 @@ class DataConfig(Section):
     """Benchmarks whose texts must not be trained on: sources with rows of training data, best-of-n rows, prompts, or
     rows with text. Rows that share an n-gram of words with them are left out and counted for each source."""
     decontaminate_ngram: PositiveInt = 13
-    """Words of an n-gram of data.decontaminate. A shorter text of a benchmark only matches a whole prompt, response or
-    conversation."""
+    """Number of consecutive words that a row and a benchmark must share. A shorter text of a benchmark only matches a
+    whole prompt, response or conversation."""
     seed: NonNegativeInt = 0
     """Random seed that selects the held-out prompts, and the preferences of a source that is shown in part."""
     cache_dir: PathOrUri = ".cache"
