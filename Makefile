@@ -28,13 +28,14 @@ quickstart: $(VENV)/.installed ## Human ratings -> preferences -> a trained crit
 	$(BIN)/python -m jobs.quickstart
 
 ppo-demo: $(VENV)/.installed ## A policy learns by PPO from the quickstart's critic (made first if need be), through real scorers.
-	$(BIN)/python -m jobs.ppo_demo
+	$(BIN)/python -m jobs.demos.ppo_demo
 
 critic-demo: $(VENV)/.installed ## PPO with a critic against RLOO, where an early word decides the reward: three seeds each.
-	$(BIN)/python -m jobs.critic_demo
+	$(BIN)/python -m jobs.demos.critic_demo
 
-overoptimisation-demo: $(VENV)/.installed ## Best-of-n against a known gold scorer: mean, pessimistic and ensemble rewards; writes docs/overoptimisation.
-	$(BIN)/python -m jobs.overoptimisation_demo
+overoptimisation-demo: $(VENV)/.installed ## Best-of-n and PPO against known gold scorers: mean, pessimistic and ensemble rewards.
+	$(BIN)/python -m jobs.demos.overoptimisation_demo
+	$(BIN)/python -m jobs.demos.overoptimisation_ppo
 
 lint: $(VENV)/.installed ## ruff (lint and format check) and mypy.
 	$(BIN)/ruff check .

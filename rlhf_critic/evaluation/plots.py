@@ -214,21 +214,23 @@ def _draw_calibration(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     _finish(axes, "predicted return (value)", "realised return")
 
 
-COMPARED = (("reward", "mean reward"), ("explained_variance", "explained variance of returns"))
 COLOURS = ("#1f6fb2", "#c2571a", "#3f8f4f", "#7a4fa3")
 
 
-def save_comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Draws mean reward and explained variance of several methods to a PNG file, with the range of their seeds.
+def save_comparison(
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], compared: Mapping[str, str], path: Path
+) -> None:
+    """Draws metrics of several methods to a PNG file: one panel for each, with mean and range of the seeds.
 
     Args:
         runs: By method, the records of each seed's iterations.
+        compared: Label of each metric.
         path: PNG file.
     """
     style = {name: PRINTED.get(value, value) if isinstance(value, str) else value for name, value in STYLE.items()}
     with mpl.rc_context(style):
         figure = Figure(figsize=(11.2, 4.2), layout="constrained", facecolor=PRINTED[PAPER])
-        for axes, (metric, label) in zip(figure.subplots(1, len(COMPARED)), COMPARED, strict=True):
+        for axes, (metric, label) in zip(figure.subplots(1, len(compared)), compared.items(), strict=True):
             for colour, (method, of_seeds) in zip(COLOURS, runs.items(), strict=False):
                 numbers = np.array([[one.get(metric, np.nan) for one in records] for records in of_seeds])
                 if not np.nan_to_num(numbers).any():
@@ -237,6 +239,8 @@ def save_comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], p
                 axes.plot(steps, numbers.mean(0), color=colour, linewidth=1.8, label=method)
                 axes.fill_between(steps, numbers.min(0), numbers.max(0), color=colour, alpha=0.18, linewidth=0)
             _finish(axes, "iteration", label)
+            if metric == "explained_variance":  # has no lower bound where returns are almost equal
+                axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.5))
             axes.legend(loc="best")
         figure.savefig(path, dpi=110)
 

@@ -70,13 +70,17 @@ class Planner:
 
     def memory(self, setup: PlanJobConfig) -> ShardMemory:
         """Calculates the memory of a shard."""
-        activations = self._activations(setup.dtype, setup.token_budget, setup.gradient_checkpointing)
+        return self._memory(setup, self._activations(setup.dtype, setup.token_budget, setup.gradient_checkpointing))
+
+    def _memory(self, setup: PlanJobConfig, activations: int) -> ShardMemory:
         hardware = Hardware(on_gpu=True, ranks=setup.world_size)
         return shard_memory(self.count, self._options(setup.dtype), setup.optimizer, hardware, activations)
 
     def fits(self, setup: PlanJobConfig) -> bool:
         """Returns true if a shard fits the GPU."""
-        return self.memory(setup).peak <= USABLE * self.gpu.memory
+        usable = USABLE * self.gpu.memory
+        # Activations of a large model take seconds to calculate, and do not matter where the rest does not fit.
+        return self._memory(setup, 0).peak <= usable and self.memory(setup).peak <= usable
 
     def smallest_stage(self, setup: PlanJobConfig) -> int | None:
         """Finds the lowest ZeRO stage that fits without other changes; lower stages communicate less."""

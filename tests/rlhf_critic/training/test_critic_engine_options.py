@@ -1,4 +1,4 @@
-"""Freezing and offloading work at every ZeRO stage, and change nothing else."""
+"""Freezing, offloading and Muon work at their ZeRO stages, and change nothing else."""
 
 import json
 
@@ -17,7 +17,7 @@ from rlhf_critic.model.factory import check_critic_model, create_critic_model
 from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.posterior_fit import fit_head_posterior, last_states_of, sample_units
 from tests.helpers import make_preferences
-from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, make, train, whole_weights
+from tests.rlhf_critic.training.critic_runs import OPTIONS, STEPS, card_of, make, rows_of, train, whole_weights
 
 ONE_CANDIDATE = torch.tensor([0.01], dtype=torch.float64)
 FROZEN = ("model.embed_tokens.weight", "model.layers.0.")
@@ -150,3 +150,52 @@ def test_ranks_fit_the_posterior_of_one_process(
     assert alone.to_dict() == pytest.approx(report, rel=1e-3)
     states = torch.randn(6, len(posterior.mean_D), generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(results[0]["stds"], posterior.stds(states).tolist(), rtol=2e-2)
+
+
+MUON = {"optimizer": "muon", "weight_decay": 0.0}
+
+
+def train_with_muon(source: str, data: str, cache: str, directory: str) -> tuple[list[float], list[float]]:
+    """Returns the losses of six steps, and of three more after a stop at the third."""
+    engine, preferences, encoder = make(source, data, cache, 0, **MUON)
+    losses = [step["loss"] for step in train(engine, preferences, 3)]
+    engine.save(directory, encoder, card_of(encoder))
+    losses += [step["loss"] for step in train(engine, preferences, 6)]
+    again, preferences, _ = make(source, data, cache, 0, **MUON)
+    again.load(directory)
+    return losses, [step["loss"] for step in train(again, preferences, 6)]
+
+
+def test_muon_on_two_ranks_takes_the_steps_of_a_plain_loop_and_resumes(
+    ranks, tiny_model, preference_file, cache, tmp_path
+):
+    losses, resumed = ranks(2).run(train_with_muon, tiny_model, preference_file, cache, str(tmp_path / "saved"))[0]
+    np.testing.assert_allclose(resumed, losses[3:], rtol=1e-6)
+
+    encoder = Encoder(load_tokenizer(tiny_model), max_length=64)
+    preferences = load_preferences(preference_file, encoder, cache)
+    torch.manual_seed(OPTIONS.seed)
+    critic = create_critic_model(tiny_model, encoder.tokenizer, None, disable_dropout=True)
+    hidden = [one for name, one in critic.named_parameters() if ".layers." in name and one.dim() == 2]
+    others = [one for one in critic.parameters() if all(one is not matrix for matrix in hidden)]
+    optimizers = [
+        torch.optim.Muon(hidden, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    expected = []
+    for step in range(6):
+        pairs = [preferences[row].responses for row in rows_of(preferences, step)]
+        ends_P2 = torch.stack(
+            [torch.cat([critic.model(input_ids=torch.tensor(ids)[None]).logits[0] for ids in pair]) for pair in pairs]
+        )
+        loss = torch.nn.functional.softplus(ends_P2[:, 1] - ends_P2[:, 0]).mean()
+        loss.backward()
+        expected.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(critic.parameters(), OPTIONS.max_grad_norm)
+        for optimizer in optimizers:
+            # The cosine schedule with a warm-up of four steps.
+            warm = 0.5 * (1 + np.cos(np.pi * (step - 4) / (STEPS - 4)))
+            optimizer.param_groups[0]["lr"] = OPTIONS.learning_rate * (step / 4 if step < 4 else warm)
+            optimizer.step()
+            optimizer.zero_grad()
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)  # torch orthogonalises in bf16

@@ -1,0 +1,1 @@
+"""Demos behind ``make ppo-demo``, ``make critic-demo`` and ``make overoptimisation-demo``."""
