@@ -4,7 +4,7 @@ A prompt names a key among filler words. The first word of the response decides 
 key, otherwise 0. The rest of the response, up to 63 words, changes nothing. A baseline for the whole response cannot
 tell which word earned the reward. A critic can: after the first word it knows the reward.
 
-A lambda below 1 hides the reward from the first word until the critic knows it: of 0.95, 0.04 is left after 63 words.
+A lambda below 1 hides the reward from the first word until the critic knows it, so one of 0.95 is compared too.
 Each run is one process, without Ray, and finished runs are kept, so the command can be interrupted.
 
 Shape legend: S seeds, I iterations.
