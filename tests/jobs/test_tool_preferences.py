@@ -13,7 +13,7 @@ from tests.helpers import run_command, save_tiny_model
 from tests.rlhf_critic.data.agent_rows import TEMPLATE
 
 REPOSITORY = Path(__file__).parents[2]
-ROWS, HELD_OUT, STEPS = 5_000, 500, 500
+ROWS, HELD_OUT, STEPS = 5_000, 500, 800
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SUMS = [(first, second) for first in range(10) for second in range(10 - first) if first != second]  # of one digit
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
@@ -64,9 +64,10 @@ def test_wrong_calls_and_wrong_answers_lose(ray_address, tmp_path):
         "train": {
             "global_batch_size": 64,
             "max_steps": STEPS,
-            "epochs": 10,
+            "epochs": 12,
             "learning_rate": 1e-3,
-            "warmup_fraction": 0.05,
+            "schedule": "constant",
+            "warmup_fraction": 0.1,
             "weight_decay": 0.01,
             "adam_beta2": 0.98,
             "token_budget": 16384,
