@@ -26,7 +26,8 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     for _ in range(count):
         first, second = rng.choice(SUMS)
         other = rng.choice([number for number in range(10) if number not in (first, second)])
-        asked = [{"role": "user", "content": f"{first}+{second}"}]
+        # The number makes prompts differ: rows of one prompt come together, and would fill whole batches here.
+        asked = [{"role": "user", "content": f"{rng.randrange(1000)}) {first}+{second}"}]
         if rng.random() < 0.5:
             wrong = turns(first, other, first + other)
         else:
