@@ -16,6 +16,8 @@ os.environ.update(
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # a process for each run, which no test needs
     RAY_raylet_start_wait_time_s="120",  # on a busy machine Ray takes longer than it expects
+    REPORTER_UPDATE_INTERVAL_MS="60000",  # by default Ray measures every process every 5 s
+    RAY_SERVE_CONTROL_LOOP_INTERVAL_S="0.25",  # by default 0.1
     RAY_worker_niceness="0",  # by default 15: tests that wait for Ray would get what the other processes leave
     TOKENIZERS_PARALLELISM="false",
     # Threads that spin while they wait for each other waste what other processes could use.

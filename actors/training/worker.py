@@ -299,7 +299,7 @@ class _TrainingRun:
         started = time.perf_counter()
         try:
             posterior, report = self.engine.fit_posterior(train, validation)
-        except DataError as error:  # of all ranks: the states are those of all ranks together
+        except (DataError, ConfigError) as error:  # of all ranks: states and memory are those of all ranks together
             self._log("posterior: not fitted: %s", error)
             return
         if self.is_main:

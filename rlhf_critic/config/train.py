@@ -93,9 +93,9 @@ class TrainConfig(OptimizerConfig):
     reference: Literal["validation", "train"] = "validation"
     """Responses whose rewards give critic.json its mean and standard deviation. validation uses the validation data at
     every evaluation; train uses up to 1,000 training preferences at the end."""
-    uncertainty: bool = False
+    uncertainty: bool = True
     """Calibrate the last checkpoint, so that scorers can answer a standard deviation with each reward. Needs 20 or
-    more validation preferences, and does nothing without. Costs a forward pass over a sample of the training data."""
+    more validation preferences, and does nothing without. Costs at most 4 % of the run's computation."""
     seed: NonNegativeInt = 0
     """Random seed for data order, head and adapter initialisation, and dropout."""
     validate_every: NonNegativeInt = 0

@@ -38,7 +38,7 @@ from rlhf_critic.config.model import ModelConfig, resolve_dtype
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder
 from rlhf_critic.data.preference_dataset import PREFERENCE, EncodedPreferences
-from rlhf_critic.errors import DataError, NonFiniteLossError
+from rlhf_critic.errors import ConfigError, DataError, NonFiniteLossError
 from rlhf_critic.evaluation.pointwise import PointwiseEvaluation, evaluate_pointwise
 from rlhf_critic.evaluation.preferences import Evaluation, evaluate_rewards
 from rlhf_critic.model.backbone import Batch
@@ -53,6 +53,7 @@ from rlhf_critic.training.posterior_fit import (
     MIN_VALIDATION,
     DistributedRanks,
     FitReport,
+    fit_bytes,
     fit_head_posterior,
     sample_units,
 )
@@ -350,7 +351,14 @@ class CriticEngine(InferenceEngine):
 
         Raises:
             DataError: There are too few validation preferences.
+            ConfigError: A rank has too little memory. All ranks raise it, before anything is computed.
         """
+        needed, free = fit_bytes(self.critic.model.config.get_text_config().hidden_size), self.training.free_memory()
+        if free < needed:
+            raise ConfigError(
+                f"calibrating needs {needed / 1e9:.1f} GB of memory on each rank, and one has {free / 1e9:.1f} GB: run "
+                "rlhf-critic calibrate on the checkpoint afterwards"
+            )
         trained = self.step * self.options.global_batch_size
         affordable = int(3 * MAX_COST_OF_POSTERIOR * trained)
         units = sample_units(train, max(1, min(affordable * 3 // 4, MAX_PREFERENCES)), self.options.seed)

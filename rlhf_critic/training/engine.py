@@ -171,14 +171,20 @@ class TrainingEngine:
         """Maximum number of tokens of a micro-batch, as configured or measured by a probe at first use."""
         if self.options.token_budget != "auto":
             return self.options.token_budget
+        if self.device.type == "cuda":
+            return self._probe_gpu()
+        return probe_token_budget(self._measure_micro_batch, self.free_memory())
+
+    def free_memory(self) -> int:
+        """Returns the bytes that each rank can still allocate on its device: those of the rank with the least."""
         from deepspeed.accelerator import get_accelerator
 
         if self.device.type == "cuda":
-            return self._probe_gpu()
-        # Ranks of a node share its memory.
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        free_bytes = get_accelerator().available_memory() // sharing
-        return probe_token_budget(self._measure_micro_batch, int(self._agree(free_bytes, dist.ReduceOp.MIN)))
+            free_bytes = CudaMemory().free()
+        else:  # ranks of a node share its memory
+            sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+            free_bytes = get_accelerator().available_memory() // sharing
+        return int(self._agree(free_bytes, dist.ReduceOp.MIN))
 
     def prepare(self, units: Sequence[Sequence[TokenIds]]) -> PreparedStep:
         """Plans a global batch and copies this rank's micro-batches to the device.

@@ -71,6 +71,11 @@ class FitReport:
         return asdict(self)
 
 
+def fit_bytes(hidden_size: int) -> int:
+    """Returns the bytes that a fit needs on a device, beside the critic and a forward pass: five fp32 matrices."""
+    return 5 * 4 * hidden_size**2
+
+
 class Ranks:
     """Sums and joins over the ranks of a group. This class has one rank; see `DistributedRanks`.
 

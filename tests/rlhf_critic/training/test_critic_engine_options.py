@@ -12,7 +12,7 @@ from rlhf_critic.config.model import ModelConfig
 from rlhf_critic.config.train import TrainConfig
 from rlhf_critic.data.encoding import Encoder, load_tokenizer
 from rlhf_critic.data.preferences import load_preferences
-from rlhf_critic.errors import CheckpointError
+from rlhf_critic.errors import CheckpointError, ConfigError
 from rlhf_critic.model.factory import check_critic_model, create_critic_model
 from rlhf_critic.training.critic_engine import CriticEngine
 from rlhf_critic.training.posterior_fit import fit_head_posterior, last_states_of, sample_units
@@ -150,6 +150,18 @@ def test_ranks_fit_the_posterior_of_one_process(
     assert alone.to_dict() == pytest.approx(report, rel=1e-3)
     states = torch.randn(6, len(posterior.mean_D), generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(results[0]["stds"], posterior.stds(states).tolist(), rtol=2e-2)
+
+
+def fit_without_memory(source: str, data: str, cache: str) -> None:
+    engine, preferences, _ = make(source, data, cache, 2)
+    assert engine.training.free_memory() > 1e6
+    engine.training.free_memory = lambda: 10_000
+    with pytest.raises(ConfigError, match=r"calibrating needs 0.0 GB .* rlhf-critic calibrate on the checkpoint"):
+        engine.fit_posterior(preferences, preferences)
+
+
+def test_ranks_without_memory_for_a_posterior_say_so_before_they_compute(ranks, tiny_model, preference_file, cache):
+    ranks(2).run(fit_without_memory, tiny_model, preference_file, cache)
 
 
 MUON = {"optimizer": "muon", "weight_decay": 0.0}
