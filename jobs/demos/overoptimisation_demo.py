@@ -1,4 +1,4 @@
-"""``make overoptimisation-demo``: does a pessimistic reward resist the choice of texts that its critic overrates?
+"""``make overoptimisation-demo``: best-of-n by mean, pessimistic and ensemble rewards, against known human ratings.
 
 The gold scorer is known: the mean of human ratings. A proxy is a linear head on hidden states of a pretrained model,
 trained on 100 preferences with wrong labels among them. Best-of-n takes the text with the highest proxy reward of n

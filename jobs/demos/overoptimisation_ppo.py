@@ -1,4 +1,4 @@
-"""``make overoptimisation-demo``, second part: PPO against a proxy whose errors it can exploit.
+"""``make overoptimisation-demo``: PPO against mean, pessimistic and ensemble rewards of proxies, and a known gold rule.
 
 A response is at most 16 words. The gold scorer is a rule: one point for each different good word, minus a quarter for
 every other word, a repeated good word among them. A proxy is a critic of two layers, trained on 150 preferences between
@@ -78,7 +78,9 @@ def main() -> None:
         runs[method].append(records)
     save_comparison(runs, COMPARED, OUT / "ppo.png")
     numbers = {
-        method: {name: [[round(one[name], 3) for one in records] for records in of_seeds] for name in ("gold", "kl")}
+        method: {
+            name: [[round(one[name], 3) for one in records] for records in of_seeds] for name in ("gold", "kl", "std")
+        }
         for method, of_seeds in runs.items()
     }
     write_text_atomically(OUT / "ppo.json", json.dumps(numbers) + "\n")
