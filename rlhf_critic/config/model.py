@@ -156,7 +156,8 @@ class OptimizerConfig(ShardingConfig):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer. muon is torch's Muon for the matrices between embeddings and head, and AdamW for the rest, with one
-    learning rate. It needs zero_stage 0, because other stages split matrices."""
+    learning rate. It needs zero_stage 0, because other stages split matrices. It is for GPUs: torch computes it in
+    bf16, and a CPU without bf16 instructions takes minutes a step for 70 million parameters."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
