@@ -302,9 +302,12 @@ class _TrainingRun:
         except (DataError, ConfigError) as error:  # of all ranks: states and memory are those of all ranks together
             self._log("posterior: not fitted: %s", error)
             return
+        self._log("posterior: seconds=%.1f %s", time.perf_counter() - started, report)
+        if not report.shows_uncertainty:
+            self._log("posterior: not saved, because deviations would be near 0: calibrate with more validation data")
+            return
         if self.is_main:
             save_posterior(directory, posterior, WeightReader(str(directory)).read(HEAD_NAME), report.to_dict())
-        self._log("posterior: seconds=%.1f %s", time.perf_counter() - started, report)
 
     def _reference(self, evaluation: Evaluation | PointwiseEvaluation | None, is_last: bool) -> dict[str, Any]:
         """Measures rewards on the reference preferences, if they are due at this checkpoint, for the card."""

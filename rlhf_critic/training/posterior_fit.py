@@ -66,6 +66,11 @@ class FitReport:
     log_loss_uncertain: float
     mean_std: float
 
+    @property
+    def shows_uncertainty(self) -> bool:
+        """Whether uncertainty makes the validation preferences more likely. If not, deviations are near 0."""
+        return self.log_loss_uncertain < self.log_loss_scaled
+
     def to_dict(self) -> dict[str, float]:
         """Converts to plain values, for JSON."""
         return asdict(self)

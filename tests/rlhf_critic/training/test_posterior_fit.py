@@ -67,6 +67,7 @@ def test_it_is_the_posterior_by_its_definition(loaded):
     assert report.prior_precision == pytest.approx(best, rel=1e-3)
     assert report.log_loss_uncertain == pytest.approx(losses[best], rel=1e-4)
     assert report.temperature == pytest.approx(temperatures[best], rel=1e-3)
+    assert report.shows_uncertainty == (losses[best] < np.logaddexp(0, -margins / temperature).mean() - 1e-9)
     covariance = temperatures[best] ** 2 * np.linalg.inv(hessian + best * np.eye(len(head)))
     mean = np.concatenate(states).mean(axis=0)
     centred = np.concatenate(held_out_states) - mean
