@@ -18,23 +18,24 @@ from jobs.demos import critic_demo, overoptimisation_ppo, tiny_ppo
 if __name__ == "__main__":
     tiny_ppo.start_process()
     tiny_ppo.save_model(pathlib.Path("model"), critic_demo.WORDS)
-    runs = {method: critic_demo.run(pathlib.Path(), method, 3, 12) for method in critic_demo.METHODS}
+    runs = {method: critic_demo.run(pathlib.Path(), method, 3, 12) for method in ("critic", "RLOO, groups of 8")}
     pathlib.Path("runs.json").write_text(json.dumps(runs))
     tiny_ppo.save_model(pathlib.Path("words") / "model", overoptimisation_ppo.WORDS)
     words = pathlib.Path("words")
-    proxies = {name: overoptimisation_ppo.run(words, name, 3, 4) for name in overoptimisation_ppo.METHODS}
+    proxies = {name: overoptimisation_ppo.run(words, name, 3, 6) for name in ("proxy", "proxy - 2 std")}
     pathlib.Path("proxies.json").write_text(json.dumps(proxies))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_policies_of_both_demos_learn(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    done = run_command([str(program)], cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY)})
+    done = run_command([str(program)], cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY)}, timeout=900)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "runs.json").read_text(encoding="utf-8"))
-    assert len(runs) == 3
+    assert len(runs) == 2
     for method, records in runs.items():
         rewards = [one["reward"] for one in records]
         # A policy that chooses at random answers one key of two, four words of twenty-six: 0.15.
@@ -43,9 +44,8 @@ def test_policies_of_both_demos_learn(tmp_path):
     proxies = json.loads((tmp_path / "proxies.json").read_text(encoding="utf-8"))
     first = {method: records[0] for method, records in proxies.items()}
     assert len({one["gold"] for one in first.values()}) == 1, "all start from one policy"
-    for k in (1, 2):
-        expected = first["proxy"]["reward"] - k * first["proxy"]["std"]
-        assert first[f"proxy - {k} std"]["reward"] == pytest.approx(expected, abs=1e-4)
+    expected = first["proxy"]["reward"] - 2 * first["proxy"]["std"]
+    assert first["proxy - 2 std"]["reward"] == pytest.approx(expected, abs=1e-4)
     for method, records in proxies.items():
         assert records[-1]["reward"] > records[0]["reward"], method
 
