@@ -55,7 +55,6 @@ ALGORITHM = AlgorithmConfig(
     gae_lambda=1.0,
     kl_coefficient=0.0,
     value_warmup_iterations=2,
-    max_kl=1e6,
 )
 # By name: the number of proxies, and the standard deviations that are subtracted.
 METHODS = {
